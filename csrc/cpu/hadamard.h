@@ -307,7 +307,7 @@ void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
   const int64_t of_gamma = n + L, step = all.N + 2 * L, width = tile_width<C>(p.transposed, all.N);
   all.prepare(rt, p.lam, p.col, p.row, p.scale, width * (of_gamma + step));
   const C* gam = static_cast<const C*>(p.gam);
-  const S* base = static_cast<const S*>(p.base);
+  const S* base = static_cast<const S*>(p.weight);
   S* out = static_cast<S*>(p.out);
   const auto put = [&](int64_t e, V delta, int64_t count) {
     store_some(out + e, base ? load_some<V>(base + e, count) + delta : delta, count);
@@ -366,7 +366,7 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
   C* sums = all.prepare(rt, p.lam, p.col, p.row, p.scale, numbers + width * (of_gamma + step),
                         slots * r * n);
   const C* gam = static_cast<const C*>(p.gam);
-  const S* grad = static_cast<const S*>(p.grad);
+  const S* grad = static_cast<const S*>(p.weight);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
   all.split(rt, slots, [&](const Row& row, int64_t begin, int64_t end) {
     C *sum = row.more(), *gamma = sum + numbers, *tile = gamma + width * of_gamma;

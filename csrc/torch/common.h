@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <exception>
 #include <optional>
 #include <string>
@@ -62,6 +63,14 @@ struct Explained<function> {
 };
 #define RANDLORA_BOX(function) TORCH_BOX(randlora::Explained<&function>::address())
 
+// Calls an operator of torch by its name. Every result stands where an argument stood.
+template <class... Args>
+std::array<StableIValue, sizeof...(Args)> call_torch(const char* name, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+
 // ---- checks (check.cpp); each message names the argument, what it was and what is allowed ------
 
 std::string describe(const Tensor& t);  // "(2, 3) float32 on cpu"
@@ -107,6 +116,5 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 }
 // `t` contiguous in the type that `dtype` computes in.
 Tensor compute_copy(const Tensor& t, DType dtype);
-ScalarType compute_type(DType dtype);
 
 }  // namespace randlora

@@ -69,12 +69,8 @@ Tensor base_output(const Tensor& x, const OptionalTensor& weight, const Optional
     shape.back() = out;
     return allocate(shape, x.scalar_type(), x);
   }
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(*weight),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return of_dtype(torch::stable::detail::to<Tensor>(stack[0]), x);
+  return of_dtype(
+      torch::stable::detail::to<Tensor>(call_torch("aten::linear", x, *weight, bias)[0]), x);
 }
 
 Tensor base_gradient(const Tensor& dy, const OptionalTensor& weight, const Tensor& x) {

@@ -118,8 +118,8 @@ const Panels& ASideCall::panels(int64_t t) {
   if (!panels_.data)
     panels_ = make_panels(part_, p_.basis.d, part_ > 32 ? 64 : 32, p_.dtype, device_);
   if (filled_ != t)
-    fill_panels(static_cast<const char*>(z_) + t * p_.basis.d * bytes_of(p_.dtype),
-                min(part_, T_ - t), panels_, p_.dtype, device_);
+    fill_panels(moved(z_, t * p_.basis.d, p_.dtype), min(part_, T_ - t), panels_, p_.dtype,
+                device_);
   filled_ = t;
   return panels_;
 }

@@ -14,14 +14,6 @@
 namespace randlora::cuda {
 namespace {
 
-// Rows of (T, features) matrices from token t on.
-const void* from(const void* p, int64_t t, int64_t features, DType dtype) {
-  return static_cast<const char*>(p) + t * features * bytes_of(dtype);
-}
-void* from(void* p, int64_t t, int64_t features, DType dtype) {
-  return static_cast<char*>(p) + t * features * bytes_of(dtype);
-}
-
 // Memory for the B side, which asks once for each product: the first chunk's serves the next ones,
 // too, because the stream runs them in order.
 class ReusedScratch : public Device {
@@ -59,14 +51,14 @@ void linear(const Linear& p, Device& device) {
   ReusedScratch reused(device);
   const auto b_side = b.has_planes() ? b_planes : b_lists;
   each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
-    if (p.up || grads) a.set_operand(from(small, t, b.d, p.dtype), T);
+    if (p.up || grads) a.set_operand(moved(small, t * b.d, p.dtype), T);
     if (p.up && p.to) {
       a.up(between);
-      b_side({b, p.dtype, T, true, between, from(p.to, t, b.D, p.dtype), p.accumulate}, reused);
+      b_side({b, p.dtype, T, true, between, moved(p.to, t * b.D, p.dtype), p.accumulate}, reused);
     }
     if (p.up && !grads) return;
-    b_side({b, p.dtype, T, false, from(large, t, b.D, p.dtype), between, false}, reused);
-    if (!p.up && p.to) a.down(between, T, from(p.to, t, b.d, p.dtype), p.accumulate);
+    b_side({b, p.dtype, T, false, moved(large, t * b.D, p.dtype), between, false}, reused);
+    if (!p.up && p.to) a.down(between, T, moved(p.to, t * b.d, p.dtype), p.accumulate);
     if (grads) a.grad(between, p.dlam, p.dgam, t > 0);
   });
 }

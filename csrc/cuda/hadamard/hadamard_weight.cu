@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int j = 0; j < r; ++j, c += n) *rows.at(c) = minus(m, j) ? -g : g;
   }
   __syncthreads();
-  transform_and_write<Aligned>(Diagonal<C>(p), RowsOut<S>(p, p.out, p.base), rows, log, k0,
+  transform_and_write<Aligned>(Diagonal<C>(p), RowsOut<S>(p, p.out, p.weight), rows, log, k0,
                                columns);
 }
 
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                            int64_t column_stride, bool aligned) {
   using C = ComputeOf<S>;
   const HadamardWeight p = all.expert(blockIdx.y);
-  const RoundedStore<S> store = RowsOut<S>(p, p.out, p.base).store;
+  const RoundedStore<S> store = RowsOut<S>(p, p.out, p.weight).store;
   constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
   const int d = static_cast<int>(p.sizes.d), K = static_cast<int>(p.sizes.K());
   const int n = static_cast<int>(p.sizes.n), part = blockIdx.x / tiles;
@@ -138,8 +138,8 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
     const Plan<S> plan(p.sizes, p.experts * d / device.multiprocessors, device);
     if (p.transposed && plan.shared <= device.shared_bytes) {
       launch(device, "hadamard_weight_rows",
-             RowsOut<S>(p, p.out, p.base).aligned ? hadamard_weight_rows_kernel<S, true>
-                                                  : hadamard_weight_rows_kernel<S, false>,
+             RowsOut<S>(p, p.out, p.weight).aligned ? hadamard_weight_rows_kernel<S, true>
+                                                    : hadamard_weight_rows_kernel<S, false>,
              Grid(ceil_div(d, plan.rows), p.experts), plan.threads, plan.shared, p, plan.log,
              plan.rows);
       return;
@@ -150,7 +150,7 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
       --log;
     const int tiles = static_cast<int>(ceil_div(d, kColumns));
     const int threads = threads_of<C>(log, device);
-    const bool aligned = !p.transposed && aligned_rows(d, kPerAccess<C>, p.gam, p.base, p.out);
+    const bool aligned = !p.transposed && aligned_rows(d, kPerAccess<C>, p.gam, p.weight, p.out);
     launch(device, "hadamard_weight", hadamard_weight_kernel<S>,
            Grid(tiles << (log_all - log), p.experts), threads, numbers_of(log) * int64_t{sizeof(C)},
            p, log, log_all, tiles, p.transposed ? 1 : d, p.transposed ? p.sizes.D : 1, aligned);

@@ -47,7 +47,7 @@ __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const
       constexpr int kLines = Transposed ? W : 8, kAlong = Transposed ? 8 : W;
       const int lines = Transposed ? columns : rows;
       const Some<kAlong> some{Transposed ? rows : columns, Whole, 1};
-      const S* from = static_cast<const S*>(p.grad);
+      const S* from = static_cast<const S*>(p.weight);
       from += Transposed ? int64_t{k} * D + o : int64_t{o} * d + k;
       Pack<S, kAlong> x[kLines] = {};  // all loads before the first use
 #pragma unroll
@@ -185,7 +185,7 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
       ++t.split;
     t.ranks = static_cast<int>(ceil_div(r, kAcross << t.split)) * kAcross;
     t.aligned_grad = aligned_to_16(p.row) && p.next_row % 4 == 0 &&
-                     aligned_rows(p.transposed ? D : d, p.transposed ? kPerAccess<S> : W, p.grad);
+                     aligned_rows(p.transposed ? D : d, p.transposed ? kPerAccess<S> : W, p.weight);
     t.aligned_gam = aligned_rows(d, W, p.gam, p.dgam);
     const int64_t slots =
         std::min(ceil_div(t.tiles, 2), ceil_div(4 * device.multiprocessors, p.experts));
