@@ -65,7 +65,7 @@ struct HadamardGamma {
 // dlam[c] = scale * col[c] * the sum over slots q of sums[q, c].
 struct HadamardDiagonals {
   HadamardSizes sizes;
-  const void* P;     // CUDA: may be null, and then dgam is not wanted
+  const void* P;     // may be null, and then dgam is not wanted
   const void* sums;  // (slots, K) in the compute type, from HadamardDown
   int64_t slots;
   const float *s, *col;

@@ -286,6 +286,31 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
   });
 }
 
+template <class S>
+void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
+  using C = ComputeOf<S>;
+  const int64_t n = p.sizes.n, d = p.sizes.d, K = p.sizes.K(), classes = p.sizes.classes();
+  const ClassOf<S>* P = static_cast<const ClassOf<S>*>(p.P);
+  const C *sums = static_cast<const C*>(p.sums), scale = C(p.scale);
+  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
+  rt.set_single(n * d < kHadamardOneThread);
+  rt.split(P ? n : 0, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t m = 0; m < classes; ++m) {
+        const int64_t first = m * n, count = d - first < n ? d - first : n;
+        const ClassOf<S>* from = P + (first + i) * n;
+        C* to = dgam + i * d + first;
+        for (int64_t k = 0; k < count; ++k) to[k] = scale * C(p.s[first + k]) * C(widen(from[k]));
+      }
+  });
+  rt.split(K, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) dlam[c] = 0;
+    for (int64_t slot = 0; slot < p.slots; ++slot)
+      for (int64_t c = begin; c < end; ++c) dlam[c] += sums[slot * K + c];
+    for (int64_t c = begin; c < end; ++c) dlam[c] *= scale * C(p.col[c]);
+  });
+}
+
 // Columns of a tile, a few vectors. The wider it is, the more of a page of W is read at once; it
 // should stay in the L2 cache. `rows` is their length.
 template <class C>
@@ -367,7 +392,7 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
                         slots * r * n);
   const C* gam = static_cast<const C*>(p.gam);
   const S* grad = static_cast<const S*>(p.weight);
-  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
+  C* dgam = static_cast<C*>(p.dgam);
   all.split(rt, slots, [&](const Row& row, int64_t begin, int64_t end) {
     C *sum = row.more(), *gamma = sum + numbers, *tile = gamma + width * of_gamma;
     int64_t m = -1;
@@ -413,11 +438,9 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
         __builtin_memcpy(to + j * n, sum + j * row.padded, size_t(n) * sizeof(C));
     }
   });
-  for (int64_t c = 0; c < r * n; ++c) {
-    C total = 0;
-    for (int64_t slot = 0; slot < slots; ++slot) total += sums[slot * r * n + c];
-    dlam[c] = total * C(p.col[c]);
-  }
+  // `scale` is in the rows already.
+  hadamard_diagonals_as<S>(
+      {p.sizes, nullptr, sums, slots, p.s, p.col, p.dlam, nullptr, p.dtype, 1.0}, rt);
 }
 
 template <class S>
@@ -439,31 +462,6 @@ void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   rt.split(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t k = 0; k < d; ++k) narrow(gam[i * d + k] * C(p.s[k]), out + i * d + k);
-  });
-}
-
-template <class S>
-void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
-  using C = ComputeOf<S>;
-  const int64_t n = p.sizes.n, d = p.sizes.d, K = p.sizes.K(), classes = p.sizes.classes();
-  const ClassOf<S>* P = static_cast<const ClassOf<S>*>(p.P);
-  const C *sums = static_cast<const C*>(p.sums), scale = C(p.scale);
-  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
-  rt.set_single(n * d < kHadamardOneThread);
-  rt.split(n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t m = 0; m < classes; ++m) {
-        const int64_t first = m * n, count = d - first < n ? d - first : n;
-        const ClassOf<S>* from = P + (first + i) * n;
-        C* to = dgam + i * d + first;
-        for (int64_t k = 0; k < count; ++k) to[k] = scale * C(p.s[first + k]) * C(widen(from[k]));
-      }
-  });
-  rt.split(K, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) dlam[c] = 0;
-    for (int64_t slot = 0; slot < p.slots; ++slot)
-      for (int64_t c = begin; c < end; ++c) dlam[c] += sums[slot * K + c];
-    for (int64_t c = begin; c < end; ++c) dlam[c] *= scale * C(p.col[c]);
   });
 }
 

@@ -65,7 +65,7 @@ struct MatrixBatch {
   }
 };
 
-// out = beta * out + alpha * left @ right by torch's GEMM, all of one dtype, on the device of `like`.
+// out = beta * out + alpha * left @ right by torch's GEMM, in one dtype on the device of `like`.
 // With beta = 0, out is not read. On the CPU the result does not depend on the number of threads.
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta, const Tensor& like);

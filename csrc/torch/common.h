@@ -23,18 +23,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 #define RANDLORA_CHECK(condition, ...) STD_TORCH_CHECK(condition, "randlora: ", __VA_ARGS__)
 
-// torch's intra-op pool and allocator.
-class TorchRuntime : public Runtime {
- public:
-  int threads() const override { return static_cast<int>(torch::stable::get_num_threads()); }
-  void run(int slots, void (*task)(void*, int), void* arg) override;
-  ~TorchRuntime();
-  void* scratch(size_t bytes) override;
-
- private:
-  std::optional<Tensor> block_;
-};
-
 // ---- errors from torch (backend.cpp) -----------------------------------------------------------
 
 // torch's C interface reports a failed call by a code, and its C++ wrappers then throw the source
@@ -96,6 +84,7 @@ inline Tensor allocate_like(const Tensor& t) {
 class Temporary {
  public:
   Temporary() = default;
+  explicit Temporary(int64_t bytes);  // on the CPU
   Temporary(int64_t count, DType dtype, const Tensor& like);
   Temporary(Temporary&& other) noexcept : block_(std::exchange(other.block_, std::nullopt)) {}
   Temporary& operator=(Temporary&& other) noexcept {
@@ -108,6 +97,17 @@ class Temporary {
  private:
   std::optional<Tensor> block_;
 };
+// torch's intra-op pool and allocator.
+class TorchRuntime : public Runtime {
+ public:
+  int threads() const override { return static_cast<int>(torch::stable::get_num_threads()); }
+  void run(int slots, void (*task)(void*, int), void* arg) override;
+  void* scratch(size_t bytes) override;
+
+ private:
+  Temporary block_;
+};
+
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }

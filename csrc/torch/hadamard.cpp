@@ -110,8 +110,8 @@ class Product {
     if (dtype_ != class_dtype_) wide_ = Temporary(largest_ * s_.d, class_dtype_, like);
   }
 
-  // to (+)= the product of `from` with dW, `up` from d features to D, or down. With `other`, which is
-  // like `to`, `diagonals` may follow. Linear (core/operators.h) has the same operands.
+  // to (+)= the product of `from` with dW: `up` from d features to D, or down. With `other`, which
+  // is like `to`, `diagonals` may follow. Linear (core/operators.h) has the same operands.
   void compute(bool up, const Tensor& from, const OptionalTensor& to, bool accumulate,
                const Tensor* other = nullptr) {
     if (other) reserve_gradients();

@@ -131,4 +131,30 @@ struct Columns {
   }
 };
 
+// The sum of numbers[q * next] over q < count. Lane l of every warp has the same column, which
+// begins at `numbers`, or is null. Warps share the q, and the first one gets the sums. `shared` has
+// a number for each thread.
+template <class C>
+__device__ __forceinline__ C block_sum(const C* numbers, int64_t count, int64_t next, C* shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  constexpr int kAtOnce = 8;  // loads that overlap
+  C sum = 0;
+  for (int64_t first = warp; first < count && numbers; first += kAtOnce * warps) {
+    C part[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t q = first + u * warps;
+      part[u] = q < count ? numbers[q * next] : C(0);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) pin(part[u]);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) sum += part[u];
+  }
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  for (int other = 1; other < warps && warp == 0; ++other) sum += shared[other * 32 + lane];
+  return sum;
+}
+
 }  // namespace randlora

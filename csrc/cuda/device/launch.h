@@ -15,16 +15,6 @@ constexpr int64_t kFreeShared = 48 << 10, kLeastShared = 99 << 10;
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls fn(first token, tokens) for every chunk of T tokens; once if T is 0.
-template <class F>
-void each_chunk(int64_t T, int64_t chunk, const F& fn) {
-  int64_t t = 0;
-  do {
-    fn(t, min(chunk, T - t));
-    t += chunk;
-  } while (t < T);
-}
-
 // Blocks.
 struct Grid : dim3 {
   Grid(int64_t x, int64_t y = 1, int64_t z = 1)

@@ -54,17 +54,10 @@ struct Support {
 
 // ---- one operator call --------------------------------------------------------------------------
 
-struct ASide {
-  const Basis& basis;
-  const void *lam, *gam;  // (r, n), (n, d) in the compute type
-  DType dtype;
-  int64_t T;
-};
-
-// The products of the A side for up to p.T tokens at a time. Makes tables and values on first use.
+// The products of the A side for up to T tokens at a time. Makes tables and values on first use.
 class ASideCall {
  public:
-  ASideCall(const ASide& p, double scale, Device& device);
+  ASideCall(const Linear& p, int64_t T, Device& device);
 
   void set_operand(const void* z, int64_t T);  // (T, d): the operand of up and grad
   void up(void* V);                            // (T, K)
@@ -77,8 +70,7 @@ class ASideCall {
   // part_ tokens of z from t on, as panels: few enough that a part and its results stay in L2.
   const Panels& panels(int64_t t);
 
-  const ASide p_;
-  const double scale_;
+  const Linear p_;
   Device& device_;
   const void* z_ = nullptr;
   int64_t T_ = 0;

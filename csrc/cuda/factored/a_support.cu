@@ -76,10 +76,9 @@ void support_tables(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, De
 }
 
 // A part of z takes at most a quarter of chunk_bytes.
-ASideCall::ASideCall(const ASide& p, double scale, Device& device)
-    : p_(p), scale_(scale), device_(device) {
+ASideCall::ASideCall(const Linear& p, int64_t T, Device& device) : p_(p), device_(device) {
   const int64_t tokens = device.chunk_bytes / 4 / (p.basis.d * bytes_of(p.dtype));
-  part_ = min(p.T, max(tokens / 128, int64_t{1}) * 128);
+  part_ = min(T, max(tokens / 128, int64_t{1}) * 128);
 }
 
 const Support& ASideCall::support() {
@@ -107,7 +106,7 @@ const void* ASideCall::values(bool with_lambda) {
     launch(device_, "form_values", form_values<S, C>,
            most_tiles(s.count, s.r, kGroup) * ceil_div(s.bases, kBases),
            min(256, device_.max_threads), kGroup * (kBases + 2) * int64_t{sizeof(S)}, s,
-           with_lambda ? p_.lam : nullptr, p_.gam, scale_, made);
+           with_lambda ? p_.lam : nullptr, p_.gam, p_.scale, made);
   });
   return made;
 }

@@ -44,23 +44,26 @@ void linear(const Linear& p, Device& device) {
   const bool grads = p.dlam != nullptr;
   if (!grads && (!p.to || p.T == 0)) return;
   const int64_t chunk = chunk_of(b, p.T, p.dtype, device);
-  ASideCall a({b, p.lam, p.gam, p.dtype, chunk}, p.scale, device);
+  ASideCall a(p, chunk, device);
   void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
   // The operands on the d side and on the D side.
   const void *small = p.up ? p.from : p.other, *large = p.up ? p.other : p.from;
   ReusedScratch reused(device);
   const auto b_side = b.has_planes() ? b_planes : b_lists;
-  each_chunk(p.T, chunk, [&](int64_t t, int64_t T) {
+  int64_t t = 0;
+  do {  // once if T is 0
+    const int64_t T = min(chunk, p.T - t);
     if (p.up || grads) a.set_operand(moved(small, t * b.d, p.dtype), T);
     if (p.up && p.to) {
       a.up(between);
       b_side({b, p.dtype, T, true, between, moved(p.to, t * b.D, p.dtype), p.accumulate}, reused);
     }
-    if (p.up && !grads) return;
-    b_side({b, p.dtype, T, false, moved(large, t * b.D, p.dtype), between, false}, reused);
+    if (!p.up || grads)
+      b_side({b, p.dtype, T, false, moved(large, t * b.D, p.dtype), between, false}, reused);
     if (!p.up && p.to) a.down(between, T, moved(p.to, t * b.d, p.dtype), p.accumulate);
     if (grads) a.grad(between, p.dlam, p.dgam, t > 0);
-  });
+    t += chunk;
+  } while (t < p.T);
 }
 
 }  // namespace randlora::cuda

@@ -102,7 +102,6 @@ struct Patch {
 template <class S, bool Transposed, class F>
 __device__ __forceinline__ void each_patch(const HadamardExperts& p, const Tiling& tiling, int part,
                                            int g, int k, const F& fn) {
-  constexpr int W = Patch<S, Transposed>::W;
   const int D = static_cast<int>(p.sizes.D), d = static_cast<int>(p.sizes.d);
   const auto at = [&](auto whole, int o) {
     constexpr bool Whole = decltype(whole)::value;
@@ -114,7 +113,7 @@ __device__ __forceinline__ void each_patch(const HadamardExperts& p, const Tilin
   };
 #pragma unroll 1
   for (int o = (part << tiling.log) + 8 * g; o < D; o += 1 << tiling.log_all)
-    if (tiling.aligned && o + 8 <= D && k + W <= d)
+    if (tiling.aligned && o + 8 <= D && k + Patch<S, Transposed>::W <= d)
       at(std::true_type{}, o);
     else
       at(std::false_type{}, o);
