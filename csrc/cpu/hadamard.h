@@ -25,22 +25,16 @@ RANDLORA_INLINE void butterflies(V (&v)[1 << G]) {
 }
 
 // Lane l gets lane l ^ S of v, plus or minus lane l.
-template <int S, class V, size_t... I>
-RANDLORA_INLINE V lane_stage(V v, std::index_sequence<I...>) {
+template <int S, class V, int... I>
+RANDLORA_INLINE V lane_stage(V v, std::integer_sequence<int, I...>) {
   using C = std::decay_t<decltype(v[0])>;
-#if defined(__clang__)
-  const V other = __builtin_shufflevector(v, v, (int(I) ^ S)...);
-#else
-  using M = Vec<std::conditional_t<sizeof(C) == 8, int64_t, int32_t>, sizeof(V)>;
-  const V other = __builtin_shuffle(v, M{(int(I) ^ S)...});
-#endif
-  const V sign{(int(I) & S ? C(-1) : C(1))...};
-  return fused(v, sign, other);
+  const V sign{(I & S ? C(-1) : C(1))...};
+  return fused(v, sign, shuffle<(I ^ S)...>(v, v));
 }
 template <class V, int S = 1>
 RANDLORA_INLINE V transform_lanes(V v) {
   constexpr int L = sizeof(V) / sizeof(v[0]);
-  v = lane_stage<S>(v, std::make_index_sequence<L>{});
+  v = lane_stage<S>(v, std::make_integer_sequence<int, L>{});
   if constexpr (2 * S < L) return transform_lanes<V, 2 * S>(v);
   return v;
 }

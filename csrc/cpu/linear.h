@@ -27,15 +27,6 @@ RANDLORA_INLINE int64_t gamma_stride(const Basis& b) {
   return (b.n + lanes - 1) / lanes * lanes;
 }
 
-template <class C>
-void transpose_gamma(const Basis& b, const void* gam, C* gT, Runtime& rt) {
-  const int64_t ldg = gamma_stride<C>(b);
-  rt.split(b.d, 64, [&](int64_t begin, int64_t end) {
-    transpose_matrix(static_cast<const C*>(gam) + begin, b.d, b.n, end - begin, gT + begin * ldg,
-                     ldg, ldg);
-  });
-}
-
 // Blocks per thread in a super-block for lists (kGroup for planes): their z and U should stay in
 // the thread's L2 cache from phase 1 to phase 2.
 constexpr int kBlocks = 2;
@@ -189,7 +180,10 @@ void linear_blocks(const Linear& p, Runtime& rt) {
   char* memory = static_cast<char*>(rt.scratch(shared.used() + split.slots * per_slot.used()));
   Arena arena(memory);
   SharedScratch<B> w(b, grads, super, rt.width(), arena);
-  transpose_gamma(b, p.gam, w.gT, rt);
+  rt.split(b.d, 64, [&](int64_t begin, int64_t end) {
+    transpose_matrix(static_cast<const C*>(p.gam) + begin, b.d, b.n, end - begin,
+                     w.gT + begin * ldg, ldg, ldg);
+  });
   if (grads && split.blocks == 0)
     __builtin_memset(w.P, 0, size_t(b.a.offset[2 * b.r] * ldg) * sizeof(C));
 

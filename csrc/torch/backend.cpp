@@ -55,11 +55,6 @@ const Products& products_of(bool cpu) {
   return on_cuda;
 }
 
-bool tf32_requested() {
-  const char* value = std::getenv("RANDLORA_TF32");
-  return value && std::string(value) == "1";
-}
-
 // The matrices of `m` as a tensor; as a matrix, if there is one.
 Tensor view(const MatrixBatch& m, const Tensor& like) {
   const int64_t sizes[3] = {m.count, m.rows, m.cols}, strides[3] = {m.next, m.row, m.col};
@@ -267,7 +262,10 @@ TorchDevice::TorchDevice(const Tensor& like) : like_(like) {
   const CudaKernels& kernels = cuda_kernels();
   const int index = like.is_cpu() ? 0 : like.get_device_index();
   kernels.describe(index, *this);
-  static const bool use_tf32 = tf32_requested();
+  static const bool use_tf32 = [] {
+    const char* value = std::getenv("RANDLORA_TF32");
+    return value && std::string(value) == "1";
+  }();
   tf32 = use_tf32;
   if (!like.is_cpu()) {
     static const auto current_stream =

@@ -51,12 +51,16 @@ struct Explained<function> {
 };
 #define RANDLORA_BOX(function) TORCH_BOX(randlora::Explained<&function>::address())
 
-// Calls an operator of torch by its name. Every result stands where an argument stood.
-template <class... Args>
-std::array<StableIValue, sizeof...(Args)> call_torch(const char* name, const Args&... args) {
+// Calls an operator of torch by its name.
+template <class... Results, class... Args>
+std::tuple<Results...> call_torch(const char* name, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return stack;
+  const StableIValue* next = stack.data();
+  const auto result = [&](auto* type) {
+    return torch::stable::detail::to<std::remove_pointer_t<decltype(type)>>(*next++);
+  };
+  return {result(static_cast<Results*>(nullptr))...};  // braces: in order
 }
 
 // ---- checks (check.cpp); each message names the argument, what it was and what is allowed ------
@@ -64,8 +68,7 @@ std::array<StableIValue, sizeof...(Args)> call_torch(const char* name, const Arg
 std::string describe(const Tensor& t);  // "(2, 3) float32 on cpu"
 std::optional<DType> dtype_of(ScalarType t);
 ScalarType scalar_type(DType t);
-DType activation_dtype(const Tensor& t, const char* name);
-inline void check_floating(const Tensor& t, const char* name) { activation_dtype(t, name); }
+DType activation_dtype(const Tensor& t, const char* name);  // throws unless it is one of ours
 void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name);
 
 // Checks lists of `lines` lines in tensors named `prefix`offset and `prefix`index. On the CPU it

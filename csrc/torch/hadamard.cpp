@@ -285,9 +285,8 @@ Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Ten
   const HadamardBasis b{check_basis(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
   const int64_t T = check_linear(x, weight, bias, lam, b.in(), b.out());
   if (!fits(b, x))
-    return torch::stable::detail::to<Tensor>(call_torch("randlora::hadamard_linear_plain", x,
-                                                        weight, bias, lam, gam, s, row, col, expand,
-                                                        scale)[0]);
+    return std::get<0>(call_torch<Tensor>("randlora::hadamard_linear_plain", x, weight, bias, lam,
+                                          gam, s, row, col, expand, scale));
   const Tensor xc = as_contiguous(x), y = base_output(xc, weight, bias, b.out());
   Product(b, xc, T).compute(expand, xc, y, weight.has_value());
   return y;
@@ -300,12 +299,10 @@ Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, T
   const int64_t T = check_linear(x, weight, {}, lam, b.in(), b.out());
   check_output_gradient(dy, x, b.out());
   if (!need_x && !need_diagonals) return {};
-  if (!fits(b, x)) {
-    const auto results = call_torch("randlora::hadamard_linear_backward_plain", dy, x, weight, lam,
-                                    gam, s, row, col, expand, scale, need_x, need_diagonals);
-    const auto at = [&](size_t i) { return torch::stable::detail::to<OptionalTensor>(results[i]); };
-    return {at(0), at(1), at(2)};
-  }
+  if (!fits(b, x))
+    return call_torch<OptionalTensor, OptionalTensor, OptionalTensor>(
+        "randlora::hadamard_linear_backward_plain", dy, x, weight, lam, gam, s, row, col, expand,
+        scale, need_x, need_diagonals);
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
   OptionalTensor dx, dlam, dgam;
   if (need_x) dx = base_gradient(dyc, weight, xc);
@@ -348,12 +345,9 @@ std::tuple<Tensor, Tensor> hadamard_weight_backward(Tensor grad, Tensor lam, Ten
   const HadamardBasis b{check_experts(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
   const DType dtype = activation_dtype(grad, "grad");
   check_weights(grad, "grad", b);
-  if (!fits(b, grad)) {
-    const auto results = call_torch("randlora::hadamard_weight_backward_plain", grad, lam, gam, s,
-                                    row, col, expand, scale);
-    return {torch::stable::detail::to<Tensor>(results[0]),
-            torch::stable::detail::to<Tensor>(results[1])};
-  }
+  if (!fits(b, grad))
+    return call_torch<Tensor, Tensor>("randlora::hadamard_weight_backward_plain", grad, lam, gam, s,
+                                      row, col, expand, scale);
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   const Tensor dlam = allocate_like(l), dgam = allocate_like(g);
   run(lam, HadamardWeightBackward{experts_of(b, l, g, as_contiguous(grad), dtype),

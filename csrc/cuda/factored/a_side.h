@@ -24,8 +24,6 @@ namespace randlora::cuda {
 
 // Tables of the supports S_j. They depend only on the basis: made once and kept with the packed
 // basis, or made in every call if it has none.
-constexpr int kGroup = kSupportGroup;  // the entries of a rank index are padded to whole groups
-
 struct Support {
   const int64_t* offset;  // (2 r + 1), that of A's lists: j has offset[2 j] .. offset[2 j + 2)
   int64_t r, n, d;
@@ -53,6 +51,11 @@ struct Support {
 };
 
 // ---- one operator call --------------------------------------------------------------------------
+
+// As many of T tokens, in whole tiles, as have `features` each in `bytes`.
+inline int64_t tokens_within(int64_t bytes, int64_t T, int64_t features, DType dtype) {
+  return min(T, max(bytes / (features * bytes_of(dtype)) / 128, int64_t{1}) * 128);
+}
 
 // The products of the A side for up to T tokens at a time. Makes tables and values on first use.
 class ASideCall {

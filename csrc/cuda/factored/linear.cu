@@ -30,20 +30,13 @@ class ReusedScratch : public Device {
   size_t bytes_ = 0;
 };
 
-// Tokens of a chunk, in whole tiles: their V or U takes at most chunk_bytes.
-int64_t chunk_of(const Basis& b, int64_t T, DType dtype, const Device& device) {
-  const int64_t tokens = device.chunk_bytes / (b.K() * bytes_of(dtype));
-  const int64_t most = max(tokens / 128, int64_t{1}) * 128;
-  return min(T, most);
-}
-
 }  // namespace
 
 void linear(const Linear& p, Device& device) {
   const Basis& b = p.basis;
   const bool grads = p.dlam != nullptr;
   if (!grads && (!p.to || p.T == 0)) return;
-  const int64_t chunk = chunk_of(b, p.T, p.dtype, device);
+  const int64_t chunk = tokens_within(device.chunk_bytes, p.T, b.K(), p.dtype);  // of V or U
   ASideCall a(p, chunk, device);
   void* between = device.scratch(static_cast<size_t>(chunk * b.K() * bytes_of(p.dtype)));
   // The operands on the d side and on the D side.
