@@ -21,7 +21,16 @@ struct f16 {
 template <class S>
 using ComputeOf = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
+RANDLORA_HD DType compute_dtype(DType t) { return t == DType::f64 ? t : DType::f32; }
+
 RANDLORA_HD int64_t bytes_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+// `p`, void* or const void*, moved on by elements of a dtype. Null stays null.
+template <class P>
+RANDLORA_HD P* moved(P* p, int64_t elements, DType dtype) {
+  using Bytes = std::conditional_t<std::is_const_v<P>, const char, char>;
+  return p ? static_cast<Bytes*>(p) + elements * bytes_of(dtype) : nullptr;
+}
 
 // Calls fn(S{}) for the storage type S of a dtype.
 template <class F>

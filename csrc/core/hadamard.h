@@ -65,7 +65,7 @@ struct HadamardGamma {
 // dlam[c] = scale * col[c] * the sum over slots q of sums[q, c].
 struct HadamardDiagonals {
   HadamardSizes sizes;
-  const void* P;     // CUDA: may be null, and then dgam is not wanted
+  const void* P;     // may be null, and then dgam is not wanted
   const void* sums;  // (slots, K) in the compute type, from HadamardDown
   int64_t slots;
   const float *s, *col;
@@ -127,50 +127,41 @@ struct HadamardExperts {
   const void *lam, *gam;  // compute type
   const float *s, *row, *col;
   int64_t next_s, next_row;
+  const void* weight;  // in `dtype`: what dW is added to, or null; or the gradient of the sum
   DType dtype;
   double scale;
-  bool transposed;  // dW is (d, D) instead of (D, d)
+  bool transposed;  // weight and dW are (d, D) instead of (D, d)
 
-  RANDLORA_HD_MEMBER DType compute() const { return dtype == DType::f64 ? dtype : DType::f32; }
-  // Leaves expert e alone.
-  RANDLORA_HD_MEMBER void select(int64_t e) {
-    lam = moved(lam, e * sizes.K(), compute()), gam = moved(gam, e * sizes.n * sizes.d, compute());
-    s += e * next_s, row += e * next_row, experts = 1;
-  }
-  template <class P>
-  RANDLORA_HD_MEMBER static P* moved(P* p, int64_t elements, DType dtype) {
-    using Bytes = std::conditional_t<std::is_const_v<P>, const char, char>;
-    return p ? static_cast<Bytes*>(p) + elements * bytes_of(dtype) : nullptr;
-  }
-};
-
-// out = base + scale * dW, or scale * dW without a base, rounded once to `dtype`.
-struct HadamardWeight : HadamardExperts {
-  const void* base;  // like out, or null
-  void* out;
-
-  RANDLORA_HD_MEMBER HadamardWeight expert(int64_t e) const {
-    const int64_t first = e * sizes.D * sizes.d;
-    HadamardWeight p{*this, moved(base, first, dtype), moved(out, first, dtype)};
-    p.select(e);
+  RANDLORA_HD_MEMBER HadamardExperts expert(int64_t e) const {
+    HadamardExperts p = *this;
+    p.experts = 1;
+    p.lam = moved(lam, e * sizes.K(), compute_dtype(dtype));
+    p.gam = moved(gam, e * sizes.n * sizes.d, compute_dtype(dtype));
+    p.weight = moved(weight, e * sizes.D * sizes.d, dtype);
+    p.s += e * next_s, p.row += e * next_row;
     return p;
   }
 };
 
-// dlam and dgam from `grad`, the gradient of HadamardWeight's out:
+// out = weight + scale * dW, or scale * dW without a weight, rounded once to `dtype`.
+struct HadamardWeight : HadamardExperts {
+  void* out;
+
+  RANDLORA_HD_MEMBER HadamardWeight expert(int64_t e) const {
+    return {HadamardExperts::expert(e), moved(out, e * sizes.D * sizes.d, dtype)};
+  }
+};
+
+// dlam and dgam from the gradient of HadamardWeight's out:
 // with u[c] = sum over o of row[o] H[o, c] grad[o, k] and m the class of column k,
 //   dgam[i, k] = scale * s[k] * sum over j of H[j, m] col lam[j, i] u[j * n + i]
 //   dlam[j, i] = scale * col * sum over k of H[j, m] s[k] gam[i, k] u[j * n + i]
 struct HadamardWeightBackward : HadamardExperts {
-  const void* grad;
   void *dlam, *dgam;  // compute type
 
   RANDLORA_HD_MEMBER HadamardWeightBackward expert(int64_t e) const {
-    HadamardWeightBackward p{*this, moved(grad, e * sizes.D * sizes.d, dtype),
-                             moved(dlam, e * sizes.K(), compute()),
-                             moved(dgam, e * sizes.n * sizes.d, compute())};
-    p.select(e);
-    return p;
+    return {HadamardExperts::expert(e), moved(dlam, e * sizes.K(), compute_dtype(dtype)),
+            moved(dgam, e * sizes.n * sizes.d, compute_dtype(dtype))};
   }
 };
 

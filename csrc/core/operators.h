@@ -26,7 +26,6 @@ struct Basis {
 
   RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
   RANDLORA_HD_MEMBER bool has_planes() const { return b_planes.plus != nullptr; }
-  RANDLORA_HD_MEMBER bool has_lists() const { return !has_planes(); }
 };
 
 // support_numbers is the length of A's support tables (csrc/cuda): support_room entries in column
@@ -66,32 +65,21 @@ struct ScaledBasisBackward {
   DType dtype;
 };
 
-// y (T, out) += scale * x (T, in) dW^T, or y = ... when not `accumulate`.
-//   expand  (d == in):  V = x A'^T (T, K);  y += scale * V B^T
-//   reduce  (d == out): U = x B    (T, K);  y += scale * U A'
+// A product with dW, to += scale * ..., or to = ... unless `accumulate`:
+//   up    from (T, d), to (T, D):   V = from A'^T (T, K);  to += scale * V B^T
+//   down  from (T, D), to (T, d):   U = from B    (T, K);  to += scale * U A'
+// A layer is one of the two, and the other makes dx of dy. That one also makes dlam and dgam, both
+// or neither, if `other` is x; then `to` may be null.
 struct Linear {
   Basis basis;
-  const void *lam, *gam;
-  const void* x;
-  void* y;
+  const void *lam, *gam, *from;
+  void* to;
   DType dtype;
   int64_t T;
   double scale;
-  bool expand, accumulate;
-};
-
-// Gradients of Linear from dy (T, out) and x (T, in). dx (T, in) may be null; with `accumulate`,
-// the gradient is added to it. dlam and dgam are either both null or both wanted.
-struct LinearBackward {
-  Basis basis;
-  const void *lam, *gam;
-  const void *x, *dy;
-  void* dx;
-  DType dtype;
-  int64_t T;
-  double scale;
-  bool expand, accumulate;
-  void *dlam, *dgam;  // compute type
+  bool up, accumulate;
+  const void* other = nullptr;
+  void *dlam = nullptr, *dgam = nullptr;  // compute type
 };
 
 // Packs a dense matrix into planes, and reports whether its elements are all -a, 0 or a. CPU only.
@@ -149,7 +137,6 @@ struct ListsToDense {
   X(scaled_basis, ScaledBasis)                  \
   X(scaled_basis_backward, ScaledBasisBackward) \
   X(linear, Linear)                             \
-  X(linear_backward, LinearBackward)            \
   X(hadamard_gamma, HadamardGamma)              \
   X(hadamard_diagonals, HadamardDiagonals)      \
   X(hadamard_up, HadamardUp)                    \

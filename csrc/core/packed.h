@@ -23,14 +23,6 @@ struct Planes {
   const uint64_t* plus = nullptr;  // (rows, words)
   const uint64_t* minus = nullptr;
   int64_t words = 0;
-
-  // `count` <= 64 bits of a row from column `col` on, moved to bit 0. They may span two words.
-  RANDLORA_HD_MEMBER static uint64_t bits(const uint64_t* row, int64_t col, int64_t count) {
-    const int64_t word = col >> 6, shift = col & 63;
-    uint64_t m = row[word] >> shift;
-    if (shift != 0 && shift + count > 64) m |= row[word + 1] << (64 - shift);
-    return count == 64 ? m : m & ((uint64_t{1} << count) - 1);
-  }
 };
 
 // Transposes in place: bit c of word r becomes bit r of word c. Six rounds swap the off-diagonal

@@ -25,22 +25,16 @@ RANDLORA_INLINE void butterflies(V (&v)[1 << G]) {
 }
 
 // Lane l gets lane l ^ S of v, plus or minus lane l.
-template <int S, class V, size_t... I>
-RANDLORA_INLINE V lane_stage(V v, std::index_sequence<I...>) {
+template <int S, class V, int... I>
+RANDLORA_INLINE V lane_stage(V v, std::integer_sequence<int, I...>) {
   using C = std::decay_t<decltype(v[0])>;
-#if defined(__clang__)
-  const V other = __builtin_shufflevector(v, v, (int(I) ^ S)...);
-#else
-  using M = Vec<std::conditional_t<sizeof(C) == 8, int64_t, int32_t>, sizeof(V)>;
-  const V other = __builtin_shuffle(v, M{(int(I) ^ S)...});
-#endif
-  const V sign{(int(I) & S ? C(-1) : C(1))...};
-  return fused(v, sign, other);
+  const V sign{(I & S ? C(-1) : C(1))...};
+  return fused(v, sign, shuffle<(I ^ S)...>(v, v));
 }
 template <class V, int S = 1>
 RANDLORA_INLINE V transform_lanes(V v) {
   constexpr int L = sizeof(V) / sizeof(v[0]);
-  v = lane_stage<S>(v, std::make_index_sequence<L>{});
+  v = lane_stage<S>(v, std::make_integer_sequence<int, L>{});
   if constexpr (2 * S < L) return transform_lanes<V, 2 * S>(v);
   return v;
 }
@@ -286,6 +280,31 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
   });
 }
 
+template <class S>
+void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
+  using C = ComputeOf<S>;
+  const int64_t n = p.sizes.n, d = p.sizes.d, K = p.sizes.K(), classes = p.sizes.classes();
+  const ClassOf<S>* P = static_cast<const ClassOf<S>*>(p.P);
+  const C *sums = static_cast<const C*>(p.sums), scale = C(p.scale);
+  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
+  rt.set_single(n * d < kHadamardOneThread);
+  rt.split(P ? n : 0, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t m = 0; m < classes; ++m) {
+        const int64_t first = m * n, count = d - first < n ? d - first : n;
+        const ClassOf<S>* from = P + (first + i) * n;
+        C* to = dgam + i * d + first;
+        for (int64_t k = 0; k < count; ++k) to[k] = scale * C(p.s[first + k]) * C(widen(from[k]));
+      }
+  });
+  rt.split(K, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) dlam[c] = 0;
+    for (int64_t slot = 0; slot < p.slots; ++slot)
+      for (int64_t c = begin; c < end; ++c) dlam[c] += sums[slot * K + c];
+    for (int64_t c = begin; c < end; ++c) dlam[c] *= scale * C(p.col[c]);
+  });
+}
+
 // Columns of a tile, a few vectors. The wider it is, the more of a page of W is read at once; it
 // should stay in the L2 cache. `rows` is their length.
 template <class C>
@@ -307,7 +326,7 @@ void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
   const int64_t of_gamma = n + L, step = all.N + 2 * L, width = tile_width<C>(p.transposed, all.N);
   all.prepare(rt, p.lam, p.col, p.row, p.scale, width * (of_gamma + step));
   const C* gam = static_cast<const C*>(p.gam);
-  const S* base = static_cast<const S*>(p.base);
+  const S* base = static_cast<const S*>(p.weight);
   S* out = static_cast<S*>(p.out);
   const auto put = [&](int64_t e, V delta, int64_t count) {
     store_some(out + e, base ? load_some<V>(base + e, count) + delta : delta, count);
@@ -366,8 +385,8 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
   C* sums = all.prepare(rt, p.lam, p.col, p.row, p.scale, numbers + width * (of_gamma + step),
                         slots * r * n);
   const C* gam = static_cast<const C*>(p.gam);
-  const S* grad = static_cast<const S*>(p.grad);
-  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
+  const S* grad = static_cast<const S*>(p.weight);
+  C* dgam = static_cast<C*>(p.dgam);
   all.split(rt, slots, [&](const Row& row, int64_t begin, int64_t end) {
     C *sum = row.more(), *gamma = sum + numbers, *tile = gamma + width * of_gamma;
     int64_t m = -1;
@@ -413,11 +432,9 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
         __builtin_memcpy(to + j * n, sum + j * row.padded, size_t(n) * sizeof(C));
     }
   });
-  for (int64_t c = 0; c < r * n; ++c) {
-    C total = 0;
-    for (int64_t slot = 0; slot < slots; ++slot) total += sums[slot * r * n + c];
-    dlam[c] = total * C(p.col[c]);
-  }
+  // `scale` is in the rows already.
+  hadamard_diagonals_as<S>(
+      {p.sizes, nullptr, sums, slots, p.s, p.col, p.dlam, nullptr, p.dtype, 1.0}, rt);
 }
 
 template <class S>
@@ -439,31 +456,6 @@ void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   rt.split(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t k = 0; k < d; ++k) narrow(gam[i * d + k] * C(p.s[k]), out + i * d + k);
-  });
-}
-
-template <class S>
-void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
-  using C = ComputeOf<S>;
-  const int64_t n = p.sizes.n, d = p.sizes.d, K = p.sizes.K(), classes = p.sizes.classes();
-  const ClassOf<S>* P = static_cast<const ClassOf<S>*>(p.P);
-  const C *sums = static_cast<const C*>(p.sums), scale = C(p.scale);
-  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
-  rt.set_single(n * d < kHadamardOneThread);
-  rt.split(n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t m = 0; m < classes; ++m) {
-        const int64_t first = m * n, count = d - first < n ? d - first : n;
-        const ClassOf<S>* from = P + (first + i) * n;
-        C* to = dgam + i * d + first;
-        for (int64_t k = 0; k < count; ++k) to[k] = scale * C(p.s[first + k]) * C(widen(from[k]));
-      }
-  });
-  rt.split(K, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) dlam[c] = 0;
-    for (int64_t slot = 0; slot < p.slots; ++slot)
-      for (int64_t c = begin; c < end; ++c) dlam[c] += sums[slot * K + c];
-    for (int64_t c = begin; c < end; ++c) dlam[c] *= scale * C(p.col[c]);
   });
 }
 

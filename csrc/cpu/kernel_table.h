@@ -6,7 +6,6 @@
 #include "fill_planes.h"
 #include "hadamard.h"
 #include "linear.h"
-#include "linear_backward.h"
 
 namespace randlora::RANDLORA_ISA {
 

@@ -1,18 +1,24 @@
-// The factored path, forward (equations in docs/math.md):
+// The factored path (equations in docs/math.md):
 //
-//   expand (d == in)    V = x A'^T,  y += s V B^T
-//   reduce (d == out)   U = x B,     y += s U A'
+//   up      V = from A'^T,  to += s V B^T
+//   down    U = from B,     to += s U A'
 //
-// Scratch holds V and U for one group of token blocks at a time; nothing is kept for backward.
+// and for the gradients, with z the one of `from` and `other` on the d side, and U = B^T of the
+// other one,
+//
+//   P_j = U_j^T z[:, S_j]   dlam[j, i] = s sum_k A gam P     dgam[i, k] = s sum_j A lam P
+//
+// For gradients, tokens are processed in super-blocks of a few blocks per thread:
+//   phase 1, blocks per slot          `to`; keeps z and U of the super-block
+//   phase 2, rank indices per slot    P_j += U_j^T z[:, S_j], block after block
+//   at the end                        dlam and dgam from P, bases per slot
+// so no sum is split between threads, and scratch is bounded for any T. If there is only one block,
+// P_j is computed as soon as U_j is known, and U is not kept.
 #pragma once
 #include "a_side.h"
-#include "b_planes.h"
 #include "b_side.h"
 
 namespace randlora::RANDLORA_ISA {
-
-constexpr int kLines = 64;  // rows of B per output tile, for lists
-constexpr int kGroup = 4;   // blocks that share one decoding of B's planes
 
 // The row length of transposed gamma: n, padded to whole vectors.
 template <class C>
@@ -21,135 +27,188 @@ RANDLORA_INLINE int64_t gamma_stride(const Basis& b) {
   return (b.n + lanes - 1) / lanes * lanes;
 }
 
+// Blocks per thread in a super-block for lists (kGroup for planes): their z and U should stay in
+// the thread's L2 cache from phase 1 to phase 2.
+constexpr int kBlocks = 2;
+
+// Columns of dgamma that reduce_P sums at a time: as many as fit in half the L1 cache, because runs
+// of A's lists should have more than one or two entries in a tile.
 template <class C>
-void transpose_gamma(const Basis& b, const void* gam, C* gT, Runtime& rt) {
-  const int64_t ldg = gamma_stride<C>(b);
-  rt.split(b.d, 64, [&](int64_t begin, int64_t end) {
-    transpose_matrix(static_cast<const C*>(gam) + begin, b.d, b.n, end - begin, gT + begin * ldg,
-                     ldg, ldg);
-  });
+RANDLORA_INLINE int64_t tile_columns(int64_t ldg) {
+  constexpr int64_t lanes = kVectorBytes / int(sizeof(C));
+  const int64_t fit = 16384 / (ldg * int64_t{sizeof(C)}) / lanes * lanes;
+  return fit > lanes ? fit : lanes;
 }
 
-// How T tokens are divided: into blocks of TB, which slots take in groups.
-struct TokenSplit {
-  int64_t T, TB, blocks, group;
-  int slots;
-
-  TokenSplit(const Basis& b, int64_t tokens, int block, int threads) : T(tokens), TB(block) {
-    blocks = (T + TB - 1) / TB;
-    slots = int(blocks < threads ? blocks : threads);
-    const int64_t share = slots ? (blocks + slots - 1) / slots : 1;
-    group = !b.has_planes() ? 1 : share < kGroup ? share : int64_t{kGroup};
-  }
-  int64_t tokens(int64_t block) const { return T - block * TB < TB ? T - block * TB : TB; }
-};
-
-// One slot's scratch for taking a group of blocks through both sides.
+// What all slots share; all but gT is for gradients.
 template <class B>
-struct Slot {
+struct SharedScratch {
   using C = typename B::C;
-  C *small, *large, *mid;  // (group, d, TB), (group, D, TB), (group, K, TB)
-  C *lines, *scaled;       // (kLines, TB), (n, TB)
-  QuadScratch<C> quads;
-  int64_t small_step, large_step, mid_step;
-
-  Slot(const Basis& b, int64_t group, Arena& arena)
-      : small(arena.array<C>(group * b.d * B::TB)),
-        large(arena.array<C>(group * b.D * B::TB)),
-        mid(arena.array<C>(group * b.K() * B::TB)),
-        lines(arena.array<C>(b.has_lists() ? kLines * B::TB : 0)),
-        scaled(arena.array<C>(b.n * B::TB)),
-        quads{arena.array<C>(b.has_planes() ? kQuads * kEntries * B::TB : 0),
-              arena.array<uint8_t>(QuadScratch<C>::numbers(b))},
-        small_step(b.d * B::TB),
-        large_step(b.D * B::TB),
-        mid_step(b.K() * B::TB) {}
+  C* gT;            // (d, ldg): gamma transposed
+  C* P;             // (positions of A, ldg): row p belongs to the p-th entry of A's lists
+  C* z;             // (super, d, TB)
+  C* ut;            // U: (super, r, TB, ldg); for one block, (TB, ldg), one rank index at a time
+  C *lam, *dlam;    // (r, ldg) each: lambda times the scale, and the gradient without it
+  C* tile;          // (tile_columns, ldg): some columns of dgamma, transposed
+  int64_t* cursor;  // (threads, 2 r): the current position in each run of A's lists
+  SharedScratch(const Basis& b, bool grads, int64_t super, int threads, Arena& arena) {
+    const int64_t ldg = gamma_stride<C>(b);
+    gT = arena.array<C>(b.d * ldg);
+    if (!grads) return;
+    lam = arena.array<C>(b.r * ldg);
+    dlam = arena.array<C>(b.r * ldg);
+    tile = arena.array<C>(tile_columns<C>(ldg) * ldg);
+    cursor = arena.array<int64_t>(threads * 2 * b.r);
+    P = arena.array<C>(b.a.offset[2 * b.r] * ldg);
+    z = arena.array<C>(super * b.d * B::TB);
+    ut = arena.array<C>((super > 1 ? super * b.r : 1) * B::TB * ldg);
+  }
 };
 
-// out (T, D) (+)= scale * v B^T for blocks [first, first + count). Lists take kLines features at a
-// time, so that the sums are still in the L1 cache when stored; planes fill all of s.large first.
+// Phase 1 for blocks [first, first + count); their z and ut start at block `at` of w.z and w.ut.
 template <class B>
-void emit_up(const Basis& b, const TokenSplit& split, Slot<B>& s, int64_t first, int count,
-             double scale, bool accumulate, void* out, DType dtype) {
-  const auto emit = [&](int g, const auto* sums, int64_t o, int64_t lines) {
-    store_block<B>(sums, typename B::C(scale), accumulate, split.tokens(first + g), lines, out,
-                   dtype, (first + g) * B::TB, b.D, o);
+void linear_group(const Linear& p, const TokenSplit& split, Slot<B>& s, const SharedScratch<B>& w,
+                  int64_t first, int count, int64_t at) {
+  using C = typename B::C;
+  const Basis& b = p.basis;
+  const bool grads = p.dlam != nullptr;
+  const C *lam = static_cast<const C*>(p.lam), *gT = w.gT;
+  const int64_t ldg = gamma_stride<C>(b), ut_step = b.r * B::TB * ldg;
+  const int64_t z_step = grads ? b.d * B::TB : 0;  // else one block after the other
+  C *z = grads ? w.z + at * z_step : s.small, *ut = grads ? w.ut + at * ut_step : nullptr;
+  const auto load = [&](int g, const void* from, int64_t features, C* to) {
+    load_block<B>(from, p.dtype, (first + g) * B::TB, features, split.tokens(first + g), to);
   };
-  if (!b.has_lists()) {
-    planes_up<B>(b, count, s.mid, s.large, s.quads);
-    for (int g = 0; g < count; ++g) emit(g, s.large + g * s.large_step, 0, b.D);
-    return;
-  }
-  for (int64_t o = 0; o < b.D; o += kLines) {
-    const int64_t lines = b.D - o < kLines ? b.D - o : kLines;
+  const auto load_large = [&](const void* from) {
+    for (int g = 0; g < count; ++g) load(g, from, b.D, s.large + g * s.large_step);
+  };
+  const auto keep = [&](int g, int64_t j, const C* u) {
+    if (split.blocks > 1)
+      return transpose_bases<B>(u, b.n, ldg, ut + g * ut_step + j * B::TB * ldg);
+    transpose_bases<B>(u, b.n, ldg, ut);
+    a_grad<B>(b, j, ldg, split.tokens(0), z, ut, w.P, true);
+  };
+  if (p.up) {
     for (int g = 0; g < count; ++g) {
-      sum_lists<B>(b.b_rows, o, o + lines, s.mid + g * s.mid_step, s.lines);
-      emit(g, s.lines, o, lines);
+      load(g, p.from, b.d, z + g * z_step);
+      if (p.to) a_up<B>(b, lam, gT, ldg, z + g * z_step, s.mid + g * s.mid_step);
     }
+    if (p.to) emit_up<B>(b, split, s, first, count, p.scale, p.accumulate, p.to, p.dtype);
+    if (!grads) return;
+    load_large(p.other);
+    down<B>(b, s, count, keep);
+  } else {
+    load_large(p.from);
+    for (int g = 0; g < count && grads; ++g) load(g, p.other, b.d, z + g * z_step);
+    if (p.to) __builtin_memset(s.small, 0, size_t(count * s.small_step) * sizeof(C));
+    down<B>(b, s, count, [&](int g, int64_t j, const C* u) {
+      if (p.to) a_down<B>(b, j, lam + j * b.n, gT, ldg, u, s.scaled, s.small + g * s.small_step);
+      if (grads) keep(g, j, u);
+    });
+    for (int g = 0; g < count && p.to; ++g)
+      store_block<B>(s.small + g * s.small_step, C(p.scale), p.accumulate, split.tokens(first + g),
+                     b.d, p.to, p.dtype, (first + g) * B::TB, b.d, 0);
   }
 }
 
-// u = B^T s.large, then fn(g, j, u of j) for each block g and rank index j. Lists compute one rank
-// index at a time, always in the same memory, so that u stays in the L1 cache.
-template <class B, class F>
-void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
-  if (b.has_planes()) planes_down<B>(b, count, s.large, s.mid, s.quads);
-  for (int64_t j = 0; j < b.r; ++j)
-    for (int g = 0; g < count; ++g) {
-      auto* u = s.mid + g * s.mid_step;
-      if (b.has_lists())
-        sum_lists<B>(b.b_cols, j * b.n, (j + 1) * b.n, s.large + g * s.large_step, u);
-      else
-        u += j * b.n * B::TB;
-      fn(g, j, u);
+// dlam and dgam from P. A slot owns some vectors of bases, so no sum is split. It processes the
+// columns of A in tiles, with all rank indices per tile: it reads P and writes dgam once, and the
+// sums stay in the L1 cache.
+template <class B, class Index>
+void reduce_P(const Linear& p, const Lists<Index>& a, const SharedScratch<B>& w, Runtime& rt) {
+  using C = typename B::C;
+  using V = Vec<C>;
+  constexpr int L = kVectorBytes / int(sizeof(C));
+  const Basis& b = p.basis;
+  const int64_t ldg = gamma_stride<C>(b), vectors = ldg / L;
+  const C scale = C(p.scale), *lam = static_cast<const C*>(p.lam);
+  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
+  const int slots = int(vectors < rt.width() ? vectors : rt.width());
+  rt.each_slot(slots, [&](int slot) {
+    const int64_t begin = vectors * slot / slots * L, end = vectors * (slot + 1) / slots * L;
+    const int64_t bases = (b.n < end ? b.n : end) - begin;
+    for (int64_t j = 0; j < b.r; ++j)
+      for (int64_t i = begin; i < end; ++i) {
+        w.lam[j * ldg + i] = i < b.n ? lam[j * b.n + i] * scale : C(0);
+        w.dlam[j * ldg + i] = C(0);
+      }
+    int64_t* cursor = w.cursor + slot * 2 * b.r;
+    for (int64_t run = 0; run < 2 * b.r; ++run) cursor[run] = a.offset[run];
+    const int64_t step = tile_columns<C>(ldg);
+    for (int64_t first = 0; first < b.d; first += step) {
+      const int64_t columns = b.d - first < step ? b.d - first : step;
+      for (int64_t k = 0; k < columns; ++k)
+        for (int64_t i = begin; i < end; i += L) store(w.tile + k * ldg + i, V{});
+      for (int64_t run = 0; run < 2 * b.r; ++run) {
+        const C sign = run % 2 ? C(-1) : C(1);
+        const int64_t j = run / 2 * ldg;
+        int64_t q = cursor[run];
+        for (; q < a.offset[run + 1] && a.index[q] < first + columns; ++q) {
+          const int64_t k = a.index[q];
+          for (int64_t i = begin; i < end; i += L) {
+            const V Pq = load<V>(w.P + q * ldg + i) * sign;
+            C *sum = w.dlam + j + i, *to = w.tile + (k - first) * ldg + i;
+            store(sum, load<V>(sum) + Pq * load<V>(w.gT + k * ldg + i));
+            store(to, load<V>(to) + Pq * load<V>(w.lam + j + i));
+          }
+        }
+        cursor[run] = q;
+      }
+      transpose_matrix(w.tile + begin, ldg, columns, bases, dgam + begin * b.d + first, b.d,
+                       columns);
     }
+    for (int64_t j = 0; j < b.r; ++j)
+      for (int64_t i = begin; i < begin + bases; ++i)
+        dlam[j * b.n + i] = w.dlam[j * ldg + i] * scale;
+  });
 }
 
 template <class B>
 void linear_blocks(const Linear& p, Runtime& rt) {
   using C = typename B::C;
   const Basis& b = p.basis;
+  const bool grads = p.dlam != nullptr;
   const TokenSplit split(b, p.T, B::TB, rt.width());
+  const int64_t most =
+      grads ? (b.has_planes() ? kGroup : kBlocks) * int64_t{rt.width()} : split.blocks;
+  const int64_t super = split.blocks < most ? split.blocks : most;
   const int64_t ldg = gamma_stride<C>(b);
-  const C* lam = static_cast<const C*>(p.lam);
+
   Arena shared, per_slot;
-  shared.array<C>(b.d * ldg);
+  SharedScratch<B>(b, grads, super, rt.width(), shared);
   Slot<B>(b, split.group, per_slot);
   char* memory = static_cast<char*>(rt.scratch(shared.used() + split.slots * per_slot.used()));
-  C* gT = Arena(memory).array<C>(b.d * ldg);
-  transpose_gamma(b, p.gam, gT, rt);
-
-  rt.each_slot(split.slots, [&](int slot) {
-    Arena own(memory + shared.used() + slot * per_slot.used());
-    Slot<B> s(b, split.group, own);
-    for (int64_t first = slot * split.group; first < split.blocks;
-         first += split.slots * split.group) {
-      const int count =
-          int(split.blocks - first < split.group ? split.blocks - first : split.group);
-      const auto each = [&](const auto& fn) {
-        for (int g = 0; g < count; ++g) fn(g, (first + g) * B::TB, split.tokens(first + g));
-      };
-      if (p.expand) {
-        each([&](int g, int64_t t, int64_t tokens) {
-          load_block<B>(p.x, p.dtype, t, b.d, tokens, s.small);
-          a_up<B>(b, lam, gT, ldg, s.small, s.mid + g * s.mid_step);
-        });
-        emit_up<B>(b, split, s, first, count, p.scale, p.accumulate, p.y, p.dtype);
-      } else {
-        each([&](int g, int64_t t, int64_t tokens) {
-          load_block<B>(p.x, p.dtype, t, b.D, tokens, s.large + g * s.large_step);
-        });
-        __builtin_memset(s.small, 0, size_t(count * s.small_step) * sizeof(C));
-        down<B>(b, s, count, [&](int g, int64_t j, const C* u) {
-          a_down<B>(b, j, lam + j * b.n, gT, ldg, u, s.scaled, s.small + g * s.small_step);
-        });
-        each([&](int g, int64_t t, int64_t tokens) {
-          store_block<B>(s.small + g * s.small_step, C(p.scale), p.accumulate, tokens, b.d, p.y,
-                         p.dtype, t, b.d, 0);
-        });
-      }
-    }
+  Arena arena(memory);
+  SharedScratch<B> w(b, grads, super, rt.width(), arena);
+  rt.split(b.d, 64, [&](int64_t begin, int64_t end) {
+    transpose_matrix(static_cast<const C*>(p.gam) + begin, b.d, b.n, end - begin,
+                     w.gT + begin * ldg, ldg, ldg);
   });
+  if (grads && split.blocks == 0)
+    __builtin_memset(w.P, 0, size_t(b.a.offset[2 * b.r] * ldg) * sizeof(C));
+
+  const int64_t z_step = b.d * B::TB, ut_step = b.r * B::TB * ldg;
+  for (int64_t base = 0; base < split.blocks; base += super) {
+    const int64_t last = split.blocks - base < super ? split.blocks : base + super;
+    rt.each_slot(split.slots, [&](int slot) {
+      Arena own(memory + shared.used() + slot * per_slot.used());
+      Slot<B> s(b, split.group, own);
+      for (int64_t first = base + slot * split.group; first < last;
+           first += split.slots * split.group) {
+        const int count = int(last - first < split.group ? last - first : split.group);
+        linear_group<B>(p, split, s, w, first, count, first - base);
+      }
+    });
+    if (!grads || split.blocks == 1) continue;
+    rt.split(b.r, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j)
+        for (int64_t block = base; block < last; ++block)
+          a_grad<B>(b, j, ldg, split.tokens(block), w.z + (block - base) * z_step,
+                    w.ut + (block - base) * ut_step + j * B::TB * ldg, w.P, block == 0);
+    });
+  }
+  if (!grads) return;
+  b.a.typed([&](const auto& a) { reduce_P<B>(p, a, w, rt); });
 }
 
 inline void linear(const Linear& p, Runtime& rt) {

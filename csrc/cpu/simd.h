@@ -201,25 +201,30 @@ RANDLORA_INLINE void store_as(S* p, V v) {
 
 // ---- transposing an L x L square held in L vectors ----------------------------------------------
 
-template <int S, int L, class V, size_t... I>
-RANDLORA_INLINE void exchange(V& a, V& b, std::index_sequence<I...>) {
-  // a keeps its lanes with bit S clear and takes b's partner lanes for the rest; b the other way.
+// Lane l of the result is lane Lane[l] of a, or Lane[l] - lanes of b.
+template <int... Lane, class V>
+RANDLORA_INLINE V shuffle(V a, V b) {
 #if defined(__clang__)
-  const V lo = __builtin_shufflevector(a, b, (int(I) & S ? L + int(I) - S : int(I))...);
-  const V hi = __builtin_shufflevector(a, b, (int(I) & S ? L + int(I) : int(I) + S)...);
+  return __builtin_shufflevector(a, b, Lane...);
 #else
   using M = Vec<std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>, sizeof(V)>;
-  const V lo = __builtin_shuffle(a, b, M{(int(I) & S ? L + int(I) - S : int(I))...});
-  const V hi = __builtin_shuffle(a, b, M{(int(I) & S ? L + int(I) : int(I) + S)...});
+  return __builtin_shuffle(a, b, M{Lane...});
 #endif
-  a = lo;
-  b = hi;
+}
+
+// a keeps its lanes with bit S clear and takes b's partner lanes for the rest; b the other way.
+template <int S, int L, class V, int... I>
+RANDLORA_INLINE void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
+  const V low = shuffle<(I & S ? L + I - S : I)...>(a, b);
+  b = shuffle<(I & S ? L + I : I + S)...>(a, b);
+  a = low;
 }
 
 template <int L, class V, int S = 1>
 RANDLORA_INLINE void transpose(V (&m)[L]) {
   unrolled<L>([&](auto r) {
-    if constexpr ((r & S) == 0) exchange<S, L>(m[r], m[r + S], std::make_index_sequence<L>{});
+    if constexpr ((r & S) == 0)
+      exchange<S, L>(m[r], m[r + S], std::make_integer_sequence<int, L>{});
   });
   if constexpr (2 * S < L) transpose<L, V, 2 * S>(m);
 }

@@ -55,29 +55,22 @@ const Products& products_of(bool cpu) {
   return on_cuda;
 }
 
-bool tf32_requested() {
-  const char* value = std::getenv("RANDLORA_TF32");
-  return value && std::string(value) == "1";
-}
-
 // The matrices of `m` as a tensor; as a matrix, if there is one.
-Tensor view(const MatrixBatch& m, const Tensor& like, DType dtype) {
+Tensor view(const MatrixBatch& m, const Tensor& like) {
   const int64_t sizes[3] = {m.count, m.rows, m.cols}, strides[3] = {m.next, m.row, m.col};
   const size_t skip = m.count == 1 ? 1 : 0;
   return torch::stable::from_blob(const_cast<void*>(m.data), {sizes + skip, 3 - skip},
-                                  {strides + skip, 3 - skip}, like.device(), scalar_type(dtype));
+                                  {strides + skip, 3 - skip}, like.device(), scalar_type(m.dtype));
 }
 
 // `multiply` by one call of torch's GEMM or, in 16 bits on the CPU, where torch copies matrices of
 // a batch that are not contiguous, by one for each matrix.
 void multiply_at_once(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-                      double alpha, double beta, DType dtype, const Tensor& like) {
+                      double alpha, double beta, const Tensor& like) {
   const Products& products = products_of(like.is_cpu());
-  const int64_t step = like.is_cpu() && bytes_of(dtype) == 2 ? 1 : out.count;
+  const int64_t step = like.is_cpu() && bytes_of(out.dtype) == 2 ? 1 : out.count;
   for (int64_t i = 0; i < out.count; i += step) {
-    const auto matrix = [&](const MatrixBatch& m) {
-      return view(m.matrices(i, step, dtype), like, dtype);
-    };
+    const auto matrix = [&](const MatrixBatch& m) { return view(m.matrices(i, step), like); };
     // The summand is the very tensor `out`: torch would copy any other one to it.
     const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
     TORCH_ERROR_CODE_CHECK((step == 1 ? products.one : products.batch)(to.get(), to.get(), a.get(),
@@ -191,10 +184,10 @@ Operators::Operators(std::initializer_list<Operator> all) {
 }
 
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-              double alpha, double beta, DType dtype, const Tensor& like) {
+              double alpha, double beta, const Tensor& like) {
   if (runs_on_cuda(like)) {
     products_made.fetch_add(1, std::memory_order_relaxed);
-    return multiply_at_once(out, left, right, alpha, beta, dtype, like);
+    return multiply_at_once(out, left, right, alpha, beta, like);
   }
   const Cut cut(out, left.cols);
   std::exception_ptr failed;
@@ -203,13 +196,13 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
     const int64_t first = out.count * group / cut.groups,
                   count = out.count * (group + 1) / cut.groups - first;
     const auto [begin, end] = cut.lines(part);
-    MatrixBatch to = out.matrices(first, count, dtype), a = left.matrices(first, count, dtype),
-                b = right.matrices(first, count, dtype);
+    MatrixBatch to = out.matrices(first, count), a = left.matrices(first, count),
+                b = right.matrices(first, count);
     if (cut.by_row)
-      to = to.part_of_rows(begin, end, dtype), a = a.part_of_rows(begin, end, dtype);
+      to = to.part_of_rows(begin, end), a = a.part_of_rows(begin, end);
     else
-      to = to.part_of_cols(begin, end, dtype), b = b.part_of_cols(begin, end, dtype);
-    multiply_at_once(to, a, b, alpha, beta, dtype, like);
+      to = to.part_of_cols(begin, end), b = b.part_of_cols(begin, end);
+    multiply_at_once(to, a, b, alpha, beta, like);
   };
   TorchRuntime runtime;
   const int64_t slices = cut.groups * cut.parts;
@@ -269,7 +262,10 @@ TorchDevice::TorchDevice(const Tensor& like) : like_(like) {
   const CudaKernels& kernels = cuda_kernels();
   const int index = like.is_cpu() ? 0 : like.get_device_index();
   kernels.describe(index, *this);
-  static const bool use_tf32 = tf32_requested();
+  static const bool use_tf32 = [] {
+    const char* value = std::getenv("RANDLORA_TF32");
+    return value && std::string(value) == "1";
+  }();
   tf32 = use_tf32;
   if (!like.is_cpu()) {
     static const auto current_stream =

@@ -50,29 +50,25 @@ class TorchDevice : public Device {
 // `count` matrices (rows, cols) in one tensor; next, row and col are strides in elements.
 struct MatrixBatch {
   const void* data;
+  DType dtype;
   int64_t count, rows, cols, next, row, col;
 
-  MatrixBatch transposed() const { return {data, count, cols, rows, next, col, row}; }
-  MatrixBatch matrices(int64_t first, int64_t number, DType dtype) const {
-    return {at(first * next, dtype), number, rows, cols, next, row, col};
+  MatrixBatch transposed() const { return {data, dtype, count, cols, rows, next, col, row}; }
+  MatrixBatch matrices(int64_t first, int64_t number) const {
+    return {moved(data, first * next, dtype), dtype, number, rows, cols, next, row, col};
   }
-  MatrixBatch part_of_rows(int64_t begin, int64_t end, DType dtype) const {
-    return {at(begin * row, dtype), count, end - begin, cols, next, row, col};
+  MatrixBatch part_of_rows(int64_t begin, int64_t end) const {
+    return {moved(data, begin * row, dtype), dtype, count, end - begin, cols, next, row, col};
   }
-  MatrixBatch part_of_cols(int64_t begin, int64_t end, DType dtype) const {
-    return {at(begin * col, dtype), count, rows, end - begin, next, row, col};
-  }
-
- private:
-  const void* at(int64_t element, DType dtype) const {
-    return static_cast<const char*>(data) + element * bytes_of(dtype);
+  MatrixBatch part_of_cols(int64_t begin, int64_t end) const {
+    return {moved(data, begin * col, dtype), dtype, count, rows, end - begin, next, row, col};
   }
 };
 
-// out = beta * out + alpha * left @ right by torch's GEMM, all in `dtype` on the device of `like`.
+// out = beta * out + alpha * left @ right by torch's GEMM, in one dtype on the device of `like`.
 // With beta = 0, out is not read. On the CPU the result does not depend on the number of threads.
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-              double alpha, double beta, DType dtype, const Tensor& like);
+              double alpha, double beta, const Tensor& like);
 // How many GEMMs `multiply` has started on cards, which tests/gpu counts.
 int64_t products();
 

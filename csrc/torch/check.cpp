@@ -86,17 +86,13 @@ ScalarType scalar_type(DType t) {
   }
 }
 
-ScalarType compute_type(DType t) {
-  return t == DType::f64 ? ScalarType::Double : ScalarType::Float;
-}
-
 void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name) {
   RANDLORA_CHECK(t.device() == as.device(), name, " is ", describe(t), " but ", as_name, " is ",
                  describe(as), "; they must be on one device");
 }
 
 Tensor compute_copy(const Tensor& t, DType dtype) {
-  return as_contiguous(cast(t, compute_type(dtype)));
+  return as_contiguous(cast(t, scalar_type(compute_dtype(dtype))));
 }
 
 }  // namespace randlora

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <exception>
 #include <optional>
 #include <string>
@@ -21,18 +22,6 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 #define RANDLORA_CHECK(condition, ...) STD_TORCH_CHECK(condition, "randlora: ", __VA_ARGS__)
-
-// torch's intra-op pool and allocator.
-class TorchRuntime : public Runtime {
- public:
-  int threads() const override { return static_cast<int>(torch::stable::get_num_threads()); }
-  void run(int slots, void (*task)(void*, int), void* arg) override;
-  ~TorchRuntime();
-  void* scratch(size_t bytes) override;
-
- private:
-  std::optional<Tensor> block_;
-};
 
 // ---- errors from torch (backend.cpp) -----------------------------------------------------------
 
@@ -62,13 +51,24 @@ struct Explained<function> {
 };
 #define RANDLORA_BOX(function) TORCH_BOX(randlora::Explained<&function>::address())
 
+// Calls an operator of torch by its name.
+template <class... Results, class... Args>
+std::tuple<Results...> call_torch(const char* name, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  const StableIValue* next = stack.data();
+  const auto result = [&](auto* type) {
+    return torch::stable::detail::to<std::remove_pointer_t<decltype(type)>>(*next++);
+  };
+  return {result(static_cast<Results*>(nullptr))...};  // braces: in order
+}
+
 // ---- checks (check.cpp); each message names the argument, what it was and what is allowed ------
 
 std::string describe(const Tensor& t);  // "(2, 3) float32 on cpu"
 std::optional<DType> dtype_of(ScalarType t);
 ScalarType scalar_type(DType t);
-DType activation_dtype(const Tensor& t, const char* name);
-inline void check_floating(const Tensor& t, const char* name) { activation_dtype(t, name); }
+DType activation_dtype(const Tensor& t, const char* name);  // throws unless it is one of ours
 void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name);
 
 // Checks lists of `lines` lines in tensors named `prefix`offset and `prefix`index. On the CPU it
@@ -87,6 +87,7 @@ inline Tensor allocate_like(const Tensor& t) {
 class Temporary {
  public:
   Temporary() = default;
+  explicit Temporary(int64_t bytes);  // on the CPU
   Temporary(int64_t count, DType dtype, const Tensor& like);
   Temporary(Temporary&& other) noexcept : block_(std::exchange(other.block_, std::nullopt)) {}
   Temporary& operator=(Temporary&& other) noexcept {
@@ -99,6 +100,17 @@ class Temporary {
  private:
   std::optional<Tensor> block_;
 };
+// torch's intra-op pool and allocator.
+class TorchRuntime : public Runtime {
+ public:
+  int threads() const override { return static_cast<int>(torch::stable::get_num_threads()); }
+  void run(int slots, void (*task)(void*, int), void* arg) override;
+  void* scratch(size_t bytes) override;
+
+ private:
+  Temporary block_;
+};
+
 inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
@@ -107,6 +119,5 @@ inline Tensor cast(const Tensor& t, ScalarType type) {
 }
 // `t` contiguous in the type that `dtype` computes in.
 Tensor compute_copy(const Tensor& t, DType dtype);
-ScalarType compute_type(DType dtype);
 
 }  // namespace randlora

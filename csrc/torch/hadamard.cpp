@@ -10,6 +10,7 @@
 namespace randlora {
 namespace {
 
+// lam, gam, s and row may be those of several experts, each with another dimension in front.
 struct HadamardBasis {
   HadamardSizes sizes;
   const Tensor &lam, &gam, &s, &row, &col;
@@ -22,8 +23,8 @@ struct HadamardBasis {
 
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
-HadamardBasis check_basis(const Tensor& lam, const Tensor& gam, const Tensor& s, const Tensor& row,
-                          const Tensor& col, bool expand, double scale) {
+HadamardSizes check_basis(const Tensor& lam, const Tensor& gam, const Tensor& s, const Tensor& row,
+                          const Tensor& col) {
   check_diagonals(lam, gam);
   const int64_t r = lam.size(0), n = lam.size(1);
   const auto check_signs = [&](const Tensor& t, const char* name, const char* size) {
@@ -39,7 +40,39 @@ HadamardBasis check_basis(const Tensor& lam, const Tensor& gam, const Tensor& s,
                  describe(gam), ", got ", describe(s));
   RANDLORA_CHECK(col.numel() == r * n, "col must have K = r * n = ", r * n, " numbers for lam ",
                  describe(lam), ", got ", describe(col));
-  return {{row.numel(), s.numel(), r, n}, lam, gam, s, row, col, expand, scale};
+  return {row.numel(), s.numel(), r, n};
+}
+
+// Checks what all experts share, and the first of them as a layer.
+HadamardSizes check_experts(const Tensor& lam, const Tensor& gam, const Tensor& s,
+                            const Tensor& row, const Tensor& col) {
+  if (lam.dim() != 3) return check_basis(lam, gam, s, row, col);
+  const int64_t experts = lam.size(0);
+  RANDLORA_CHECK(gam.dim() == 3 && gam.size(0) == experts, "gam must have as many experts as lam ",
+                 describe(lam), ", got ", describe(gam));
+  RANDLORA_CHECK(experts <= 65535 || !runs_on_cuda(lam), "lam must have at most 65535 experts on ",
+                 "CUDA, got ", describe(lam));
+  const auto first = [&](const Tensor& t) {
+    return experts > 0 ? torch::stable::select(t, 0, 0) : t;
+  };
+  const auto first_signs = [&](const Tensor& t, const char* name, const char* size) {
+    if (t.dim() != 2) return t;
+    RANDLORA_CHECK(t.size(0) == experts && t.is_contiguous(), name, " must be (", size,
+                   "), or contiguous (experts, ", size, ") with experts = ", experts, ", got ",
+                   describe(t));
+    return first(t);
+  };
+  return check_basis(first(lam), first(gam), first_signs(s, "s", "d"), first_signs(row, "row", "D"),
+                     col);
+}
+
+// Throws unless `t` is (out, in), for each expert.
+void check_weights(const Tensor& t, const char* name, const HadamardBasis& b) {
+  if (b.lam.dim() != 3) return check_weight(t, name, b.out(), b.in(), b.lam);
+  RANDLORA_CHECK(t.dim() == 3 && t.size(0) == b.lam.size(0), name,
+                 " must be (experts, out, in) = (", b.lam.size(0), ", ", b.out(), ", ", b.in(),
+                 "), got ", describe(t));
+  check_weight(torch::stable::select(t, 0, 0), name, b.out(), b.in(), b.lam);
 }
 
 // Where the sizes do not fit, plain torch computes (randlora_ext/ops/hadamard.py).
@@ -48,18 +81,11 @@ bool fits(const HadamardBasis& b, const Tensor& x) {
          hadamard_fits(b.sizes, activation_dtype(x, "x"), x.is_cpu() ? 0 : x.get_device_index());
 }
 
-template <class... Args>
-std::array<StableIValue, sizeof...(Args)> in_plain_torch(const char* name, const Args&... args) {
-  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return stack;
-}
-
-// The steps of one call, for one chunk of tokens at a time. x and y have d features in inner, outer
-// and gradient, D in up and down; `t` is the chunk's first token.
-class Steps {
+// One call, which takes chunks of tokens one after the other. x and y have d features in inner,
+// outer and gradient, D in mix_up and mix_down; `t` is the chunk's first token.
+class Product {
  public:
-  Steps(const HadamardBasis& b, const Tensor& like, int64_t T)
+  Product(const HadamardBasis& b, const Tensor& like, int64_t T)
       : b_(b),
         s_(b.sizes),
         like_(like),
@@ -84,16 +110,34 @@ class Steps {
     if (dtype_ != class_dtype_) wide_ = Temporary(largest_ * s_.d, class_dtype_, like);
   }
 
-  // fn(first token) for chunks of about equally many tokens.
-  template <class F>
-  void each_chunk(const F& fn) {
+  // to (+)= the product of `from` with dW: `up` from d features to D, or down. With `other`, which
+  // is like `to`, `diagonals` may follow. Linear (core/operators.h) has the same operands.
+  void compute(bool up, const Tensor& from, const OptionalTensor& to, bool accumulate,
+               const Tensor* other = nullptr) {
+    if (other) reserve_gradients();
+    const Temporary z = for_classes(), w = up && !other ? Temporary() : for_classes();
+    const Tensor *small = up ? &from : other, *large = up ? other : &from;
     for (chunk_ = 0; chunk_ < chunks_; ++chunk_) {
-      const int64_t begin = chunk_ * T_ / chunks_;
-      tokens_ = (chunk_ + 1) * T_ / chunks_ - begin;
-      fn(begin);
+      const int64_t t = chunk_ * T_ / chunks_;
+      tokens_ = (chunk_ + 1) * T_ / chunks_ - t;
+      if (up || other) inner(*small, t, z);
+      if (up && to) mix_up(z, *to, t, accumulate);
+      if (!up || other) mix_down(*large, t, w, other ? &z : nullptr);
+      if (!up && to) outer(w, *to, t, accumulate, z);
+      if (other) gradient(w, *small, t);
     }
   }
+  std::tuple<Tensor, Tensor> diagonals() const {
+    const ScalarType type = scalar_type(compute_dtype(dtype_));
+    Tensor dlam = allocate({s_.r, s_.n}, type, like_), dgam = allocate({s_.n, s_.d}, type, like_);
+    class_dtype_ == DType::f64 ? sum_spans<double>() : sum_spans<float>();
+    run(like_, HadamardDiagonals{s_, P_.data(), sums_.data(), chunks_ * slots_, floats(b_.s),
+                                 floats(b_.col), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(),
+                                 dtype_, b_.scale});
+    return {cast(dlam, b_.lam.scalar_type()), cast(dgam, b_.gam.scalar_type())};
+  }
 
+ private:
   // (classes, tokens, n), with room for a vector behind it.
   Temporary for_classes() const {
     return Temporary(s_.classes() * largest_ * s_.n + 64, class_dtype_, like_);
@@ -102,7 +146,7 @@ class Steps {
     if (in_spans()) spans_ = std::min((T_ + kSpan - 1) / kSpan, chunks_);
     const int64_t numbers = std::max<int64_t>(spans_, 1) * s_.classes() * s_.n * s_.n;
     P_ = Temporary(numbers, class_dtype_, like_);
-    sums_ = Temporary(chunks_ * slots_ * s_.K(), compute_dtype(), like_);
+    sums_ = Temporary(chunks_ * slots_ * s_.K(), compute_dtype(dtype_), like_);
     if (T_ == 0) {
       Tensor P = torch::stable::from_blob(P_.data(), {numbers}, {1}, like_.device(),
                                           scalar_type(class_dtype_));
@@ -114,23 +158,22 @@ class Steps {
   void inner(const Tensor& x, int64_t t, const Temporary& z) {
     const void* from = widened(x, t);
     each_part([&](const Part& p) {
-      multiply(at_classes(z, p), columns(from, p), gamma(p).transposed(), 1, 0, class_dtype_,
-               like_);
+      multiply(at_classes(z, p), columns(from, p), gamma(p).transposed(), 1, 0, like_);
     });
   }
   // Adds the class products with w to y (T, d), or sets y unless `accumulate`. `room` is scratch.
   void outer(const Temporary& w, const Tensor& y, int64_t t, bool accumulate,
              const Temporary& room) const {
-    const void* to = element(y, t * s_.d, dtype_);
+    void* to = moved(y.mutable_data_ptr(), t * s_.d, dtype_);
     if (in_caches()) {
       each_part([&](const Part& p) {
         MatrixBatch out = at_classes(room, p);
         out.cols = p.width;
-        multiply(out, at_classes(w, p), gamma(p), 1, 0, class_dtype_, like_);
+        multiply(out, at_classes(w, p), gamma(p), 1, 0, like_);
       });
       TorchRuntime runtime;
-      cpu_kernels().hadamard_add(
-          {s_, room.data(), const_cast<void*>(to), dtype_, tokens_, b_.scale, accumulate}, runtime);
+      cpu_kernels().hadamard_add({s_, room.data(), to, dtype_, tokens_, b_.scale, accumulate},
+                                 runtime);
       return;
     }
     // torch's GEMM adds to results of its own dtype alone.
@@ -139,7 +182,7 @@ class Steps {
     if (!direct && accumulate) torch::stable::copy_(sums, result);
     each_part([&](const Part& p) {
       multiply(columns(direct ? to : room.data(), p), at_classes(w, p), gamma(p), b_.scale,
-               accumulate, class_dtype_, like_);
+               accumulate, like_);
     });
     if (!direct) torch::stable::copy_(result, sums);
   }
@@ -150,38 +193,25 @@ class Steps {
     const bool add = chunk_ > 0 && span_of(chunk_ - 1) == span;
     const void* from = widened(x, t);
     each_part([&](const Part& p) {
-      const void* P = at(P_.data(), (first_class + p.first) * s_.n * s_.n, class_dtype_);
-      const MatrixBatch out{P, p.count, s_.n, p.width, s_.n * s_.n, s_.n, 1};
-      multiply(out, at_classes(w, p).transposed(), columns(from, p), 1, add, class_dtype_, like_);
+      const int64_t each = s_.n * s_.n;
+      multiply(batch(P_.data(), (first_class + p.first) * each, p.count, s_.n, p.width, each, s_.n),
+               at_classes(w, p).transposed(), columns(from, p), 1, add, like_);
     });
   }
   // Adds to y (T, D) what z gives by mix and transform, or sets y unless `accumulate`.
-  void up(const Temporary& z, const Tensor& y, int64_t t, bool accumulate) const {
+  void mix_up(const Temporary& z, const Tensor& y, int64_t t, bool accumulate) const {
     run(like_, HadamardUp{s_, z.data(), lam_.const_data_ptr(), floats(b_.row), floats(b_.col),
-                          const_cast<void*>(element(y, t * s_.D, dtype_)), dtype_, tokens_,
-                          b_.scale, accumulate});
+                          moved(y.mutable_data_ptr(), t * s_.D, dtype_), dtype_, tokens_, b_.scale,
+                          accumulate});
   }
   // w from y (T, D); with z, also the sums for the gradient of lambda.
-  void down(const Tensor& y, int64_t t, const Temporary& w, const Temporary* z) const {
-    void* sums = nullptr;
-    if (z)
-      sums =
-          static_cast<char*>(sums_.data()) + chunk_ * slots_ * s_.K() * bytes_of(compute_dtype());
-    run(like_, HadamardDown{s_, element(y, t * s_.D, dtype_), lam_.const_data_ptr(), floats(b_.row),
-                            floats(b_.col), w.data(), z ? z->data() : nullptr, sums, slots_, dtype_,
-                            tokens_});
-  }
-  std::tuple<Tensor, Tensor> diagonals() const {
-    const ScalarType type = compute_type(dtype_);
-    Tensor dlam = allocate({s_.r, s_.n}, type, like_), dgam = allocate({s_.n, s_.d}, type, like_);
-    class_dtype_ == DType::f64 ? sum_spans<double>() : sum_spans<float>();
-    run(like_, HadamardDiagonals{s_, P_.data(), sums_.data(), chunks_ * slots_, floats(b_.s),
-                                 floats(b_.col), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(),
-                                 dtype_, b_.scale});
-    return {cast(dlam, b_.lam.scalar_type()), cast(dgam, b_.gam.scalar_type())};
+  void mix_down(const Tensor& y, int64_t t, const Temporary& w, const Temporary* z) const {
+    void* sums = z ? moved(sums_.data(), chunk_ * slots_ * s_.K(), compute_dtype(dtype_)) : nullptr;
+    run(like_, HadamardDown{s_, moved(y.const_data_ptr(), t * s_.D, dtype_), lam_.const_data_ptr(),
+                            floats(b_.row), floats(b_.col), w.data(), z ? z->data() : nullptr, sums,
+                            slots_, dtype_, tokens_});
   }
 
- private:
   // Neighboring classes with equally many columns: the whole ones, or the last that d does not
   // fill.
   struct Part {
@@ -194,32 +224,30 @@ class Steps {
     if (rest > 0) fn(Part{whole, 1, rest});
   }
 
-  static const void* at(const void* data, int64_t e, DType dtype) {
-    return static_cast<const char*>(data) + e * bytes_of(dtype);
-  }
-  static const void* element(const Tensor& t, int64_t e, DType dtype) {
-    return at(t.const_data_ptr(), e, dtype);
+  // From element `first` of `data` on.
+  MatrixBatch batch(const void* data, int64_t first, int64_t count, int64_t rows, int64_t cols,
+                    int64_t next, int64_t row) const {
+    return {moved(data, first, class_dtype_), class_dtype_, count, rows, cols, next, row, 1};
   }
   MatrixBatch at_classes(const Temporary& z, const Part& p) const {
     const int64_t each = tokens_ * s_.n;
-    return {at(z.data(), p.first * each, class_dtype_), p.count, tokens_, s_.n, each, s_.n, 1};
+    return batch(z.data(), p.first * each, p.count, tokens_, s_.n, each, s_.n);
   }
   // Of a chunk (tokens, d).
   MatrixBatch columns(const void* x, const Part& p) const {
-    return {at(x, p.first * s_.n, class_dtype_), p.count, tokens_, p.width, s_.n, s_.d, 1};
+    return batch(x, p.first * s_.n, p.count, tokens_, p.width, s_.n, s_.d);
   }
   MatrixBatch gamma(const Part& p) const {
-    return {at(gam_.data(), p.first * s_.n, class_dtype_), p.count, s_.n, p.width, s_.n, s_.d, 1};
+    return batch(gam_.data(), p.first * s_.n, p.count, s_.n, p.width, s_.n, s_.d);
   }
 
   Tensor chunk_of(const void* data, DType dtype) const {
     return torch::stable::from_blob(const_cast<void*>(data), {tokens_, s_.d}, {s_.d, 1},
                                     like_.device(), scalar_type(dtype));
   }
-  DType compute_dtype() const { return dtype_ == DType::f64 ? DType::f64 : DType::f32; }
   // The chunk of x (T, d) in the class dtype. A call has one such x.
   const void* widened(const Tensor& x, int64_t t) {
-    const void* from = element(x, t * s_.d, dtype_);
+    const void* from = moved(x.const_data_ptr(), t * s_.d, dtype_);
     if (dtype_ == class_dtype_) return from;
     Tensor to = chunk_of(wide_.data(), class_dtype_);
     if (widened_ != chunk_) torch::stable::copy_(to, chunk_of(from, dtype_));
@@ -254,152 +282,75 @@ class Steps {
 
 Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
                        Tensor s, Tensor row, Tensor col, bool expand, double scale) {
-  const HadamardBasis b = check_basis(lam, gam, s, row, col, expand, scale);
+  const HadamardBasis b{check_basis(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
   const int64_t T = check_linear(x, weight, bias, lam, b.in(), b.out());
   if (!fits(b, x))
-    return torch::stable::detail::to<Tensor>(in_plain_torch("randlora::hadamard_linear_plain", x,
-                                                            weight, bias, lam, gam, s, row, col,
-                                                            expand, scale)[0]);
+    return std::get<0>(call_torch<Tensor>("randlora::hadamard_linear_plain", x, weight, bias, lam,
+                                          gam, s, row, col, expand, scale));
   const Tensor xc = as_contiguous(x), y = base_output(xc, weight, bias, b.out());
-  Steps steps(b, xc, T);
-  const Temporary z = steps.for_classes();
-  const Temporary room = expand ? Temporary() : steps.for_classes();
-  steps.each_chunk([&](int64_t t) {
-    if (expand) {
-      steps.inner(xc, t, z);
-      steps.up(z, y, t, weight.has_value());
-    } else {
-      steps.down(xc, t, z, nullptr);
-      steps.outer(z, y, t, weight.has_value(), room);
-    }
-  });
+  Product(b, xc, T).compute(expand, xc, y, weight.has_value());
   return y;
 }
 
 Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, Tensor lam,
                                    Tensor gam, Tensor s, Tensor row, Tensor col, bool expand,
                                    double scale, bool need_x, bool need_diagonals) {
-  const HadamardBasis b = check_basis(lam, gam, s, row, col, expand, scale);
+  const HadamardBasis b{check_basis(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
   const int64_t T = check_linear(x, weight, {}, lam, b.in(), b.out());
   check_output_gradient(dy, x, b.out());
   if (!need_x && !need_diagonals) return {};
-  if (!fits(b, x)) {
-    const auto results =
-        in_plain_torch("randlora::hadamard_linear_backward_plain", dy, x, weight, lam, gam, s, row,
-                       col, expand, scale, need_x, need_diagonals);
-    const auto at = [&](size_t i) { return torch::stable::detail::to<OptionalTensor>(results[i]); };
-    return {at(0), at(1), at(2)};
-  }
+  if (!fits(b, x))
+    return call_torch<OptionalTensor, OptionalTensor, OptionalTensor>(
+        "randlora::hadamard_linear_backward_plain", dy, x, weight, lam, gam, s, row, col, expand,
+        scale, need_x, need_diagonals);
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
   OptionalTensor dx, dlam, dgam;
   if (need_x) dx = base_gradient(dyc, weight, xc);
-  Steps steps(b, xc, T);
-  if (need_diagonals) steps.reserve_gradients();
-  const Temporary z = steps.for_classes(), w = steps.for_classes();
-  const Tensor &of_d = expand ? xc : dyc, &of_D = expand ? dyc : xc;
-  steps.each_chunk([&](int64_t t) {
-    if (need_diagonals || !expand) steps.inner(of_d, t, z);
-    if (need_x && !expand) steps.up(z, *dx, t, weight.has_value());
-    if (need_diagonals || expand) steps.down(of_D, t, w, need_diagonals ? &z : nullptr);
-    if (need_x && expand) steps.outer(w, *dx, t, weight.has_value(), z);
-    if (need_diagonals) steps.gradient(w, of_d, t);
-  });
-  if (need_diagonals) std::tie(dlam, dgam) = steps.diagonals();
+  Product product(b, xc, T);
+  product.compute(!expand, dyc, dx, weight.has_value(), need_diagonals ? &xc : nullptr);
+  if (need_diagonals) std::tie(dlam, dgam) = product.diagonals();
   return {dx, dlam, dgam};
 }
 
-// Experts that share the bases: lam (experts, r, n) and gam (experts, n, d), or one without that
-// dimension. s and row may have it, too.
-class Experts {
- public:
-  Experts(const Tensor& lam, const Tensor& gam, const Tensor& s, const Tensor& row,
-          const Tensor& col, bool expand, double scale)
-      : stacked(lam.dim() == 3),
-        count(stacked ? lam.size(0) : 1),
-        lam_(first(lam)),
-        gam_(first(gam)),
-        s_(first_signs(s, "s", "d")),
-        row_(first_signs(row, "row", "D")),
-        basis(check_basis(lam_, gam_, s_, row_, col, expand, scale)) {
-    RANDLORA_CHECK(gam.dim() == lam.dim() && (!stacked || gam.size(0) == count),
-                   "gam must have as many experts as lam ", describe(lam), ", got ", describe(gam));
-    RANDLORA_CHECK(count <= 65535 || !runs_on_cuda(lam), "lam must have at most 65535 experts on ",
-                   "CUDA, got ", describe(lam));
-  }
-  // As check_weight, of each expert's weight.
-  void check(const Tensor& t, const char* name) const {
-    RANDLORA_CHECK(!stacked || (t.dim() == 3 && t.size(0) == count), name,
-                   " must be (experts, out, in) = (", count, ", ", basis.out(), ", ", basis.in(),
-                   "), got ", describe(t));
-    check_weight(first(t), name, basis.out(), basis.in(), lam_);
-  }
-  // As many tensors of these sizes.
-  Tensor allocate_each(std::vector<int64_t> sizes, ScalarType type) const {
-    if (stacked) sizes.insert(sizes.begin(), count);
-    return allocate(sizes, type, lam_);
-  }
-  // `lam` and `gam` are contiguous copies in the compute type.
-  HadamardExperts all(const Tensor& lam, const Tensor& gam, const Tensor& s, const Tensor& row,
-                      DType dtype) const {
-    const HadamardSizes& sizes = basis.sizes;
-    const int64_t next_s = s.dim() == 2 ? sizes.d : 0, next_row = row.dim() == 2 ? sizes.D : 0;
-    return {sizes,     count,       lam.const_data_ptr(), gam.const_data_ptr(),
-            floats(s), floats(row), floats(basis.col),    next_s,
-            next_row,  dtype,       basis.scale,          !basis.expand};
-  }
-
-  const bool stacked;
-  const int64_t count;
-
- private:
-  Tensor first(const Tensor& t) const {
-    return stacked && t.dim() == 3 && t.size(0) > 0 ? torch::stable::select(t, 0, 0) : t;
-  }
-  Tensor first_signs(const Tensor& t, const char* name, const char* size) const {
-    if (!stacked || t.dim() != 2) return t;
-    RANDLORA_CHECK(t.size(0) == count && t.is_contiguous(), name, " must be (", size,
-                   "), or contiguous (experts, ", size, ") with experts = ", count, ", got ",
-                   describe(t));
-    return count > 0 ? torch::stable::select(t, 0, 0) : t;
-  }
-  const Tensor lam_, gam_, s_, row_;
-
- public:
-  const HadamardBasis basis;
-};
+// `lam` and `gam` are contiguous copies in the compute type.
+HadamardExperts experts_of(const HadamardBasis& b, const Tensor& lam, const Tensor& gam,
+                           const OptionalTensor& weight, DType dtype) {
+  const HadamardSizes& sizes = b.sizes;
+  const int64_t count = lam.dim() == 3 ? lam.size(0) : 1;
+  const int64_t next_s = b.s.dim() == 2 ? sizes.d : 0, next_row = b.row.dim() == 2 ? sizes.D : 0;
+  const void *l = lam.const_data_ptr(), *g = gam.const_data_ptr();
+  const void* W = weight ? weight->const_data_ptr() : nullptr;
+  return {sizes,  count,    l, g,     floats(b.s), floats(b.row), floats(b.col),
+          next_s, next_row, W, dtype, b.scale,     !b.expand};
+}
 
 // W + dW, or dW without a weight.
 Tensor hadamard_weight(OptionalTensor weight, Tensor lam, Tensor gam, Tensor s, Tensor row,
                        Tensor col, bool expand, double scale) {
-  const Experts experts(lam, gam, s, row, col, expand, scale);
-  const HadamardBasis& b = experts.basis;
+  const HadamardBasis b{check_experts(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
   const DType dtype = activation_dtype(weight ? *weight : lam, weight ? "weight" : "lam");
-  if (weight) experts.check(*weight, "weight");
-  const Tensor out = experts.allocate_each({b.out(), b.in()}, scalar_type(dtype));
+  if (weight) check_weights(*weight, "weight", b);
+  std::vector<int64_t> shape{b.out(), b.in()};
+  if (lam.dim() == 3) shape.insert(shape.begin(), lam.size(0));
+  const Tensor out = allocate(shape, scalar_type(dtype), lam);
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
-  const Tensor base = weight ? as_contiguous(*weight) : out;
-  run(lam, HadamardWeight{experts.all(l, g, s, row, dtype),
-                          weight ? base.const_data_ptr() : nullptr, out.mutable_data_ptr()});
+  if (weight) weight = as_contiguous(*weight);
+  run(lam, HadamardWeight{experts_of(b, l, g, weight, dtype), out.mutable_data_ptr()});
   return out;
 }
 
 std::tuple<Tensor, Tensor> hadamard_weight_backward(Tensor grad, Tensor lam, Tensor gam, Tensor s,
                                                     Tensor row, Tensor col, bool expand,
                                                     double scale) {
-  const Experts experts(lam, gam, s, row, col, expand, scale);
-  const HadamardSizes& sizes = experts.basis.sizes;
+  const HadamardBasis b{check_experts(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
   const DType dtype = activation_dtype(grad, "grad");
-  experts.check(grad, "grad");
-  if (!fits(experts.basis, grad)) {
-    const auto results = in_plain_torch("randlora::hadamard_weight_backward_plain", grad, lam, gam,
-                                        s, row, col, expand, scale);
-    return {torch::stable::detail::to<Tensor>(results[0]),
-            torch::stable::detail::to<Tensor>(results[1])};
-  }
-  const Tensor dlam = experts.allocate_each({sizes.r, sizes.n}, compute_type(dtype)),
-               dgam = experts.allocate_each({sizes.n, sizes.d}, compute_type(dtype));
-  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype), y = as_contiguous(grad);
-  run(lam, HadamardWeightBackward{experts.all(l, g, s, row, dtype), y.const_data_ptr(),
+  check_weights(grad, "grad", b);
+  if (!fits(b, grad))
+    return call_torch<Tensor, Tensor>("randlora::hadamard_weight_backward_plain", grad, lam, gam, s,
+                                      row, col, expand, scale);
+  const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
+  const Tensor dlam = allocate_like(l), dgam = allocate_like(g);
+  run(lam, HadamardWeightBackward{experts_of(b, l, g, as_contiguous(grad), dtype),
                                   dlam.mutable_data_ptr(), dgam.mutable_data_ptr()});
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }

@@ -128,7 +128,7 @@ Tensor independent_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, 
   const Tensor xc = as_contiguous(x), y = base_output(xc, weight, bias, out);
   const Tensor l = compute_copy(lam, dtype), g = compute_copy(gam, dtype);
   run(x, Linear{b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
-                y.mutable_data_ptr(), dtype, T, scale, expand, /*accumulate=*/weight.has_value()});
+                y.mutable_data_ptr(), dtype, T, scale, expand, weight.has_value()});
   return y;
 }
 
@@ -151,11 +151,10 @@ Gradients independent_linear_backward(Tensor dy, Tensor x, OptionalTensor weight
   OptionalTensor dx, dlam, dgam;
   if (need_x) dx = base_gradient(dyc, weight, xc);
   if (need_diagonals) dlam = allocate_like(l), dgam = allocate_like(g);
-  run(x, LinearBackward{b, l.const_data_ptr(), g.const_data_ptr(), xc.const_data_ptr(),
-                        dyc.const_data_ptr(), dx ? dx->mutable_data_ptr() : nullptr, dtype, T,
-                        scale, expand, /*accumulate=*/weight.has_value(),
-                        dlam ? dlam->mutable_data_ptr() : nullptr,
-                        dgam ? dgam->mutable_data_ptr() : nullptr});
+  run(x, Linear{b, l.const_data_ptr(), g.const_data_ptr(), dyc.const_data_ptr(),
+                dx ? dx->mutable_data_ptr() : nullptr, dtype, T, scale, !expand, weight.has_value(),
+                xc.const_data_ptr(), dlam ? dlam->mutable_data_ptr() : nullptr,
+                dgam ? dgam->mutable_data_ptr() : nullptr});
   if (need_diagonals) dlam = cast(*dlam, lam.scalar_type()), dgam = cast(*dgam, gam.scalar_type());
   return {dx, dlam, dgam};
 }

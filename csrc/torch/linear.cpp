@@ -14,8 +14,8 @@ Tensor of_dtype(const Tensor& y, const Tensor& x) {
 }  // namespace
 
 void check_diagonals(const Tensor& lam, const Tensor& gam) {
-  check_floating(lam, "lam");
-  check_floating(gam, "gam");
+  activation_dtype(lam, "lam");
+  activation_dtype(gam, "gam");
   check_same_device(gam, "gam", lam, "lam");
   RANDLORA_CHECK(lam.dim() == 2 && lam.numel() > 0, "lam must be (r, n), got ", describe(lam));
   const int64_t r = lam.size(0), n = lam.size(1);
@@ -32,7 +32,7 @@ void check_weight(const Tensor& t, const char* name, int64_t out, int64_t in, co
 
 int64_t check_linear(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                      const Tensor& lam, int64_t in, int64_t out) {
-  check_floating(x, "x");
+  activation_dtype(x, "x");
   RANDLORA_CHECK(x.dim() >= 1 && x.size(-1) == in,
                  "x must be (..., in_features) with in_features = ", in, ", got ", describe(x));
   check_same_device(x, "x", lam, "lam");
@@ -69,12 +69,8 @@ Tensor base_output(const Tensor& x, const OptionalTensor& weight, const Optional
     shape.back() = out;
     return allocate(shape, x.scalar_type(), x);
   }
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
-                                    torch::stable::detail::from(*weight),
-                                    torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return of_dtype(torch::stable::detail::to<Tensor>(stack[0]), x);
+  const auto [y] = call_torch<Tensor>("aten::linear", x, *weight, bias);
+  return of_dtype(y, x);
 }
 
 Tensor base_gradient(const Tensor& dy, const OptionalTensor& weight, const Tensor& x) {

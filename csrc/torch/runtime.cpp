@@ -3,19 +3,14 @@
 namespace randlora {
 namespace {
 
-std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
+Tensor allocate_on(const std::vector<int64_t>& sizes, ScalarType type, int32_t device_type,
+                   int32_t device_index) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  return strides;
-}
-
-Tensor allocate_on(const std::vector<int64_t>& sizes, ScalarType type, int32_t device_type,
-                   int32_t device_index) {
-  const std::vector<int64_t> strides = strides_of(sizes);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
@@ -72,6 +67,8 @@ Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor
   return allocate_on(sizes, type, device_type, like.get_device_index());
 }
 
+Temporary::Temporary(int64_t bytes) : block_(kept_blocks.take(bytes)) {}
+
 Temporary::Temporary(int64_t count, DType dtype, const Tensor& like)
     : block_(like.is_cpu() ? kept_blocks.take(count * bytes_of(dtype))
                            : allocate({count}, scalar_type(dtype), like)) {}
@@ -88,13 +85,9 @@ void TorchRuntime::run(int slots, void (*task)(void*, int), void* arg) {
 }
 
 void* TorchRuntime::scratch(size_t bytes) {
-  if (block_) kept_blocks.give_back(*std::exchange(block_, std::nullopt));
-  block_ = kept_blocks.take(static_cast<int64_t>(bytes));
-  return block_->mutable_data_ptr();
-}
-
-TorchRuntime::~TorchRuntime() {
-  if (block_) kept_blocks.give_back(*block_);
+  block_ = Temporary();  // gives back what it has, before it takes
+  block_ = Temporary(static_cast<int64_t>(bytes));
+  return block_.data();
 }
 
 }  // namespace randlora

@@ -5,9 +5,9 @@ namespace randlora {
 namespace {
 
 void check(const Tensor& A, const Tensor& lam, const Tensor& gam) {
-  check_floating(A, "A");
-  check_floating(lam, "lam");
-  check_floating(gam, "gam");
+  activation_dtype(A, "A");
+  activation_dtype(lam, "lam");
+  activation_dtype(gam, "gam");
   check_same_device(lam, "lam", A, "A");
   check_same_device(gam, "gam", A, "A");
   RANDLORA_CHECK(A.dim() == 2, "A must be (r, d), got ", describe(A));

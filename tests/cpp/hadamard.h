@@ -61,9 +61,9 @@ struct HadamardProblem {
     return all;
   }
   HadamardExperts operands(const Array& lam_, const Array& gam_, DType dtype, double scale,
-                           bool transposed) const {
-    return {sizes,      experts,   lam_.get(), gam_.get(), s.data(), row.data(),
-            col.data(), c.own * d, c.own * D,  dtype,      scale,    transposed};
+                           bool transposed, const void* weight) const {
+    return {sizes,     experts,   lam_.get(), gam_.get(), s.data(), row.data(), col.data(),
+            c.own * d, c.own * D, weight,     dtype,      scale,    transposed};
   }
 
   // Where column k of a row is, in a (classes, rows, n) matrix.
@@ -194,15 +194,15 @@ void check_weight(Kernels& kernels, const HadamardProblem& p, DType dtype, bool 
   const Array lam(compute_of(dtype), p.lam, skip, Kernels::kBehind),
       gam(compute_of(dtype), p.gam, skip), base(dtype, normal(size, 12), skip),
       out(dtype, size, skip), merged(dtype, size, skip);
-  HadamardWeight call{p.operands(lam, gam, dtype, scale, transposed), nullptr, out.get()};
+  HadamardWeight call{p.operands(lam, gam, dtype, scale, transposed, nullptr), out.get()};
   kernels.hadamard_weight(call);
-  call.base = base.get(), call.out = merged.get();
+  call.weight = base.get(), call.out = merged.get();
   kernels.hadamard_weight(call);
   const Values want = p.deltas(scale, transposed);
   expect_close("dW", dtype, out, want);
   expect_close("W + dW", dtype, merged, sum(want, base.values()));
   std::memcpy(out.get(), base.get(), base.bytes());
-  call.base = call.out = out.get();
+  call.weight = call.out = out.get();
   kernels.hadamard_weight(call);
   EXPECT(out.raw() == merged.raw(), "in place,");
 }
@@ -216,7 +216,7 @@ void check_weight_backward(Kernels& kernels, const HadamardProblem& p, DType dty
       grad(dtype, normal(p.experts * each, 13), skip), dlam(compute, p.experts * p.K, skip),
       dgam(compute, p.experts * p.n * p.d, skip);
   kernels.hadamard_weight_backward(
-      {p.operands(lam, gam, dtype, 0.5, transposed), grad.get(), dlam.get(), dgam.get()});
+      {p.operands(lam, gam, dtype, 0.5, transposed, grad.get()), dlam.get(), dgam.get()});
   const Values of = grad.values();
   Values want_lam(p.experts * p.K, 0.0), want_gam(p.experts * p.n * p.d, 0.0);
   for (int64_t e = 0; e < p.experts; ++e) {

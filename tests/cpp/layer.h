@@ -91,17 +91,17 @@ void check_linear(Kernels& kernels, const Layer& L, const Basis& basis, DType dt
       L.gradients(product(L.B.dense, of_dW, L.K, L.d, L.D, !expand, 1, true));
 
   kernels.linear({basis, lam.get(), gam.get(), x.get(), y.get(), dtype, T, L.scale, expand, false});
-  LinearBackward back{basis, lam.get(), gam.get(), x.get(), dy.get(),   dx.get(),  dtype,
-                      T,     L.scale,   expand,    false,   dlam.get(), dgam.get()};
-  kernels.linear_backward(back);
+  Linear back{basis,   lam.get(), gam.get(), dy.get(), dx.get(),   dtype,     T,
+              L.scale, !expand,   false,     x.get(),  dlam.get(), dgam.get()};
+  kernels.linear(back);
   compare("y", y, product(xs, dW, T, out, in, true), bound);
   compare("dx", dx, product(dys, dW, T, in, out, false), bound);
   compare("dlam", dlam, want_dlam, bound);
   compare("dgam", dgam, want_dgam, bound);
-  back.dx = nullptr, back.dlam = dlam_alone.get(), back.dgam = dgam_alone.get();
-  kernels.linear_backward(back);
-  back.dx = dx_alone.get(), back.dlam = back.dgam = nullptr;
-  kernels.linear_backward(back);
+  back.to = nullptr, back.dlam = dlam_alone.get(), back.dgam = dgam_alone.get();
+  kernels.linear(back);
+  back.to = dx_alone.get(), back.dlam = back.dgam = nullptr;
+  kernels.linear(back);
   EXPECT(dx_alone.raw() == dx.raw() && dlam_alone.raw() == dlam.raw() &&
              dgam_alone.raw() == dgam.raw(),
          "what is not wanted changes what is,");

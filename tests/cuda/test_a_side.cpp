@@ -40,7 +40,8 @@ struct Side {
     set_case_of(device, L, basis, dtype, T, false, c.skip);
   }
   cuda::ASideCall call(const Array& z) {
-    cuda::ASideCall made({basis, lam.get(), gam.get(), dtype, T}, L.scale, device);
+    cuda::ASideCall made(
+        {basis, lam.get(), gam.get(), nullptr, nullptr, dtype, T, L.scale, true, false}, T, device);
     made.set_operand(z.get(), T);
     return made;
   }

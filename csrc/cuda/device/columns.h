@@ -41,21 +41,15 @@ struct alignas(sizeof(S) * N < 16 ? sizeof(S) * N : 16) [[gnu::may_alias]] Pack 
 template <class S>
 constexpr int kPerAccess = 16 / int(sizeof(S));
 
-// N numbers that move together.
-template <class C, int N>
-struct alignas(N * sizeof(C)) [[gnu::may_alias]] Piece {
-  C v[N];
-};
-
 // V adjacent numbers between registers and memory aligned for accesses of up to 16 bytes.
 template <int V, class C>
 __device__ __forceinline__ void load_run(const C* from, C* to) {
   constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;
 #pragma unroll
   for (int u = 0; u < V; u += N) {
-    const auto piece = *reinterpret_cast<const Piece<C, N>*>(from + u);
+    const auto pack = *reinterpret_cast<const Pack<C, N>*>(from + u);
 #pragma unroll
-    for (int x = 0; x < N; ++x) to[u + x] = piece.v[x];
+    for (int x = 0; x < N; ++x) to[u + x] = pack.get(x);
   }
 }
 template <int V, class C>
@@ -63,10 +57,10 @@ __device__ __forceinline__ void store_run(const C* from, C* to) {
   constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;
 #pragma unroll
   for (int u = 0; u < V; u += N) {
-    Piece<C, N> piece;
+    Pack<C, N> pack;
 #pragma unroll
-    for (int x = 0; x < N; ++x) piece.v[x] = from[u + x];
-    *reinterpret_cast<Piece<C, N>*>(to + u) = piece;
+    for (int x = 0; x < N; ++x) pack.set(x, from[u + x]);
+    *reinterpret_cast<Pack<C, N>*>(to + u) = pack;
   }
 }
 
@@ -130,5 +124,31 @@ struct Columns {
     }
   }
 };
+
+// The sum of numbers[q * next] over q < count. Lane l of every warp has the same column, which
+// begins at `numbers`, or is null. Warps share the q, and the first one gets the sums. `shared` has
+// a number for each thread.
+template <class C>
+__device__ __forceinline__ C block_sum(const C* numbers, int64_t count, int64_t next, C* shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  constexpr int kAtOnce = 8;  // loads that overlap
+  C sum = 0;
+  for (int64_t first = warp; first < count && numbers; first += kAtOnce * warps) {
+    C part[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t q = first + u * warps;
+      part[u] = q < count ? numbers[q * next] : C(0);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) pin(part[u]);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) sum += part[u];
+  }
+  shared[threadIdx.x] = sum;
+  __syncthreads();
+  for (int other = 1; other < warps && warp == 0; ++other) sum += shared[other * 32 + lane];
+  return sum;
+}
 
 }  // namespace randlora

@@ -15,20 +15,9 @@ constexpr int64_t kFreeShared = 48 << 10, kLeastShared = 99 << 10;
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls fn(first token, tokens) for every chunk of T tokens; once if T is 0.
-template <class F>
-void each_chunk(int64_t T, int64_t chunk, const F& fn) {
-  int64_t t = 0;
-  do {
-    fn(t, min(chunk, T - t));
-    t += chunk;
-  } while (t < T);
-}
-
 // Blocks.
 struct Grid : dim3 {
-  Grid(int64_t x, int64_t y = 1, int64_t z = 1)
-      : dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)) {}
+  Grid(int64_t x, int64_t y = 1) : dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)) {}
 };
 
 #if defined(__CUDACC__)
@@ -38,7 +27,7 @@ void check_cuda(cudaError_t error, const char* what);  // context.cpp
 template <class... P, class... A>
 void launch(const Device& device, const char* name, void (*kernel)(P...), Grid grid, int threads,
             int64_t shared_bytes, A... arguments) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.x == 0 || grid.y == 0) return;
 #if defined(__CUDACC__)
   // The limit is what the card has, not what this launch needs: another thread that starts the same
   // kernel with less could lower it before this launch.

@@ -2,6 +2,7 @@
 // out[e] = round(base[e] + scale * sum).
 #pragma once
 #include "columns.h"
+#include "launch.h"
 
 namespace randlora {
 
@@ -19,14 +20,24 @@ struct RoundedStore {
   __device__ __forceinline__ void one(int64_t e, C sum) const {
     out[e] = rounded(sum, base ? base[e] : S{});
   }
-  // The same for the elements of 16 bytes from e on, where out + e and base + e are aligned.
-  __device__ __forceinline__ void run(int64_t e, const C (&sum)[kPerAccess<S>]) const {
-    using Run = Pack<S, kPerAccess<S>>;
-    Run x = base ? *reinterpret_cast<const Run*>(base + e) : Run{};
-#pragma unroll
-    for (int v = 0; v < kPerAccess<S>; ++v) x.set(v, rounded(sum[v], x.get(v)));
-    x.store(out + e);
-  }
 };
+
+// One thread for each of `count` elements adds up its parts, in order.
+template <class S>
+__global__ void sum_parts_kernel(const ComputeOf<S>* part, int64_t parts, int64_t count,
+                                 RoundedStore<S> store) {
+  const int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (e >= count) return;
+  ComputeOf<S> sum = part[e];
+#pragma unroll 4
+  for (int64_t s = 1; s < parts; ++s) sum += part[s * count + e];
+  store.one(e, sum);
+}
+template <class S>
+void sum_parts(const ComputeOf<S>* part, int64_t parts, int64_t count, const RoundedStore<S>& store,
+               Device& device) {
+  launch(device, "sum_parts", sum_parts_kernel<S>, ceil_div(count, 128), 128, 0, part, parts, count,
+         store);
+}
 
 }  // namespace randlora

@@ -35,25 +35,30 @@ __device__ __forceinline__ void load_operand(S* to, int stride, const S* from, i
 }
 
 // A matrix (rows, cols) of results.
-template <class Store_>
+template <class S>
 struct Output {
-  using Store = Store_;
-  using S = typename Store::S;
+  using C = ComputeOf<S>;
   static constexpr int V = kPerAccess<S>;
-  Store store;
+  RoundedStore<S> store;
   int64_t rows, cols;
   bool aligned;
 
-  __device__ __forceinline__ void put(int64_t row, int64_t col,
-                                      const typename Store::C (&v)[V]) const {
+  __device__ __forceinline__ void put(int64_t row, int64_t col, const C (&v)[V]) const {
     if (row >= rows || col >= cols) return;
-    if (aligned) return store.run(row * cols + col, v);
+    const int64_t first = row * cols + col;
+    if (aligned) {
+      using Run = Pack<S, V>;
+      Run x = store.base ? *reinterpret_cast<const Run*>(store.base + first) : Run{};
+#pragma unroll
+      for (int e = 0; e < V; ++e) x.set(e, store.rounded(v[e], x.get(e)));
+      return x.store(store.out + first);
+    }
 #pragma unroll 1
     for (int e = 0; e < V && col + e < cols; ++e) {
-      typename Store::C x = 0;
+      C x = 0;
 #pragma unroll
       for (int f = 0; f < V; ++f) x = f == e ? v[f] : x;  // registers cannot be indexed
-      store.one(row * cols + col + e, x);
+      store.one(first + e, x);
     }
   }
 };
@@ -65,11 +70,11 @@ template <class Tile>
 constexpr int64_t store_bytes() {
   return int64_t(sizeof(typename Tile::C)) * Tile::WN * 16 * kLinePitch;
 }
-template <class Tile, class Out>
+template <class Tile, class S>
 __device__ __forceinline__ void store_tile(const Tile& tile, unsigned char* shared, int64_t line0,
-                                           int64_t col0, const Out& out) {
+                                           int64_t col0, const Output<S>& out) {
   using C = typename Tile::C;
-  constexpr int V = kPerAccess<typename Out::S>;
+  constexpr int V = kPerAccess<S>;
   C* buffer = reinterpret_cast<C*>(shared);
 #pragma unroll
   for (int first = 0; first < Tile::NI; first += 2) {

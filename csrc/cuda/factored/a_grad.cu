@@ -170,34 +170,15 @@ __global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
     }
 }
 
-// dlam[j, i] (+)= sum of `rows` rows (r, bases) of `partial`; a block takes 32 elements, its warps
-// share the rows.
+// dlam[j, i] (+)= sum of `rows` rows (r, bases) of `partial`; a block takes 32 elements.
 template <class C>
 __global__ void sum_lambda(Support a, const C* __restrict__ partial, int64_t rows,
                            C* __restrict__ dlam, bool accumulate) {
-  C* shared = reinterpret_cast<C*>(shared_memory());  // (warps, 32)
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t chunks = ceil_div(a.n, 32), j = blockIdx.x / chunks;
-  const int64_t i = blockIdx.x % chunks * 32 + lane;
-  constexpr int kAtOnce = 8;  // loads that overlap
-  C sum = 0;
-  if (i < a.n)
-    for (int64_t first = warp; first < rows; first += kAtOnce * warps) {
-      C part[kAtOnce];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const int64_t row = first + u * warps;
-        part[u] = row < rows ? partial[(row * a.r + j) * a.bases + i] : C(0);
-      }
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) pin(part[u]);
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) sum += part[u];
-    }
-  shared[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp > 0 || i >= a.n) return;
-  for (int w = 1; w < warps; ++w) sum += shared[w * 32 + lane];
+  const int64_t i = blockIdx.x % chunks * 32 + threadIdx.x % 32;
+  const C sum = block_sum(i < a.n ? partial + j * a.bases + i : nullptr, rows, a.r * a.bases,
+                          reinterpret_cast<C*>(shared_memory()));
+  if (threadIdx.x >= 32 || i >= a.n) return;
   C* to = dlam + j * a.n + i;
   *to = accumulate ? *to + sum : sum;
 }
@@ -251,7 +232,7 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
     const int threads = 128;
     launch(device_, "a_grad_contract", contract_kernel<C>,
            ceil_div(columns * (a.bases / kBases), threads / 32), threads, 0, a, partial_, splits,
-           p_.lam, p_.gam, scale_, dgam, accumulate, partial_lam_);
+           p_.lam, p_.gam, p_.scale, dgam, accumulate, partial_lam_);
     launch(device_, "a_grad_sum", sum_lambda<C>, a.r * ceil_div(a.n, 32), threads,
            threads * int64_t{sizeof(C)}, a, partial_lam_, columns, dlam, accumulate);
   };

@@ -24,8 +24,6 @@ namespace randlora::cuda {
 
 // Tables of the supports S_j. They depend only on the basis: made once and kept with the packed
 // basis, or made in every call if it has none.
-constexpr int kGroup = kSupportGroup;  // the entries of a rank index are padded to whole groups
-
 struct Support {
   const int64_t* offset;  // (2 r + 1), that of A's lists: j has offset[2 j] .. offset[2 j + 2)
   int64_t r, n, d;
@@ -54,17 +52,15 @@ struct Support {
 
 // ---- one operator call --------------------------------------------------------------------------
 
-struct ASide {
-  const Basis& basis;
-  const void *lam, *gam;  // (r, n), (n, d) in the compute type
-  DType dtype;
-  int64_t T;
-};
+// As many of T tokens, in whole tiles, as have `features` each in `bytes`.
+inline int64_t tokens_within(int64_t bytes, int64_t T, int64_t features, DType dtype) {
+  return min(T, max(bytes / (features * bytes_of(dtype)) / 128, int64_t{1}) * 128);
+}
 
-// The products of the A side for up to p.T tokens at a time. Makes tables and values on first use.
+// The products of the A side for up to T tokens at a time. Makes tables and values on first use.
 class ASideCall {
  public:
-  ASideCall(const ASide& p, double scale, Device& device);
+  ASideCall(const Linear& p, int64_t T, Device& device);
 
   void set_operand(const void* z, int64_t T);  // (T, d): the operand of up and grad
   void up(void* V);                            // (T, K)
@@ -77,8 +73,7 @@ class ASideCall {
   // part_ tokens of z from t on, as panels: few enough that a part and its results stay in L2.
   const Panels& panels(int64_t t);
 
-  const ASide p_;
-  const double scale_;
+  const Linear p_;
   Device& device_;
   const void* z_ = nullptr;
   int64_t T_ = 0;

@@ -27,7 +27,8 @@ __global__ void find_entries(Lists<Index> a, int64_t r, int64_t d, int32_t* entr
   const int64_t p = at_plus - plus + at_minus - minus;
   if (is_plus || is_minus) entry[first + p] = static_cast<int32_t>(2 * k + is_minus);
   place[x] = static_cast<int32_t>(is_plus || is_minus ? 2 * p + is_minus : -1 - p);
-  for (int64_t q = size + k; q < ceil_div(size, kGroup) * kGroup; q += d) entry[first + q] = -1;
+  for (int64_t q = size + k; q < ceil_div(size, kSupportGroup) * kSupportGroup; q += d)
+    entry[first + q] = -1;
 }
 
 constexpr int kBases = 64;  // per block of form_values
@@ -36,13 +37,13 @@ constexpr int kBases = 64;  // per block of form_values
 template <class S, class C>
 __global__ void form_values(Support s, const C* __restrict__ lam, const C* __restrict__ gam,
                             C scale, S* __restrict__ values) {
-  S* tile = reinterpret_cast<S*>(shared_memory());  // (kGroup, kBases + 2)
+  S* tile = reinterpret_cast<S*>(shared_memory());  // (kSupportGroup, kBases + 2)
   constexpr int kStride = kBases + 2;
   const int64_t chunks = ceil_div(s.bases, kBases);
   const int64_t group = blockIdx.x / chunks, i0 = blockIdx.x % chunks * kBases;
-  const int64_t j = line_of_tile(s.offset, s.r, group, kGroup);
-  if (group * kGroup - s.first(j) >= s.size(j)) return;
-  const int64_t e0 = group * kGroup;
+  const int64_t j = line_of_tile(s.offset, s.r, group, kSupportGroup);
+  if (group * kSupportGroup - s.first(j) >= s.size(j)) return;
+  const int64_t e0 = group * kSupportGroup;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
   const int32_t code = s.entry[e0 + lane];
@@ -58,7 +59,7 @@ __global__ void form_values(Support s, const C* __restrict__ lam, const C* __res
     tile[lane * kStride + b] = narrow<S>(value);
   }
   __syncthreads();
-  for (int x = threadIdx.x; x < kGroup * kBases; x += blockDim.x) {
+  for (int x = threadIdx.x; x < kSupportGroup * kBases; x += blockDim.x) {
     const int p = x / kBases, b = x % kBases;
     if (i0 + b < s.bases) values[(e0 + p) * s.bases + i0 + b] = tile[p * kStride + b];
   }
@@ -76,11 +77,8 @@ void support_tables(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, De
 }
 
 // A part of z takes at most a quarter of chunk_bytes.
-ASideCall::ASideCall(const ASide& p, double scale, Device& device)
-    : p_(p), scale_(scale), device_(device) {
-  const int64_t tokens = device.chunk_bytes / 4 / (p.basis.d * bytes_of(p.dtype));
-  part_ = min(p.T, max(tokens / 128, int64_t{1}) * 128);
-}
+ASideCall::ASideCall(const Linear& p, int64_t T, Device& device)
+    : p_(p), device_(device), part_(tokens_within(device.chunk_bytes / 4, T, p.basis.d, p.dtype)) {}
 
 const Support& ASideCall::support() {
   if (support_.entry) return support_;
@@ -105,9 +103,9 @@ const void* ASideCall::values(bool with_lambda) {
     using C = ComputeOf<S>;
     made = scratch<S>(device_, s.room() * s.bases);
     launch(device_, "form_values", form_values<S, C>,
-           most_tiles(s.count, s.r, kGroup) * ceil_div(s.bases, kBases),
-           min(256, device_.max_threads), kGroup * (kBases + 2) * int64_t{sizeof(S)}, s,
-           with_lambda ? p_.lam : nullptr, p_.gam, scale_, made);
+           most_tiles(s.count, s.r, kSupportGroup) * ceil_div(s.bases, kBases),
+           min(256, device_.max_threads), kSupportGroup * (kBases + 2) * int64_t{sizeof(S)}, s,
+           with_lambda ? p_.lam : nullptr, p_.gam, p_.scale, made);
   });
   return made;
 }
@@ -118,8 +116,8 @@ const Panels& ASideCall::panels(int64_t t) {
   if (!panels_.data)
     panels_ = make_panels(part_, p_.basis.d, part_ > 32 ? 64 : 32, p_.dtype, device_);
   if (filled_ != t)
-    fill_panels(static_cast<const char*>(z_) + t * p_.basis.d * bytes_of(p_.dtype),
-                min(part_, T_ - t), panels_, p_.dtype, device_);
+    fill_panels(moved(z_, t * p_.basis.d, p_.dtype), min(part_, T_ - t), panels_, p_.dtype,
+                device_);
   filled_ = t;
   return panels_;
 }

@@ -117,7 +117,7 @@ void ASideCall::up(void* V) {
         S* to = static_cast<S*>(V) + t * a.r * a.n;
         const int64_t blocks = ceil_div(T, B::kM) * a.r * ceil_div(a.n, B::kN);
         launch(device_, "a_up", kernel, blocks, B::kThreads, B::kShared, a, values(false), z.data,
-               z.width, T, p_.lam, scale_, to, aligned_rows(a.n, kPerAccess<S>, to));
+               z.width, T, p_.lam, p_.scale, to, aligned_rows(a.n, kPerAccess<S>, to));
       }
     };
     constexpr bool kTf32 = decltype(tf32)::value;

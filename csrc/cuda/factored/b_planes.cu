@@ -75,9 +75,9 @@ struct Product {
   const S* tokens;  // (T, depth)
   bool aligned;
   int64_t line_blocks, token_blocks;
-  int64_t splits, slots;        // blocks that share a tile, and the slots of each
-  C* partial;                   // (splits, T, lines), null if splits == 1
-  Output<RoundedStore<S>> out;  // (T, lines)
+  int64_t splits, slots;  // blocks that share a tile, and the slots of each
+  C* partial;             // (splits, T, lines), null if splits == 1
+  Output<S> out;          // (T, lines)
 };
 
 // Steps of kSlots of the contraction that a thread block loads at a time: more if the tokens are
@@ -136,25 +136,14 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
 
   using C = ComputeOf<S>;
   if (p.partial) {
-    const Output<RoundedStore<C>> sums{{p.partial + split * p.T * p.lines, nullptr, C(1)},
-                                       p.T,
-                                       p.lines,
-                                       p.lines % kPerAccess<C> == 0};
+    const Output<C> sums{{p.partial + split * p.T * p.lines, nullptr, C(1)},
+                         p.T,
+                         p.lines,
+                         p.lines % kPerAccess<C> == 0};
     store_tile(tile, shared_memory(), line0, token0, sums);
   } else {
     store_tile(tile, shared_memory(), line0, token0, p.out);
   }
-}
-
-template <class S>
-__global__ void add_partial_kernel(const ComputeOf<S>* partial, int64_t splits, int64_t count,
-                                   RoundedStore<S> out) {
-  using C = ComputeOf<S>;
-  const int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (at >= count) return;
-  C sum = C(0);
-  for (int64_t s = 0; s < splits; ++s) sum += partial[s * count + at];
-  out.one(at, sum);
 }
 
 template <class S, bool Tf32, int N>
@@ -171,9 +160,7 @@ void run(Product<S>& p, bool up, Device& device) {
   launch(device, up ? "b_up_planes" : "b_down_planes",
          up ? b_planes_kernel<S, Tf32, true, N> : b_planes_kernel<S, Tf32, false, N>,
          tiles * p.splits, kTileThreads, SharedMemory<S, N>::bytes(), p);
-  if (p.partial)
-    launch(device, "add_partial", add_partial_kernel<S>, ceil_div(p.T * p.lines, 128), 128, 0,
-           p.partial, p.splits, p.T * p.lines, p.out.store);
+  if (p.partial) sum_parts(p.partial, p.splits, p.T * p.lines, p.out.store, device);
 }
 
 }  // namespace

@@ -24,6 +24,7 @@
 
 #include "../device/columns.h"
 #include "../device/launch.h"
+#include "../device/rounded_store.h"
 #include "../kernels.h"
 
 namespace randlora::cuda {
@@ -122,17 +123,6 @@ __global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
   dlam[(part * r + first_j + lane) * n + i] = sum;
 }
 
-// out[e] = the sum over s of part[s, e], in order.
-template <class C>
-__global__ void sum_parts_kernel(const C* part, int64_t parts, int64_t count, C* out) {
-  const int64_t e = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (e >= count) return;
-  C sum = part[e];
-#pragma unroll 4
-  for (int64_t s = 1; s < parts; ++s) sum += part[s * count + e];
-  out[e] = sum;
-}
-
 }  // namespace
 
 void scaled_basis(const ScaledBasis& p, Device& device) {
@@ -173,13 +163,8 @@ void scaled_basis_backward(const ScaledBasisBackward& p, Device& device) {
     launch(device, "scaled_basis_backward", kernel, parts * base_blocks * batches, threads,
            warps * shared_of_warp<C>(), p.r, p.n, p.d, p.A, p.lam, p.gam, p.grad, dlam_parts,
            dgam_parts, parts, base_blocks);
-    const auto add = [&](const C* part, int64_t count_of_parts, int64_t count, C* out) {
-      if (count_of_parts > 1)
-        launch(device, "sum_parts", sum_parts_kernel<C>, ceil_div(count, threads), threads, 0, part,
-               count_of_parts, count, out);
-    };
-    add(dlam_parts, parts, K, dlam);
-    add(dgam_parts, batches, p.n * p.d, dgam);
+    if (parts > 1) sum_parts<C>(dlam_parts, parts, K, {dlam, nullptr, C(1)}, device);
+    if (batches > 1) sum_parts<C>(dgam_parts, batches, p.n * p.d, {dgam, nullptr, C(1)}, device);
   });
 }
 

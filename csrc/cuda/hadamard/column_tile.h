@@ -15,62 +15,135 @@ template <class C>
 __device__ __forceinline__ C* row_at(C* numbers, int q) {
   return numbers + (q + (q >> 3)) * kColumns;
 }
-// From row q to row q + (1 << bit), for a bit that starts a pass: 0, 3, 6, ...
-__device__ __forceinline__ int rows_apart(int bit) { return bit > 0 ? 9 << bit : kColumns; }
 RANDLORA_HD int64_t numbers_of(int log) {
   return ((int64_t{1} << log) + (int64_t{1} << log >> 3)) * kColumns;
 }
 
-// The columns of a thread: W, adjacent and aligned, if `whole`; else some, `apart`.
-template <int W>
+// N adjacent elements, aligned, or the first `count`, if not `whole`.
+template <int N>
 struct Some {
   int count;
   bool whole;
-  int64_t apart;
   template <class S>
-  __device__ __forceinline__ Pack<S, W> load(const S* from) const {
-    if (whole) return *reinterpret_cast<const Pack<S, W>*>(from);
-    Pack<S, W> pack = {};
+  __device__ __forceinline__ Pack<S, N> load(const S* from) const {
+    if (whole) return *reinterpret_cast<const Pack<S, N>*>(from);
+    Pack<S, N> pack = {};
 #pragma unroll
-    for (int u = 0; u < W; ++u)
-      if (u < count) pack.set(u, from[u * apart]);
+    for (int u = 0; u < N; ++u)
+      if (u < count) pack.set(u, from[u]);
     return pack;
   }
   template <class S>
-  __device__ __forceinline__ void store(const Pack<S, W>& pack, S* to) const {
-    if (whole) *reinterpret_cast<Pack<S, W>*>(to) = pack;
+  __device__ __forceinline__ void store(const Pack<S, N>& pack, S* to) const {
+    if (whole) *reinterpret_cast<Pack<S, N>*>(to) = pack;
 #pragma unroll
-    for (int u = 0; u < W; ++u)
-      if (!whole && u < count) to[u * apart] = pack.get(u);
+    for (int u = 0; u < N; ++u)
+      if (!whole && u < count) to[u] = pack.get(u);
   }
 };
 
-// K bits from `bit` on, or fewer if less are left. put(v, q, step) takes rows q + e * step, from
-// `numbers`, where the thread's columns begin.
-template <int K = 3, class C, class Put>
-__device__ __forceinline__ void column_pass(C* numbers, int bit, int log, const Put& put) {
-  if constexpr (K > 0)
-    if (log - bit < K) return column_pass<K - 1>(numbers, bit, log, put);
-  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
-  for (int g = threadIdx.x / kAcross; g < 1 << (log - K); g += blockDim.x / kAcross) {
-    const int first = (g >> bit << (bit + K)) | (g & ((1 << bit) - 1));
-    C v[W << K];
-    const C* from = row_at(numbers, first);
+// How the columns of W or its gradient are divided.
+struct Tiling {
+  int log, log_all;  // of the rows of a part, and of all
+  int parts, tiles;
+  bool aligned;
+};
+
+template <class S>
+Tiling tiling_of(const HadamardExperts& p, const void* out) {
+  Tiling t{};
+  t.log = t.log_all = std::max(log_of(p.sizes.N()), 3);
+  t.tiles = static_cast<int>(ceil_div(p.sizes.d, kColumns));
+  t.aligned = aligned_to_16(p.row) && p.next_row % 4 == 0 &&
+              (p.transposed ? aligned_rows(p.sizes.D, kPerAccess<S>, p.weight, out)
+                            : aligned_rows(p.sizes.d, kPerAccess<ComputeOf<S>>, p.weight, out));
+  return t;
+}
+
+// 8 rows of W or its gradient, from o on, and a thread's columns, from k on. Lines lie together in
+// memory: columns if Transposed, else rows.
+template <class S, bool Transposed>
+struct Patch {
+  static constexpr int W = kPerAccess<ComputeOf<S>>;
+  static constexpr int kLines = Transposed ? W : 8, kAlong = Transposed ? 8 : W;
+  Pack<S, kAlong> line[kLines] = {};
+  int64_t first;
+  int next, lines;
+  Some<kAlong> some;
+
+  __device__ __forceinline__ Patch(int D, int d, int o, int k, bool whole)
+      : first(Transposed ? int64_t{k} * D + o : int64_t{o} * d + k),
+        next(Transposed ? D : d),
+        lines(Transposed ? d - k : D - o),
+        some{Transposed ? D - o : d - k, whole} {}
+  __device__ __forceinline__ void load(const S* from) {
+    from += first;
 #pragma unroll
-    for (int e = 0; e < 1 << K; ++e, from += rows_apart(bit)) load_run<W>(from, v + e * W);
+    for (int l = 0; l < kLines; ++l, from += next)
+      if (some.whole || l < lines) line[l] = some.load(from);
+  }
+  __device__ __forceinline__ void store(S* to) const {
+    to += first;
+#pragma unroll
+    for (int l = 0; l < kLines; ++l, to += next)
+      if (some.whole || l < lines) some.store(line[l], to);
+  }
+  // Of row o + e and column k + u.
+  __device__ __forceinline__ S get(int e, int u) const {
+    return Transposed ? line[u].get(e) : line[e].get(u);
+  }
+  __device__ __forceinline__ void set(int e, int u, S x) {
+    Transposed ? line[u].set(e, x) : line[e].set(u, x);
+  }
+};
+
+// fn(patch, signs of its rows) for the rows of W that are equal in H to rows 8 g to 8 g + 7 of part
+// `part`.
+template <class S, bool Transposed, class F>
+__device__ __forceinline__ void each_patch(const HadamardExperts& p, const Tiling& tiling, int part,
+                                           int g, int k, const F& fn) {
+  const int D = static_cast<int>(p.sizes.D), d = static_cast<int>(p.sizes.d);
+  const auto at = [&](auto whole, int o) {
+    constexpr bool Whole = decltype(whole)::value;
+    float sign[8];
+    if constexpr (Whole) load_run<8>(p.row + o, sign);
+#pragma unroll
+    for (int e = 0; e < 8 && !Whole; ++e) sign[e] = o + e < D ? p.row[o + e] : 0;
+    fn(Patch<S, Transposed>(D, d, o, k, Whole), sign);
+  };
+#pragma unroll 1
+  for (int o = (part << tiling.log) + 8 * g; o < D; o += 1 << tiling.log_all)
+    if (tiling.aligned && o + 8 <= D && k + Patch<S, Transposed>::W <= d)
+      at(std::true_type{}, o);
+    else
+      at(std::false_type{}, o);
+}
+
+// The transform over all bits but the first three, in passes of three; each ends with a barrier.
+// `numbers` is where the thread's columns begin.
+template <int K = 3, class C>
+__device__ __forceinline__ void column_pass(C* numbers, int bit, int log) {
+  if constexpr (K > 1)
+    if (log - bit < K) return column_pass<K - 1>(numbers, bit, log);
+  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
+  const int step = 9 << bit;  // from row q to row q + (1 << bit)
+  for (int g = threadIdx.x / kAcross; g < 1 << (log - K); g += blockDim.x / kAcross) {
+    C* at = row_at(numbers, (g >> bit << (bit + K)) | (g & ((1 << bit) - 1)));
+    C v[W << K];
+    const C* from = at;
+#pragma unroll
+    for (int e = 0; e < 1 << K; ++e, from += step) load_run<W>(from, v + e * W);
     hadamard<W>(v);
-    put(v, first, 1 << bit);
+#pragma unroll
+    for (int e = 0; e < 1 << K; ++e, at += step) store_run<W>(v + e * W, at);
   }
 }
 template <class C>
-__device__ __forceinline__ void column_pass_in_place(C* numbers, int bit, int log) {
-  constexpr int W = kPerAccess<C>;
-  column_pass(numbers, bit, log, [&](auto& v, int q, int) {
-    C* to = row_at(numbers, q);
-#pragma unroll
-    for (int e = 0; e < int(sizeof(v) / sizeof(C)) / W; ++e, to += rows_apart(bit))
-      store_run<W>(v + e * W, to);
-  });
+__device__ __forceinline__ void column_passes(C* numbers, int log) {
+  for (int bit = 3; bit < log; bit += 3) {
+    column_pass(numbers, bit, log);
+    __syncthreads();
+  }
 }
 
 // Of a block: one for each 8 rows of a thread's columns.

@@ -27,11 +27,10 @@ __global__ void hadamard_gamma_kernel(HadamardGamma p, int64_t col_blocks) {
   c.store(static_cast<S*>(p.out) + i * d, out);
 }
 
-constexpr int kAcross = 32;  // columns c of a block that sums slots
-constexpr int kEach = 4;     // elements of dgam of a thread
+constexpr int kEach = 4;  // elements of dgam of a thread
 
-// The first `gamma_blocks` blocks make dgam, `row_blocks` each of its rows; the others dlam. There
-// a warp adds every warps-th slot, and the first warp adds the results of all.
+// The first `gamma_blocks` blocks make dgam, `row_blocks` each of its rows; the others dlam,
+// for 32 columns each.
 template <class S, class C = ComputeOf<S>>
 __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks, int row_blocks) {
   const int block = blockIdx.x, d = static_cast<int>(p.sizes.d), n = static_cast<int>(p.sizes.n);
@@ -47,19 +46,12 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks,
     }
     return;
   }
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int K = static_cast<int>(p.sizes.K()), c = (block - gamma_blocks) * kAcross + lane;
-  C* of_warp = reinterpret_cast<C*>(shared_memory());
-  C sum = C(0);
-  if (c < K) {
-    const C* sums = static_cast<const C*>(p.sums) + blockIdx.y * p.slots * K + c;
-#pragma unroll 8
-    for (int64_t q = warp; q < p.slots; q += warps) sum += sums[q * K];
-  }
-  of_warp[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp != 0 || c >= K) return;
-  for (int other = 1; other < warps; ++other) sum += of_warp[other * kAcross + lane];
+  const int K = static_cast<int>(p.sizes.K());
+  const int c = (block - gamma_blocks) * 32 + threadIdx.x % 32;
+  const C* sums = static_cast<const C*>(p.sums) + blockIdx.y * p.slots * K + c;
+  const C sum =
+      block_sum(c < K ? sums : nullptr, p.slots, K, reinterpret_cast<C*>(shared_memory()));
+  if (threadIdx.x >= 32 || c >= K) return;
   static_cast<C*>(p.dlam)[int64_t{blockIdx.y} * K + c] = static_cast<C>(p.scale) * sum * p.col[c];
 }
 
@@ -87,7 +79,7 @@ void hadamard_diagonals(const HadamardDiagonals& p, Device& device) {
     const int row_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * kEach));
     const int gamma_blocks = p.P ? row_blocks * static_cast<int>(p.sizes.n) : 0;
     launch(device, "hadamard_diagonals", hadamard_diagonals_kernel<S>,
-           Grid(gamma_blocks + ceil_div(p.sizes.K(), kAcross), p.experts), threads,
+           Grid(gamma_blocks + ceil_div(p.sizes.K(), 32), p.experts), threads,
            threads * int64_t{sizeof(ComputeOf<S>)}, p, gamma_blocks, row_blocks);
   });
 }

@@ -56,14 +56,16 @@ __device__ __forceinline__ void add_products(const C (&a)[kValues<C>], const C* 
   constexpr int V = kPerAccess<C>;
 #pragma unroll
   for (int e = 0; e < kValues<C>; e += V) {
-    const auto factors = *reinterpret_cast<const Piece<C, V>*>(b + e);
-    auto& sums = *reinterpret_cast<Piece<C, V>*>(sum + e);
-    Piece<C, V> x = sums;
+    C factors[V], sums[V];
+    load_run<V>(b + e, factors);
+    load_run<V>(sum + e, sums);
 #pragma unroll
-    for (int u = 0; u < V; ++u) x.v[u] += a[e + u] * factors.v[u];
-    sums = x;
+    for (int u = 0; u < V; ++u) sums[u] += a[e + u] * factors[u];
+    store_run<V>(sums, sum + e);
   }
 }
+
+constexpr int kParts = 3;  // of shared memory, with z
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -105,15 +107,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Parts of shared memory that a block needs, each for its rows.
-constexpr int parts(bool with_z) { return with_z ? 3 : 1; }
-
 }  // namespace
 
 bool hadamard_fits(const HadamardSizes& sizes, DType dtype, const Device& device) {
   bool fits = false;
   with_dtype(dtype, [&](auto s) {
-    fits = Plan<decltype(s)>(sizes, 1, device, parts(true)).shared <= device.shared_bytes;
+    fits = Plan<decltype(s)>(sizes, 1, device, kParts).shared <= device.shared_bytes;
   });
   return fits;
 }
@@ -123,7 +122,7 @@ void hadamard_down(const HadamardDown& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
     const int64_t blocks = p.z ? p.slots : device.multiprocessors;
-    const Plan<S> plan(p.sizes, p.T / blocks, device, parts(p.z));
+    const Plan<S> plan(p.sizes, p.T / blocks, device, p.z ? kParts : 1);
     launch(device, "hadamard_down",
            aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row, p.z, p.w)
                ? hadamard_down_kernel<S, true>

@@ -9,23 +9,82 @@
 // Floor: z read, y read and written once: with 16 bits 6 bytes an element, against some 42
 // instructions. lam, col and row come from L1 for every token but the first.
 #include "../device/launch.h"
+#include "../device/rounded_store.h"
 #include "../kernels.h"
 #include "mix.h"
-#include "write.h"
 
 namespace randlora::cuda {
 namespace {
 
+// The bits of the edge, and from rows of v in shared memory to rows t0 to t0 + count of y. A sum
+// serves every N-th element.
+template <class S, bool Aligned, class C = ComputeOf<S>>
+__device__ __forceinline__ void write_rows(const HadamardUp& p, const Rows<C>& rows, int log,
+                                           int64_t t0, int count) {
+  using At = Edge<S, Aligned>;
+  constexpr int V = At::V;
+  S* y = static_cast<S*>(p.y);
+  const RoundedStore<S> store{y, p.accumulate ? y : nullptr, static_cast<C>(p.scale)};
+  const int N = 1 << log;
+  for (int g = threadIdx.x; g < count << log >> kBits<C>; g += blockDim.x) {
+    const At at(g, log);
+    C v[kValues<C>];
+    at.load(rows, v);
+    hadamard<V>(v);
+    int64_t begin = (t0 + at.row) * p.sizes.D;
+    const float* row = p.row;
+#pragma unroll 1
+    for (int left = static_cast<int>(p.sizes.D); left > 0; left -= N, begin += N, row += N) {
+      const int end = min(left, N);
+      // All loads before the first store, which the compiler cannot know to be elsewhere.
+      if constexpr (Aligned) {
+        Pack<S, V> x[At::kCount] = {};
+#pragma unroll
+        for (int e = 0; e < At::kCount; ++e)
+          if (store.base) x[e] = at.columns(e, end).load(store.base + begin);
+#pragma unroll
+        for (int e = 0; e < At::kCount; ++e) {
+          const auto c = at.columns(e, end);
+          if (!c.inside(0)) continue;
+          const auto sign = c.load(row);
+#pragma unroll
+          for (int u = 0; u < V; ++u)
+            x[e].set(u, store.rounded(v[e * V + u] * sign.get(u), x[e].get(u)));
+          c.store(store.out + begin, x[e]);
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < At::kCount; ++e) {
+          S old[V] = {};
+#pragma unroll
+          for (int u = 0; u < V; ++u)
+            if (store.base && at.at(e, u) < end) old[u] = store.base[begin + at.at(e, u)];
+#pragma unroll
+          for (int u = 0; u < V; ++u) {
+            const int o = at.at(e, u);
+            if (o < end) store.out[begin + o] = store.rounded(v[e * V + u] * row[o], old[u]);
+          }
+        }
+      }
+    }
+  }
+}
+
 template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
-    hadamard_up_kernel(HadamardUp p, RowsOut<S> out, Diagonal<C> diagonal, int log,
-                       int64_t of_block) {
+    hadamard_up_kernel(HadamardUp p, Diagonal<C> diagonal, int log, int64_t of_block) {
   const Rows<C> rows{reinterpret_cast<C*>(shared_memory())};
   const int64_t t0 = blockIdx.x * of_block;
   const int tokens = static_cast<int>(min(of_block, p.T - t0));
   mix<Aligned>(p.sizes, static_cast<const ClassOf<S>*>(p.z), p.T, rows, log, t0, tokens);
   __syncthreads();
-  transform_and_write<Aligned>(diagonal, out, rows, log, t0, tokens);
+  low_pass(rows, log, tokens, diagonal.K, [&](auto& v, int, int c) {
+    diagonal.apply(v, c);
+    hadamard<1>(v);
+  });
+  __syncwarp();  // the next pass takes the bits that follow: each warp reads what it has written
+  middle_passes(rows, log, kEdgeBits<S>, tokens << log);
+  write_rows<S, Aligned>(p, rows, log, t0, tokens);
 }
 
 }  // namespace
@@ -35,11 +94,10 @@ void hadamard_up(const HadamardUp& p, Device& device) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
     const Plan<S> plan(p.sizes, p.T / device.multiprocessors, device);
-    const RowsOut<S> out(p, p.y, p.accumulate ? p.y : nullptr);
     launch(device, "hadamard_up",
-           out.aligned && aligned_to_16(p.z) ? hadamard_up_kernel<S, true>
-                                             : hadamard_up_kernel<S, false>,
-           ceil_div(p.T, plan.rows), plan.threads, plan.shared, p, out, Diagonal<ComputeOf<S>>(p),
+           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row, p.z) ? hadamard_up_kernel<S, true>
+                                                                   : hadamard_up_kernel<S, false>,
+           ceil_div(p.T, plan.rows), plan.threads, plan.shared, p, Diagonal<ComputeOf<S>>(p),
            plan.log, plan.rows);
   });
 }

@@ -20,51 +20,26 @@
 namespace randlora::cuda {
 namespace {
 
-struct Tiling {
-  int log, log_all;  // of the rows of a part, and of all
-  int parts, tiles;
-  int split, ranks;  // 1 << split lanes share the ranks of one base; so many each
-  bool aligned_grad, aligned_gam;
+// How a warp's lanes share the ranks of a base.
+struct Ranks {
+  int split, of_lane;  // 1 << split lanes, so many ranks each
+  bool aligned;        // gam and dgam
 };
 
-// Part `part` of the thread's columns, from k on, after the first three bits of the transform. If G
-// is stored by columns a thread reads 8 rows of each, else its columns of 8 rows.
+// Part `part` of the thread's columns, from k on, after the first three bits of the transform.
 template <bool Transposed, class S, class C = ComputeOf<S>>
 __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const Tiling& tiling,
                                           int part, int k, C* numbers) {
   constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
-  const int d = static_cast<int>(p.sizes.d), D = static_cast<int>(p.sizes.D);
   for (int g = threadIdx.x / kAcross; g < 1 << (tiling.log - 3); g += blockDim.x / kAcross) {
     C v[8 * W] = {};
-    const auto add = [&](auto whole, int o) {
-      constexpr bool Whole = decltype(whole)::value;
-      const int rows = D - o, columns = d - k, next = Transposed ? D : d;
-      float sign[8];
-      if constexpr (Whole) load_run<8>(p.row + o, sign);
-#pragma unroll
-      for (int e = 0; e < 8 && !Whole; ++e) sign[e] = e < rows ? p.row[o + e] : 0;
-      // Lines of G: `kLines` columns of 8 rows, or 8 rows of W columns.
-      constexpr int kLines = Transposed ? W : 8, kAlong = Transposed ? 8 : W;
-      const int lines = Transposed ? columns : rows;
-      const Some<kAlong> some{Transposed ? rows : columns, Whole, 1};
-      const S* from = static_cast<const S*>(p.grad);
-      from += Transposed ? int64_t{k} * D + o : int64_t{o} * d + k;
-      Pack<S, kAlong> x[kLines] = {};  // all loads before the first use
-#pragma unroll
-      for (int l = 0; l < kLines; ++l, from += next)
-        if (Whole || l < lines) x[l] = some.load(from);
+    each_patch<S, Transposed>(p, tiling, part, g, k, [&](auto patch, const auto& sign) {
+      patch.load(static_cast<const S*>(p.weight));
 #pragma unroll
       for (int e = 0; e < 8; ++e)
 #pragma unroll
-        for (int u = 0; u < W; ++u)
-          v[e * W + u] += widen(Transposed ? x[u].get(e) : x[e].get(u)) * sign[e];
-    };
-#pragma unroll 1
-    for (int o = (part << tiling.log) + 8 * g; o < D; o += 1 << tiling.log_all)
-      if (tiling.aligned_grad && o + 8 <= D && k + W <= d)
-        add(std::true_type{}, o);
-      else
-        add(std::false_type{}, o);
+        for (int u = 0; u < W; ++u) v[e * W + u] += widen(patch.get(e, u)) * sign[e];
+    });
     hadamard<W>(v);
     C* to = row_at(numbers, 8 * g);
 #pragma unroll
@@ -76,15 +51,16 @@ __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const
 // lanes share columns and, if bases are few, ranks. `Whole`: the thread's columns have one class,
 // and lanes whole numbers of ranks. x[c] is lam col.
 template <bool Whole, class C>
-__device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, const Tiling& tiling,
-                                         int part, int k, const C* numbers, const C* x, C* sums) {
+__device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, int log,
+                                         const Ranks& ranks, int part, int k, const C* numbers,
+                                         const C* x, C* sums) {
   constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
   const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
   const int d = static_cast<int>(p.sizes.d), lane = threadIdx.x % 32 / kAcross;
-  const int of_warp = 32 / kAcross >> tiling.split, share = lane / of_warp;
-  const int first = share * tiling.ranks, last = first + tiling.ranks;
+  const int of_warp = 32 / kAcross >> ranks.split, share = lane / of_warp;
+  const int first = share * ranks.of_lane, last = first + ranks.of_lane;
   C* dgam = static_cast<C*>(p.dgam);
-  const Some<W> some{d - k, tiling.aligned_gam && k + W <= d, 1};
+  const Some<W> some{d - k, ranks.aligned && k + W <= d};
   int m[W];
   C s[W];
 #pragma unroll
@@ -102,11 +78,11 @@ __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, const 
 #pragma unroll
       for (int b = 0; b < kAcross; ++b) {
         if (!Whole && j + b >= r) continue;
-        const int c = (j + b) * n + i, above = c >> tiling.log;
+        const int c = (j + b) * n + i, above = c >> log;
         const C sign = minus((above & part) ^ (m[0] & (j + b)), ~0) ? C(-1) : C(1);
         const C factor = sign * x[c];
         C v[W];
-        load_run<W>(row_at(numbers, c & ((1 << tiling.log) - 1)), v);
+        load_run<W>(row_at(numbers, c & ((1 << log) - 1)), v);
 #pragma unroll
         for (int u = 0; u < W; ++u) {
           if (!Whole && minus(m[u] ^ m[0], j + b)) v[u] = -v[u];
@@ -132,7 +108,8 @@ __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, const 
 
 template <class S, bool Transposed, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
-    hadamard_weight_backward_kernel(HadamardWeightBackward all, Tiling tiling, C* of_slots) {
+    hadamard_weight_backward_kernel(HadamardWeightBackward all, Tiling tiling, Ranks ranks,
+                                    C* of_slots) {
   constexpr int W = kPerAccess<C>;
   const HadamardWeightBackward p = all.expert(blockIdx.y);
   const int slots = gridDim.x, slot = blockIdx.x;
@@ -148,15 +125,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int k = tile * kColumns + from_k;
       read_part<Transposed, S>(p, tiling, part, k, numbers);
       __syncthreads();
-      for (int bit = 3; bit < tiling.log; bit += 3) {
-        column_pass_in_place(numbers, bit, tiling.log);
-        __syncthreads();
-      }
+      column_passes(numbers, tiling.log);
       // The block takes one way: lanes meet in shuffles.
-      if (p.sizes.r == tiling.ranks << tiling.split && tile * kColumns % n + kColumns <= n)
-        mix_part<true>(p, tiling, part, k, numbers, x, sums);
+      if (p.sizes.r == ranks.of_lane << ranks.split && tile * kColumns % n + kColumns <= n)
+        mix_part<true>(p, tiling.log, ranks, part, k, numbers, x, sums);
       else
-        mix_part<false>(p, tiling, part, k, numbers, x, sums);
+        mix_part<false>(p, tiling.log, ranks, part, k, numbers, x, sums);
       __syncthreads();
     }
   C* out = of_slots + (int64_t{blockIdx.y} * slots + slot) * K;
@@ -172,28 +146,24 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
     using C = ComputeOf<S>;
     constexpr int W = kPerAccess<C>, kAcross = kColumns / W, kLanes = 32 / kAcross;
     const int64_t d = p.sizes.d, D = p.sizes.D, n = p.sizes.n, r = p.sizes.r, K = p.sizes.K();
-    Tiling t{};
-    t.log_all = t.log = std::max(log_of(p.sizes.N()), 3);
+    Tiling t = tiling_of<S>(p, nullptr);
     const auto shared = [&] { return (numbers_of(t.log) + 2 * K) * int64_t{sizeof(C)}; };
     // Two blocks on a multiprocessor, unless that leaves few rows.
     while (t.log > 3 && shared() > device.shared_bytes / (t.log > 10 ? 2 : 1) - 1024) --t.log;
     t.parts = static_cast<int>(ceil_div(std::min(D, int64_t{1} << t.log_all), int64_t{1} << t.log));
-    t.tiles = static_cast<int>(ceil_div(d, kColumns));
     const int threads = threads_of<C>(t.log, device);
-    while (1 << t.split < kLanes && n << (t.split + 1) <= threads / 32 * kLanes &&
-           kAcross << t.split < r)
-      ++t.split;
-    t.ranks = static_cast<int>(ceil_div(r, kAcross << t.split)) * kAcross;
-    t.aligned_grad = aligned_to_16(p.row) && p.next_row % 4 == 0 &&
-                     aligned_rows(p.transposed ? D : d, p.transposed ? kPerAccess<S> : W, p.grad);
-    t.aligned_gam = aligned_rows(d, W, p.gam, p.dgam);
+    Ranks ranks{0, 0, aligned_rows(d, W, p.gam, p.dgam)};
+    while (1 << ranks.split < kLanes && n << (ranks.split + 1) <= threads / 32 * kLanes &&
+           kAcross << ranks.split < r)
+      ++ranks.split;
+    ranks.of_lane = static_cast<int>(ceil_div(r, kAcross << ranks.split)) * kAcross;
     const int64_t slots =
         std::min(ceil_div(t.tiles, 2), ceil_div(4 * device.multiprocessors, p.experts));
     C* sums = scratch<C>(device, p.experts * slots * K);
     launch(device, "hadamard_weight_backward",
            p.transposed ? hadamard_weight_backward_kernel<S, true>
                         : hadamard_weight_backward_kernel<S, false>,
-           Grid(slots, p.experts), threads, shared(), p, t, sums);
+           Grid(slots, p.experts), threads, shared(), p, t, ranks, sums);
     hadamard_diagonals(
         {p.sizes, nullptr, sums, slots, p.s, p.col, p.dlam, nullptr, p.dtype, p.scale, p.experts},
         device);

@@ -38,27 +38,24 @@ struct RowWalk {
   }
 };
 
-// W adjacent elements, two of 16 bits in a word.
+// W adjacent elements: one, or two of 16 bits in a word.
 template <int W, class S, class C>
 __device__ __forceinline__ void load_wide(const S* from, C* to) {
-  if constexpr (W == 2 && sizeof(S) == 2) {
+  if constexpr (W == 1) {
+    to[0] = widen(*from);
+  } else {
     const auto pack = *reinterpret_cast<const Pack<S, W>*>(from);
     to[0] = widen(pack.get(0)), to[1] = widen(pack.get(1));
-  } else {
-    const auto piece = *reinterpret_cast<const Piece<S, W>*>(from);
-#pragma unroll
-    for (int u = 0; u < W; ++u) to[u] = widen(piece.v[u]);
   }
 }
 template <int W, class S, class C>
 __device__ __forceinline__ void store_wide(const C* from, S* to) {
-  if constexpr (W == 2 && sizeof(S) == 2) {
+  if constexpr (W == 1) {
+    *to = narrow<S>(from[0]);
+  } else {
     Pack<S, W> pack = {};
     pack.set(0, narrow<S>(from[0])), pack.set(1, narrow<S>(from[1]));
     *reinterpret_cast<Pack<S, W>*>(to) = pack;
-  } else {
-#pragma unroll
-    for (int u = 0; u < W; ++u) to[u] = narrow<S>(from[u]);
   }
 }
 

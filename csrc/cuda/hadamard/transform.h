@@ -109,10 +109,10 @@ struct Diagonal {
     if (aligned && c + kValues<C> <= K) {
 #pragma unroll
       for (int e = 0; e < kValues<C>; e += V) {
-        const auto factors = *reinterpret_cast<const Piece<C, V>*>(lam + c + e);
-        const auto signs = *reinterpret_cast<const Piece<float, V>*>(col + c + e);
+        const auto factors = *reinterpret_cast<const Pack<C, V>*>(lam + c + e);
+        const auto signs = *reinterpret_cast<const Pack<float, V>*>(col + c + e);
 #pragma unroll
-        for (int u = 0; u < V; ++u) v[e + u] *= factors.v[u] * signs.v[u];
+        for (int u = 0; u < V; ++u) v[e + u] *= factors.get(u) * signs.get(u);
         // Not all loads at once: registers do not suffice.
         if ((e + V) % 16 == 0) asm volatile("" ::: "memory");
       }
