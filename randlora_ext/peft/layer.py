@@ -125,11 +125,10 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
 
     def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
-        dtype = self.randlora_B.dtypes[adapter]
-        if device.type == "cpu" and dtype.itemsize == 2:
-            return torch.float32  # as PEFT, since a CPU is slow in 16 bits
         lam, gam = self.randlora_lambda[adapter].dtype, self.randlora_gamma[adapter].dtype
-        return torch.promote_types(torch.promote_types(dtype, lam), gam)
+        dtype = torch.promote_types(lam, gam)
+        # As PEFT, since a CPU is slow in 16 bits.
+        return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 else dtype
 
     @torch.no_grad()
     def merge(

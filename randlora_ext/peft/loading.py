@@ -81,7 +81,7 @@ def _hotswap_errors(
         check_alpha("randlora_alpha", fields["randlora_alpha"])
     except (TypeError, ValueError) as error:
         yield str(error)
-    saves_bases = model.base_model.randlora_A.saved(adapter_name)
+    saves_bases = adapter_name in model.base_model.randlora_A.saved()
     if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
         yield from other_bases(vars(config), fields)
     # What a file may lack, or bring.
@@ -104,8 +104,8 @@ def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: s
     saved = recorded_configuration(Path(folder, hub.get("subfolder") or ""))
     saved = _saved_fields(folder, **hub) if saved is None else saved
     config = model.peft_config[adapter_name]
-    brings_bases = model.base_model.randlora_A.saved(adapter_name) and saved["save_projection"]
-    if not brings_bases:
+    saves_bases = adapter_name in model.base_model.randlora_A.saved()
+    if not (saves_bases and saved["save_projection"]):
         _refuse(other_bases(vars(config), saved), folder, adapter_name)
     if saved["randlora_alpha"] != config.randlora_alpha:
         warnings.warn(

@@ -28,8 +28,7 @@ from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import merged_layers
 from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse, unguard
 from . import quantized
-from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
-from .config import description_of
+from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
 from .layer import AcceleratedLinear, ParamWrapper, adapter_per_row
 from .saving import refuse_lora_files
 
@@ -156,15 +155,12 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
-        A, B = self.randlora_A, self.randlora_B
         D, d = largest((self._target_sizes(config) | self._parameter_sizes(config)).values())
-        description = description_of(vars(config))
-        if description is not None:
-            made = generated(description, config.r, D, d)
-        else:
-            made = self._alike(config, D, d) or drawn(config, D, d)
-        for bases, matrix in zip((A, B), made, strict=True):
-            bases.add(adapter_name, matrix, config.save_projection and description is None)
+        made = self._alike(config, D, d) or new_bases(config, D, d)
+        for bases, matrix in zip((self.randlora_A, self.randlora_B), made, strict=True):
+            bases[adapter_name] = matrix
+            if generator_of(matrix) is None:  # PEFT's check wants the same for all
+                bases.persistent = config.save_projection
 
     def _alike(self, config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor] | None:
         """The bases that an added adapter shares, as in stock PEFT, whatever their flags."""
@@ -226,12 +222,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, *others
     ) -> None:
-        own = {
-            f"{prefix}{name}.{adapter}": basis
-            for name in BASIS_NAMES
-            for adapter, basis in getattr(self, name).items()
-            if getattr(self, name).saved(adapter)
-        }
+        A, B = (getattr(self, name).saved(f"{prefix}{name}.") for name in BASIS_NAMES)
+        own = A | B
         misfits = (misfit(key, state_dict[key], own[key]) for key in own if key in state_dict)
         refuse(misfits, "the state dict", f"the {type(self).__name__}", RuntimeError)
         # Stock PEFT's files hold a copy under every layer, and packing each would take long.
