@@ -26,7 +26,7 @@ from ..nn.base_layer import check_no_plan
 from ..nn.merging import KEEP_WEIGHT
 from ..nn.state_dict import DIAGONALS, guard
 from .bases import BASIS_NAMES, PackedBufferDict
-from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, name_of, one_save
+from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, one_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
 from .model import AcceleratedRandLoraModel, accelerate_layer, change_class
@@ -162,10 +162,10 @@ def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kw
                 model.delete_adapter(adapter_name)
             if isinstance(error, KeyError):  # PEFT's, of modules_to_save
                 raise ValueError(
-                    f"{name_of(model_id)} lacks {error}, which adapter {adapter_name!r} needs"
+                    f"{place!r} lacks {error}, which adapter {adapter_name!r} needs"
                 ) from error
             raise
-    warn_of_misfits(model_id, adapter_name, result)
+    warn_of_misfits(place, adapter_name, result)
     return result
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,6 +14,7 @@ import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..basis import BasisDescription
@@ -212,43 +212,37 @@ def record_configurations(folder: Path) -> None:
             os.replace(new, tensors)
 
 
-def recorded_configuration(folder: str | os.PathLike) -> dict | None:
-    """What `record_configurations` wrote; None for other files, and for those of the hub.
-
-    Raises ValueError if something else wrote it.
-    """
-    path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
-    try:  # safetensors' own reader opens the path twice
-        with open(path, "rb") as file:
-            length = min(int.from_bytes(file.read(8), "little"), 100_000_000)  # as safetensors
-            text = json.loads(file.read(length))["__metadata__"][_METADATA]
-    # Whoever reads the tensors reports more.
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+def _recorded_in(tensors: Path) -> str | None:
+    """What `record_configurations` wrote; None for other files."""
+    try:
+        with safe_open(tensors, "pt") as file:
+            return (file.metadata() or {}).get(_METADATA)
+    except (OSError, SafetensorError):  # whoever reads the tensors reports more
         return None
-    with suppress(ValueError, TypeError):
+
+
+def _fields_in(text: str) -> dict:
+    """Those of a JSON object; none of anything else."""
+    with suppress(ValueError, RecursionError):
         fields = json.loads(text)
-        if isinstance(fields, dict) and fields.keys() >= {*_RECORDED}:
+        if isinstance(fields, dict):
             return fields
-    raise ValueError(
-        f"{path}: its metadata {_METADATA!r} must be a JSON object with {', '.join(_RECORDED)}, as "
-        f"save_pretrained writes it, got {text!r}"
-    )
+    return {}
 
 
-class Shown(str):
-    """A folder for reading, `of` the one that users know."""
+class OneSave(str):
+    """A folder with the files of one save, shown to users as the one `of` which they are."""
 
     of: str
+    recorded: dict  # by its tensors
 
-
-def name_of(folder: str | os.PathLike) -> str:
-    """Quoted, for messages."""
-    return repr(getattr(folder, "of", os.fspath(folder)))
+    def __repr__(self) -> str:
+        return repr(self.of)
 
 
 @contextmanager
-def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str | os.PathLike]:
-    """`Shown`, a folder with one save's configuration and tensors while other processes save.
+def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
+    """`OneSave`, which stays as it is while other processes save.
 
     Saving replaces files and writes into none, so an open file stays as it is, and its path under
     /proc reads it again and again. Folders that we have not saved are given back, as are those of
@@ -258,41 +252,31 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str | o
     Raises ValueError if configuration and tensors are not from one save.
     """
     place = Path(folder, hub.get("subfolder") or "")
-    if isinstance(folder, Shown) or recorded_configuration(place) is None:
-        yield folder
-        return
     with TemporaryDirectory() as temporary, ExitStack() as held:
-        shown = Shown(temporary)
-        shown.of = str(place)
-        for wait in (0.02, 0.2, 0):  # for a save that is between its files
-            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-                link = Path(shown, name)
-                link.unlink(missing_ok=True)
-                with suppress(FileNotFoundError):
-                    file = held.enter_context(open(place / name, "rb"))
-                    link.symlink_to(f"/proc/self/fd/{file.fileno()}")
-            if not (differences := _differences(shown)):
-                break
-            time.sleep(wait)
-        else:
+        config, tensors = (Path(temporary, n) for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+        for link in (config, tensors):
+            with suppress(OSError):
+                file = held.enter_context(open(place / link.name, "rb"))
+                link.symlink_to(f"/proc/self/fd/{file.fileno()}")
+        text = _recorded_in(tensors)
+        if text is None or isinstance(folder, OneSave):
+            yield os.fspath(folder)
+            return
+        recorded = dict.fromkeys(_RECORDED) | _fields_in(text)
+        own = _fields_in(config.read_text()) if config.exists() else recorded
+        different = [
+            f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
+            for name in _RECORDED
+            if recorded[name] != own.get(name)
+        ]
+        if different:
             raise ValueError(
                 f"{place / CONFIG_NAME} does not belong to the {SAFETENSORS_WEIGHTS_NAME} beside "
-                f"it, whose {', '.join(differences)}: a save was interrupted, or the file was "
-                "edited. Save the adapter again; to load it with other fields, pass config= "
-                "instead of editing the file"
+                f"it, whose {', '.join(different)}: a save was interrupted, or the file was "
+                "edited. Save the adapter again; to load it with other fields, pass "
+                "config= instead of editing the file"
             )
         hub.pop("subfolder", None)
-        yield shown
-
-
-def _differences(shown: Shown) -> list[str]:
-    config, recorded = Path(shown, CONFIG_NAME), recorded_configuration(shown)
-    if recorded is None or not config.exists():
-        return []
-    own = json.loads(config.read_text())
-    own = own if isinstance(own, dict) else {}
-    return [
-        f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
-        for name in _RECORDED
-        if recorded[name] != own.get(name)
-    ]
+        save = OneSave(temporary)
+        save.of, save.recorded = str(place), recorded
+        yield save

@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import fields as dataclass_fields
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -15,7 +14,7 @@ from peft.utils.save_and_load import load_peft_weights
 from ..nn.linear import check_alpha
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 from .bases import BASIS_NAMES
-from .config import PEFT_TYPES, name_of, one_save, other_bases, recorded_configuration
+from .config import PEFT_TYPES, OneSave, one_save, other_bases
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
@@ -56,7 +55,7 @@ def hotswap_adapter(
         fields = _saved_fields(place, **kwargs)
         saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
     errors = _hotswap_errors(model, adapter_name, fields, saved)
-    _refuse(errors, model_name_or_path, adapter_name)
+    _refuse(errors, place, adapter_name)
     scaling = fields["randlora_alpha"] / model.peft_config[adapter_name].r
     peft.set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
     for layer in layers:
@@ -97,26 +96,25 @@ def _hotswap_errors(
     yield from (f"{key} is not part of the adapter" for key in passed if key not in own)
 
 
-def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: str, hub) -> None:
+def check_load_over(model: PeftModel, folder: str, adapter_name: str, hub: dict) -> None:
     """ValueError if tensors that ``PeftModel.load_adapter`` writes into an adapter belong to other
     bases, and do not bring these; a warning if alpha differs.
     """
-    saved = recorded_configuration(Path(folder, hub.get("subfolder") or ""))
-    saved = _saved_fields(folder, **hub) if saved is None else saved
+    saved = folder.recorded if isinstance(folder, OneSave) else _saved_fields(folder, **hub)
     config = model.peft_config[adapter_name]
     saves_bases = adapter_name in model.base_model.randlora_A.saved()
     if not (saves_bases and saved["save_projection"]):
         _refuse(other_bases(vars(config), saved), folder, adapter_name)
     if saved["randlora_alpha"] != config.randlora_alpha:
         warnings.warn(
-            f"randlora_alpha of {name_of(folder)} is {saved['randlora_alpha']}, adapter "
+            f"randlora_alpha of {folder!r} is {saved['randlora_alpha']}, adapter "
             f"{adapter_name!r} keeps its own, {config.randlora_alpha}, as in stock PEFT; "
             "randlora_ext.peft.hotswap_adapter takes over the file's",
             stacklevel=4,
         )
 
 
-def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -> None:
+def warn_of_misfits(folder: str, adapter_name: str, result: Any) -> None:
     """Warns if a file has fitted only in part; PEFT returns the keys as `result`, and few look."""
     for keys, told in (
         (result.unexpected_keys, "of its tensors have no place in the model and are not used"),
@@ -124,7 +122,7 @@ def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -
     ):
         if ours := [key for key in keys if any(f".{name}" in key for name in DIAGONALS)]:
             warnings.warn(
-                f"the file of {name_of(folder)} fits adapter {adapter_name!r} only in part: "
+                f"the file of {folder!r} fits adapter {adapter_name!r} only in part: "
                 f"{len(ours)} {told}: {', '.join(ours[:10])}{', ...' * (len(ours) > 10)}",
                 stacklevel=4,
             )
@@ -138,7 +136,7 @@ class _Fields(peft.PeftConfig):
         return fields
 
 
-def _saved_fields(folder: str | os.PathLike, **hub) -> dict:
+def _saved_fields(folder: str, **hub) -> dict:
     """The fields of an adapter's configuration as they are in the file, and PEFT's defaults.
 
     Not an object: without `enable`, PEFT would make its own, which lacks ``density``.
@@ -147,5 +145,5 @@ def _saved_fields(folder: str | os.PathLike, **hub) -> dict:
     return defaults | _Fields.from_pretrained(folder, **hub)
 
 
-def _refuse(errors: Iterable[str], folder: str | os.PathLike, adapter_name: str) -> None:
-    refuse(errors, f"the adapter of {name_of(folder)}", repr(adapter_name))
+def _refuse(errors: Iterable[str], folder: str, adapter_name: str) -> None:
+    refuse(errors, f"the adapter of {folder!r}", repr(adapter_name))

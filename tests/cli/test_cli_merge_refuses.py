@@ -86,9 +86,9 @@ BROKEN = {
     "r zero": (config(r=0), "r must be"),
     "other r": (edited, "r is 5, not 6: a save was interrupted, or the file was edited"),
     "no key": (without_key, "projection_prng_key is 'randlora_ext:independent-1"),
-    "no record": (recording("{}"), "'randlora_ext' must be a JSON object with r, randlora_alpha"),
-    "a list recorded": (recording("[]"), "as save_pretrained writes it, got '[]'"),
-    "no JSON recorded": (recording("["), "as save_pretrained writes it, got '['"),
+    "no record": (recording("{}"), "whose r is None, not 5"),
+    "a list recorded": (recording("[]"), "whose r is None, not 5"),
+    "no JSON recorded": (recording("["), "whose r is None, not 5"),
     "alpha huge": (config(randlora_alpha=10**400), "randlora_alpha must be a finite number"),
     "other model": (
         lambda root: sharded(root / "model", hidden_size=64),
