@@ -58,8 +58,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
-        """PEFT's check of one key and ``save_projection``, of adapters on PEFT's bases alone."""
+        """Ours before anything is drawn, and PEFT's, of one key and ``save_projection`` among
+        adapters on PEFT's bases alone."""
+        check_r(config.r)  # stock PEFT's configuration does not
         self._check_targets(config)
+        _warn_of_scaling(config)
         everyone, wanted = self.peft_config, _target_parameters(config)
         for name, other in everyone.items():
             if wanted and (others := _target_parameters(other)) not in ([], wanted):
@@ -82,21 +85,18 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _pre_injection_hook(
         self, model: nn.Module, config: peft.RandLoraConfig, adapter_name: str
     ) -> None:
-        self._check_targets(config)
-        _warn_of_scaling(config)
         # A second inject_adapter_in_model finds the first one's layers.
         layer = next((m for m in model.modules() if isinstance(m, AcceleratedLinear)), None)
         for name in BASIS_NAMES:
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
-        self._add_bases(config, adapter_name)
-        guard(model)
-        refuse_lora_files(model)
 
     def _create_and_replace(
         self, randlora_config: peft.RandLoraConfig, adapter_name: str, *args, **kwargs
     ) -> None:
-        if adapter_name not in self.randlora_A:
+        if adapter_name not in self.randlora_A:  # this is its first layer
             self._add_bases(randlora_config, adapter_name)
+            guard(self.model)
+            refuse_lora_files(self.model)
         if "parameter_name" in kwargs:
             return self._wrap_parameter(randlora_config, adapter_name, *args, **kwargs)
         path = kwargs["current_key"]
@@ -128,8 +128,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
         return config if only_parameters else super()._prepare_adapter_config(config, model_config)
 
     def _check_targets(self, config: peft.RandLoraConfig) -> None:
-        """Raises ValueError before anything is drawn."""
-        check_r(config.r)  # stock PEFT's configuration does not
         targets, parameters = self._target_sizes(config), self._parameter_sizes(config)
         if parameters:  # in the order of nesting, innermost first, which `randlora merge` reads
             names = [f".{name}" for name in parameters]
@@ -186,15 +184,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the ``target_parameters`` by their names."""
         targets = matching_parameters(self.model, _target_parameters(config))
-        paths = {path for path, _ in targets.values()}
         for key, (path, _) in targets.items():  # PEFT would look for it in the wrong place
-            if above := next(
-                (other for other in paths if f"{path}.".startswith(f"{other}.") and path != other),
-                None,
-            ):
+            if above := [other for other, _ in targets.values() if path.startswith(f"{other}.")]:
                 raise ValueError(
-                    f"target_parameters: {key!r} lies inside {above!r}, of which a parameter is a "
-                    "target, too; apply_randlora takes both"
+                    f"target_parameters: {key!r} lies inside {above[0]!r}, of which a parameter is "
+                    "a target, too; apply_randlora takes both"
                 )
         get = self.model.get_submodule
         return {key: sizes_of(get(path), own)[:2] for key, (path, own) in targets.items()}
