@@ -147,10 +147,11 @@ class PackedBufferDict(MutableMapping, BufferDict):
 
     __hash__ = nn.Module.__hash__
     __eq__ = nn.Module.__eq__
+    _bases: dict[str, Tensor] = {}  # until there are some
 
     def __init__(self, persistent: bool = True) -> None:
         super().__init__(persistent=persistent)
-        self._bases: dict[str, Tensor] = {}
+        self._bases = {}
         self._changed()
 
     @classmethod
@@ -173,11 +174,10 @@ class PackedBufferDict(MutableMapping, BufferDict):
     # In PEFT's dictionary buffers are attributes; transformers loads adapters through them.
 
     def __getattr__(self, name: str):
-        bases = self.__dict__.get("_bases", {})
-        return bases[name] if name in bases else super().__getattr__(name)
+        return self._bases[name] if name in self._bases else super().__getattr__(name)
 
     def __setattr__(self, name: str, value) -> None:
-        if name in self.__dict__.get("_bases", {}):
+        if name in self._bases:
             self[name] = value.detach()
         else:
             super().__setattr__(name, value)

@@ -111,9 +111,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         super()._use_basis(adapter, basis)
         self.bases.pop(adapter, None)  # `_find` makes the same
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"bases": {}}  # found again
-
     def _widens(self, name: str, x: Tensor) -> bool:
         return self.float32_products and self._is_dense_in_16_bits(name, x)
 

@@ -40,9 +40,9 @@ def hotswap_adapter(
         torch_device: where the file is read to; default the CPU.
 
     Raises, and leaves the model as it was: TypeError for another model; RuntimeError if the adapter
-    is merged; ValueError if it is not there or, naming each thing, if the file has another type, r
-    or dropout, an alpha that is no finite number, other tensors or shapes, or brings no bases and
-    belongs to other ones.
+    is merged; TypeError or ValueError if the file's alpha is no finite number; ValueError if the
+    adapter is not there or, naming each thing, if the file has another type, r or dropout, other
+    tensors or shapes, or brings no bases and belongs to other ones.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, AcceleratedRandLoraModel):
@@ -54,6 +54,7 @@ def hotswap_adapter(
     with one_save(model_name_or_path, kwargs) as place:
         fields = _saved_fields(place, **kwargs)
         saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
+    check_alpha("randlora_alpha", fields["randlora_alpha"])
     errors = _hotswap_errors(model, adapter_name, fields, saved)
     _refuse(errors, place, adapter_name)
     scaling = fields["randlora_alpha"] / model.peft_config[adapter_name].r
@@ -76,10 +77,6 @@ def _hotswap_errors(
     for name in ("r", "randlora_dropout"):
         if fields[name] != getattr(config, name):
             yield f"{name} is {fields[name]!r}, not {getattr(config, name)!r}"
-    try:
-        check_alpha("randlora_alpha", fields["randlora_alpha"])
-    except (TypeError, ValueError) as error:
-        yield str(error)
     saves_bases = adapter_name in model.base_model.randlora_A.saved()
     if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
         yield from other_bases(vars(config), fields)
