@@ -88,13 +88,13 @@ class RandLoraConfig(peft.RandLoraConfig):
         if self.target_parameters:
             kind = generated.kind if generated else self.basis
             check_options(self.target_parameters, kind, self.density, self.randlora_dropout)
-        self.save_projection |= generated is not None  # else PEFT warns that bases may be lost
+        if generated is not None:
+            self.save_projection = True  # else PEFT warns that bases may be lost
         super().__post_init__()
         if generated is not None:
             self.basis, self.density = generated.kind, generated.density
             key: Any = generated.key()
-            self.projection_prng_key = key
-            self.save_projection = False
+            self.projection_prng_key, self.save_projection = key, False
         enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
         if isinstance(self.projection_prng_key, str) and not enabled:
             raise RuntimeError(
