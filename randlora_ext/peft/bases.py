@@ -271,16 +271,14 @@ def layer_basis(
         matrices = share(made_of, lambda: ImportedMatrices(a, b, B.columns, *values))
         basis = Basis.of(*sizes, matrices)
     else:
-        basis = Basis.of(*sizes, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
+        basis = Basis.of(*sizes, share(("dense", id(A), id(B)), lambda: _dense(A, B)))
     return basis.canonical()
 
 
-class _Dense(DenseMatrices):
-    """Keeps PEFT's tensors alive, whose identities are its key."""
-
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        self.of = A, B
-        super().__init__(_flat(A), _flat(B))
+def _dense(A: Tensor, B: Tensor) -> DenseMatrices:
+    matrices: Any = DenseMatrices(_flat(A), _flat(B))
+    matrices.of = A, B  # kept alive, because their identities are the key
+    return matrices
 
 
 def _flat(t: Tensor) -> Tensor:

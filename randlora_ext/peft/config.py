@@ -21,7 +21,6 @@ from ..basis import BasisDescription
 from ..basis.description import SPECIFICATIONS, check_integer, check_kind, check_r, check_seed
 from ..nn.experts import check_options
 from ..nn.linear import check_alpha, check_dropout
-from ..writing import appear_together
 
 KINDS = ("peft", *SPECIFICATIONS)
 _FLAGS = (
@@ -107,11 +106,6 @@ class RandLoraConfig(peft.RandLoraConfig):
                 "configuration has PEFT's own layers, without our kernels",
                 stacklevel=3,  # where the configuration is made
             )
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As PEFT's, but the old file stays until the new one is complete."""
-        with appear_together(save_directory) as scratch:
-            super().save_pretrained(scratch, **kwargs)
 
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""

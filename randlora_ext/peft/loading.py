@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
@@ -56,7 +56,7 @@ def hotswap_adapter(
         saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
     check_alpha("randlora_alpha", fields["randlora_alpha"])
     errors = _hotswap_errors(model, adapter_name, fields, saved)
-    _refuse(errors, place, adapter_name)
+    refuse(errors, f"the adapter of {place!r}", repr(adapter_name))
     scaling = fields["randlora_alpha"] / model.peft_config[adapter_name].r
     peft.set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
     for layer in layers:
@@ -101,7 +101,8 @@ def check_load_over(model: PeftModel, folder: str, adapter_name: str, hub: dict)
     config = model.peft_config[adapter_name]
     saves_bases = adapter_name in model.base_model.randlora_A.saved()
     if not (saves_bases and saved["save_projection"]):
-        _refuse(other_bases(vars(config), saved), folder, adapter_name)
+        errors = other_bases(vars(config), saved)
+        refuse(errors, f"the adapter of {folder!r}", repr(adapter_name))
     if saved["randlora_alpha"] != config.randlora_alpha:
         warnings.warn(
             f"randlora_alpha of {folder!r} is {saved['randlora_alpha']}, adapter "
@@ -140,7 +141,3 @@ def _saved_fields(folder: str, **hub) -> dict:
     """
     defaults = {field.name: field.default for field in dataclass_fields(peft.RandLoraConfig)}
     return defaults | _Fields.from_pretrained(folder, **hub)
-
-
-def _refuse(errors: Iterable[str], folder: str, adapter_name: str) -> None:
-    refuse(errors, f"the adapter of {folder!r}", repr(adapter_name))

@@ -251,11 +251,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
         }
 
 
-def change_class(module: Any, to: type) -> None:
-    """Makes ours of what PEFT has made: its functions choose among its own classes."""
-    module.__class__ = to
-
-
 def accelerate_layer(layer: Any) -> Any:
     """Gives a RandLoRA layer of PEFT its accelerated class, in place; ours stay as they are.
 
@@ -263,7 +258,7 @@ def accelerate_layer(layer: Any) -> Any:
     """
     if not isinstance(layer, AcceleratedLinear):
         backend = quantized.backend_of(layer.get_base_layer())
-        change_class(layer, quantized.QuantizedLinear if backend else AcceleratedLinear)
+        layer.__class__ = quantized.QuantizedLinear if backend else AcceleratedLinear
         layer.quantization_backend = backend
         layer.bases, layer.input_scales = {}, {}
         force_module_call(layer)

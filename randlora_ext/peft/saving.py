@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -44,8 +43,7 @@ def save_together(
     **kwargs: Any,
 ) -> None:
     """Has PeftModel's ``save_pretrained`` write into a scratch folder first, and adds our card."""
-    given = inspect.signature(stock).bind(model, save_directory, *args, **kwargs).arguments
-    if not given.get("is_main_process", True):
+    if not kwargs.get("is_main_process", True):
         stock(model, save_directory, *args, **kwargs)
         return
     with appear_together(save_directory) as folder:

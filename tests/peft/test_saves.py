@@ -83,7 +83,6 @@ WRITERS = {
     "save_pretrained": lambda model, path: model.save_pretrained(path),
     "a pickle": lambda model, path: model.save_pretrained(path, safe_serialization=False),
     "export_to_peft": accelerated.export_to_peft,
-    "configuration": lambda model, path: model.peft_config["default"].save_pretrained(path),
     "save_adapter": lambda model, to: randlora_ext.save_adapter(model, to / "one.safetensors"),
 }
 SAVES = {
