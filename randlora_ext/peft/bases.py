@@ -77,16 +77,6 @@ class BasisTensor(Tensor):
         self.content, self.value = content, value
         return self
 
-    @classmethod
-    def packed(cls, dense: Tensor) -> "BasisTensor":
-        """Packs a dense tensor exactly. Raises ValueError if it is not ternary."""
-        planes, value = pack_dense("the basis", dense.detach().reshape(len(dense), -1))
-        return cls(planes, value, dense.shape, dense.dtype, dense.device)
-
-    @property
-    def columns(self) -> int:
-        return self.shape[1:].numel()
-
     def dense(self) -> Tensor:
         """A new dense tensor with the same values. Raises RuntimeError if they are generated."""
         if not isinstance(self.content, Tensor):
@@ -94,10 +84,8 @@ class BasisTensor(Tensor):
                 "randlora_A and randlora_B have no dense form here, because each layer generates "
                 "its own: layer.basis_of(adapter, device).dense()"
             )
-        if self.is_meta:
-            return torch.empty(self.shape, dtype=self.dtype, device="meta")
         make = torch.ops.randlora.planes_to_dense
-        dense = make(self.content, self.columns, self.value, self.dtype)
+        dense = make(self.content, self.shape[1:].numel(), self.value, self.dtype)
         return dense.view(self.shape).to(self.device)
 
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
@@ -192,7 +180,8 @@ class PackedBufferDict(MutableMapping, BufferDict):
                     return
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
             with suppress(ValueError):  # not ternary: layers multiply by it as it is
-                basis = BasisTensor.packed(basis)
+                planes, value = pack_dense("the basis", basis.detach().reshape(len(basis), -1))
+                basis = BasisTensor(planes, value, basis.shape, basis.dtype, basis.device)
         self._bases[key] = basis
         self._changed()
 
@@ -268,7 +257,7 @@ def layer_basis(
         values = A.value, B.value
         # The matrices keep what the key names alive.
         made_of = "imported", id(a), id(b), *values
-        matrices = share(made_of, lambda: ImportedMatrices(a, b, B.columns, *values))
+        matrices = share(made_of, lambda: ImportedMatrices(a, b, B.shape[1:].numel(), *values))
         basis = Basis.of(*sizes, matrices)
     else:
         basis = Basis.of(*sizes, share(("dense", id(A), id(B)), lambda: _dense(A, B)))

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,16 +67,9 @@ class RandLoraConfig(peft.RandLoraConfig):
         RuntimeError: the key is a text, and `randlora_ext.peft.enable` has not been called.
     """
 
-    density: float | None = field(
-        default=None, metadata={"help": "Share of non-zeros in independent bases, in (0, 1]"}
-    )
-    basis: str = field(
-        default="peft",
-        metadata={"help": '"peft": as PEFT draws them; "hadamard", "independent": only a seed'},
-    )
-    target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Names of parameters to adapt, as in LoraConfig"}
-    )
+    density: float | None = None
+    basis: str = "peft"
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
