@@ -101,10 +101,10 @@ def accelerate(model: nn.Module) -> nn.Module:
             if isinstance(module, RandLoraLayer):
                 check_no_plan(tuner.model, name, f"layer {name!r}")
     held = [(one, name, getattr(one, name)) for one in tuners + layers for name in BASIS_NAMES]
-    different = {id(bases): bases for *_, bases in held}
-    packed = {key: PackedBufferDict.of(bases) for key, bases in different.items()}
+    stock_bases = {id(b): b for *_, b in held if not isinstance(b, PackedBufferDict)}
+    packed = {key: PackedBufferDict(b, b.persistent) for key, b in stock_bases.items()}
     for one, name, bases in held:
-        setattr(one, name, packed[id(bases)])
+        setattr(one, name, packed.get(id(bases), bases))
     for layer in layers:
         accelerate_layer(layer)
     for tuner in tuners:

@@ -137,18 +137,11 @@ class PackedBufferDict(MutableMapping, BufferDict):
     __eq__ = nn.Module.__eq__
     _bases: dict[str, Tensor] = {}  # until there are some
 
-    def __init__(self, persistent: bool = True) -> None:
+    def __init__(self, bases: Any = (), persistent: bool = True) -> None:
         super().__init__(persistent=persistent)
         self._bases = {}
         self._changed()
-
-    @classmethod
-    def of(cls, dense: BufferDict) -> "PackedBufferDict":
-        if isinstance(dense, cls):
-            return dense
-        packed = cls(dense.persistent)
-        packed.update(dense)
-        return packed
+        self.update(bases)
 
     def saved(self, prefix: str = "") -> dict[str, Tensor]:
         """The bases that files hold, by their keys there: none that a key generates."""
@@ -265,10 +258,7 @@ def layer_basis(
 
 
 def _dense(A: Tensor, B: Tensor) -> DenseMatrices:
-    matrices: Any = DenseMatrices(_flat(A), _flat(B))
+    both = (as_dense(t.to("cpu") if isinstance(t, BasisTensor) else t) for t in (A, B))
+    matrices: Any = DenseMatrices(*(t.detach().flatten(1) for t in both))
     matrices.of = A, B  # kept alive, because their identities are the key
     return matrices
-
-
-def _flat(t: Tensor) -> Tensor:
-    return as_dense(t.to("cpu") if isinstance(t, BasisTensor) else t).detach().flatten(1)

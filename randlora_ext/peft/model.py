@@ -82,29 +82,25 @@ class AcceleratedRandLoraModel(RandLoraModel):
             self.peft_config = everyone
         BaseTuner._check_new_adapter_config(self, config)
 
-    def _pre_injection_hook(
-        self, model: nn.Module, config: peft.RandLoraConfig, adapter_name: str
-    ) -> None:
+    def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.
         layer = next((m for m in model.modules() if isinstance(m, AcceleratedLinear)), None)
         for name in BASIS_NAMES:
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
 
-    def _create_and_replace(
-        self, randlora_config: peft.RandLoraConfig, adapter_name: str, *args, **kwargs
-    ) -> None:
+    def _create_and_replace(self, config, adapter_name, *args, **kwargs) -> None:
         if adapter_name not in self.randlora_A:  # this is its first layer
-            self._add_bases(randlora_config, adapter_name)
+            self._add_bases(config, adapter_name)
             guard(self.model)
             refuse_lora_files(self.model)
         if "parameter_name" in kwargs:
-            return self._wrap_parameter(randlora_config, adapter_name, *args, **kwargs)
+            return self._wrap_parameter(config, adapter_name, *args, **kwargs)
         path = kwargs["current_key"]
         try:
             check_is_called(self.model, path, f"module {path!r}")
         except ValueError as error:  # not raised: files of stock PEFT must load
             warnings.warn(str(error), stacklevel=2)
-        super()._create_and_replace(randlora_config, adapter_name, *args, **kwargs)
+        super()._create_and_replace(config, adapter_name, *args, **kwargs)
         self.model.get_submodule(path).path = path
         disable_nested_tensors(self.model, path)
 
@@ -213,9 +209,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name in BASIS_NAMES:  # before the layers, which then need not
             getattr(self, name)._save_to_state_dict(destination, f"{prefix}{name}.", keep_vars)
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, *others
-    ) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *others) -> None:
         A, B = (getattr(self, name).saved(f"{prefix}{name}.") for name in BASIS_NAMES)
         own = A | B
         misfits = (misfit(key, state_dict[key], own[key]) for key in own if key in state_dict)
@@ -224,31 +218,23 @@ class AcceleratedRandLoraModel(RandLoraModel):
         copied = tuple("." + key.removeprefix(prefix) for key in own if key in state_dict)
         for key in [key for key in state_dict if key.endswith(copied) and key not in own]:
             del state_dict[key]
-        missing_keys += [key for key in own if key not in state_dict]
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *others
-        )
+        missing += [key for key in own if key not in state_dict]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args, adapter_name: str, state_dict: dict, **kwargs) -> dict:
+    def _get_adapter_state_dict(cls, **kwargs) -> dict:
         # PEFT takes parameters and buffers, and an input scale is neither.
-        kwargs |= {"adapter_name": adapter_name, "state_dict": state_dict}
-        found = super()._get_adapter_state_dict(*args, **kwargs)
-        end = f".{INPUT_SCALE}.{adapter_name}"
-        scales = {key: value for key, value in state_dict.items() if key.endswith(end)}
+        found, end = super()._get_adapter_state_dict(**kwargs), f".{kwargs['adapter_name']}"
+        scales = {k: v for k, v in kwargs["state_dict"].items() if k.endswith(INPUT_SCALE + end)}
         return found | {key: scale for key, scale in scales.items() if not no_scale(scale)}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
+    def _remap_adapter_state_dict_for_load(cls, **kwargs) -> dict:
         # PEFT adds the adapter's name only to entries that the model would write itself. A file may
         # hold bases elsewhere, also under every layer, and input scales that are new.
-        remapped = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        return {
-            f"{key}.{adapter_name}" if key.endswith((*BASIS_NAMES, INPUT_SCALE)) else key: value
-            for key, value in remapped.items()
-        }
+        name, ends = kwargs["adapter_name"], (*BASIS_NAMES, INPUT_SCALE)
+        entries = super()._remap_adapter_state_dict_for_load(**kwargs).items()
+        return {f"{key}.{name}" if key.endswith(ends) else key: value for key, value in entries}
 
 
 def accelerate_layer(layer: Any) -> Any:
