@@ -238,17 +238,16 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
     Raises ValueError if configuration and tensors are not from one save.
     """
     place = Path(folder, hub.get("subfolder") or "")
+    if isinstance(folder, OneSave) or _recorded_in(place / SAFETENSORS_WEIGHTS_NAME) is None:
+        yield os.fspath(folder)
+        return
     with TemporaryDirectory() as temporary, ExitStack() as held:
         config, tensors = (Path(temporary, n) for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
         for link in (config, tensors):
-            with suppress(OSError):
+            with suppress(FileNotFoundError):
                 file = held.enter_context(open(place / link.name, "rb"))
                 link.symlink_to(f"/proc/self/fd/{file.fileno()}")
-        text = _recorded_in(tensors)
-        if text is None or isinstance(folder, OneSave):
-            yield os.fspath(folder)
-            return
-        recorded = dict.fromkeys(_RECORDED) | _fields_in(text)
+        recorded = dict.fromkeys(_RECORDED) | _fields_in(_recorded_in(tensors) or "")
         own = _fields_in(config.read_text()) if config.exists() else recorded
         different = [
             f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
@@ -258,8 +257,8 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
         if different:
             raise ValueError(
                 f"{place / CONFIG_NAME} does not belong to the {SAFETENSORS_WEIGHTS_NAME} beside "
-                f"it, whose {', '.join(different)}: a save was interrupted, or the file was "
-                "edited. Save the adapter again; to load it with other fields, pass "
+                f"it, whose {', '.join(different)}: a save was interrupted or is going on, or the "
+                "file was edited. Save the adapter again; to load it with other fields, pass "
                 "config= instead of editing the file"
             )
         hub.pop("subfolder", None)
