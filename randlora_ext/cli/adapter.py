@@ -181,17 +181,12 @@ def _bases_of_peft(
     dtype: torch.dtype | None,
 ) -> dict[str, Basis]:
     """The basis of each layer: of the saved tensors, or of those that the configuration makes."""
-    from ..peft.bases import PackedBufferDict, drawn, generated, largest, layer_basis
-    from ..peft.config import description_of
+    from ..peft.bases import PackedBufferDict, largest, layer_basis, new_bases
 
-    if (description := description_of(vars(config))) is not None:
-        bases = generated(description, config.r, *largest(sizes.values()))
-    elif saved:
-        bases = saved[_BASES[0]], saved[_BASES[1]]
-    else:
-        bases = drawn(config, *largest(sizes.values()))
     held = PackedBufferDict()
-    for name, basis in zip(_BASES, bases, strict=True):
-        held.add(name, basis, bool(saved))
+    if saved and config.save_projection:
+        held.update((name, saved[name]) for name in _BASES)
+    else:
+        held.update(zip(_BASES, new_bases(config, *largest(sizes.values())), strict=True))
     A, B = held.to(dtype).values()  # as PEFT does, to the dtype of the weights
     return {at: layer_basis(A, B, *size, config.r) for at, size in sizes.items()}

@@ -150,10 +150,10 @@ class AdaptedLayer(KeepsWeight):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``scaling * B @ A'`` in the shape of the base layer's weight.
 
-        Differentiable for lambda and gamma. In the dtype of lambda; under PEFT in the widest of
-        bases, lambda and gamma, float32 if CPU bases are 16-bit. If FSDP2 has sharded the layer, a
-        DTensor placed like its weight; all ranks must call. Raises ValueError for an unknown
-        adapter. Source: PEFT's method.
+        Differentiable for lambda and gamma. In the dtype of lambda; under PEFT in the wider of
+        lambda and gamma, and in float32 instead of 16 bits on a CPU. If FSDP2 has sharded the
+        layer, a DTensor placed like its weight; all ranks must call. Raises ValueError for an
+        unknown adapter. Source: PEFT's method.
         """
         check_kind("adapter", adapter, self.randlora_lambda)
         device = self.randlora_lambda[adapter].device

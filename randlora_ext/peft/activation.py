@@ -26,10 +26,10 @@ from ..nn.base_layer import check_no_plan
 from ..nn.merging import KEEP_WEIGHT
 from ..nn.state_dict import DIAGONALS, guard
 from .bases import BASIS_NAMES, PackedBufferDict
-from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, name_of, one_save
+from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, one_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
-from .model import AcceleratedRandLoraModel, accelerate_layer, change_class
+from .model import AcceleratedRandLoraModel, accelerate_layer
 from .quantized import backend_of
 from .saving import refuse_lora_files, save_together
 
@@ -101,14 +101,14 @@ def accelerate(model: nn.Module) -> nn.Module:
             if isinstance(module, RandLoraLayer):
                 check_no_plan(tuner.model, name, f"layer {name!r}")
     held = [(one, name, getattr(one, name)) for one in tuners + layers for name in BASIS_NAMES]
-    different = {id(bases): bases for *_, bases in held}
-    packed = {key: PackedBufferDict.of(bases) for key, bases in different.items()}
+    stock_bases = {id(b): b for *_, b in held if not isinstance(b, PackedBufferDict)}
+    packed = {key: PackedBufferDict(b, b.persistent) for key, b in stock_bases.items()}
     for one, name, bases in held:
-        setattr(one, name, packed[id(bases)])
+        setattr(one, name, packed.get(id(bases), bases))
     for layer in layers:
         accelerate_layer(layer)
     for tuner in tuners:
-        change_class(tuner, AcceleratedRandLoraModel)
+        tuner.__class__ = AcceleratedRandLoraModel
         guard(tuner.model)
     refuse_lora_files(model)
     _patch()
@@ -162,10 +162,10 @@ def _load(stock: Callable, model: PeftModel, model_id, adapter_name, *args, **kw
                 model.delete_adapter(adapter_name)
             if isinstance(error, KeyError):  # PEFT's, of modules_to_save
                 raise ValueError(
-                    f"{name_of(model_id)} lacks {error}, which adapter {adapter_name!r} needs"
+                    f"{place!r} lacks {error}, which adapter {adapter_name!r} needs"
                 ) from error
             raise
-    warn_of_misfits(model_id, adapter_name, result)
+    warn_of_misfits(place, adapter_name, result)
     return result
 
 

@@ -1,11 +1,11 @@
 """PEFT's bases A and B: how they are drawn, what stands for them, and one layer's basis."""
 
 import copy
-import itertools
+import secrets
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import suppress
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import peft
 import torch
@@ -19,10 +19,12 @@ from ..basis.cache import ordinary_tensors, share
 from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices, pack_dense
 from ..nn.state_dict import misfit
+from .config import description_of
 
 BASIS_NAMES = ("randlora_A", "randlora_B")  # PEFT's attributes of models and layers
 
-_tokens = itertools.count()
+# The state dict that each dictionary of bases wrote last.
+_written: "WeakKeyDictionary[PackedBufferDict, ref]" = WeakKeyDictionary()
 
 
 def largest(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -31,18 +33,15 @@ def largest(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return D, d
 
 
-def generated(description: BasisDescription, r: int, D: int, d: int) -> tuple[Tensor, Tensor]:
-    """What stands for A (r, 1, d) and B (D, n, r) of a new adapter."""
-    shapes = (r, 1, d), (D, -(-d // r), r)
-    A, B = (BasisTensor(description, 1.0, shape, torch.float32, "cpu") for shape in shapes)
-    return A, B
+def new_bases(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor]:
+    """A (r, 1, d) and B (D, n, r): as stock PEFT draws them, or what stands for generated ones.
 
-
-def drawn(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor]:
-    """A (r, 1, d) and B (D, n, r) as stock PEFT draws them.
-
-    Raises ValueError if it leaves no non-zero in one of them.
+    Raises ValueError if PEFT leaves no non-zero in one of them.
     """
+    if (description := description_of(vars(config))) is not None:
+        shapes = (config.r, 1, d), (D, -(-d // config.r), config.r)
+        A, B = (BasisTensor(description, 1.0, shape, torch.float32, "cpu") for shape in shapes)
+        return A, B
     model: Any = RandLoraModel.__new__(RandLoraModel)
     nn.Module.__init__(model)
     model._find_dim = lambda config: (D, d)  # instead of a model in which to look for them
@@ -78,16 +77,6 @@ class BasisTensor(Tensor):
         self.content, self.value = content, value
         return self
 
-    @classmethod
-    def packed(cls, dense: Tensor) -> "BasisTensor":
-        """Packs a dense tensor exactly. Raises ValueError if it is not ternary."""
-        planes, value = pack_dense("the basis", dense.detach().reshape(len(dense), -1))
-        return cls(planes, value, dense.shape, dense.dtype, dense.device)
-
-    @property
-    def columns(self) -> int:
-        return self.shape[1:].numel()
-
     def dense(self) -> Tensor:
         """A new dense tensor with the same values. Raises RuntimeError if they are generated."""
         if not isinstance(self.content, Tensor):
@@ -95,17 +84,9 @@ class BasisTensor(Tensor):
                 "randlora_A and randlora_B have no dense form here, because each layer generates "
                 "its own: layer.basis_of(adapter, device).dense()"
             )
-        if self.is_meta:
-            return torch.empty(self.shape, dtype=self.dtype, device="meta")
         make = torch.ops.randlora.planes_to_dense
-        dense = make(self.content, self.columns, self.value, self.dtype)
+        dense = make(self.content, self.shape[1:].numel(), self.value, self.dtype)
         return dense.view(self.shape).to(self.device)
-
-    def moved(self, device: torch.device | str, dtype: torch.dtype) -> "BasisTensor":
-        """The same elements on another device, meta included, or in another dtype; not copied."""
-        # A narrower dtype rounds `value`, as it would round the elements of a dense tensor.
-        value = float(torch.tensor(self.value, dtype=dtype, device="cpu"))
-        return BasisTensor(self.content, value, self.shape, dtype, device)
 
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         about = f"dtype={self.dtype}, device={self.device}, value={self.value:.6g}"
@@ -121,13 +102,20 @@ class BasisTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs, t, name = kwargs or {}, args[0], func.overloadpacket.__name__
-        if name in ("detach", "alias", "clone"):
-            return cls(t.content, t.value, t.shape, t.dtype, t.device)
-        if name == "_to_copy":
-            return t.moved(kwargs.get("device") or t.device, kwargs.get("dtype") or t.dtype)
+        if name in ("detach", "alias", "clone", "_to_copy"):
+            device, dtype = kwargs.get("device") or t.device, kwargs.get("dtype") or t.dtype
+            # A narrower dtype rounds the value, as it rounds the elements of a dense tensor.
+            value = float(torch.tensor(t.value, dtype=dtype, device="cpu"))
+            return cls(t.content, value, t.shape, dtype, device)
         if (name.endswith("_") and isinstance(t, cls)) or isinstance(kwargs.get("out"), cls):
             raise RuntimeError(f"a basis is constant, but {func} would write to it")
         return func(*map(as_dense, args), **{k: as_dense(v) for k, v in kwargs.items()})
+
+
+def generator_of(basis: Tensor) -> BasisDescription | None:
+    """What generates the bases for which `basis` stands; None if it has elements."""
+    content = getattr(basis, "content", None)
+    return content if isinstance(content, BasisDescription) else None
 
 
 def as_dense(argument: Any) -> Any:
@@ -147,44 +135,30 @@ class PackedBufferDict(MutableMapping, BufferDict):
 
     __hash__ = nn.Module.__hash__
     __eq__ = nn.Module.__eq__
+    _bases: dict[str, Tensor] = {}  # until there are some
 
-    def __init__(self) -> None:
-        super().__init__(persistent=True)
-        self._bases: dict[str, Tensor] = {}
-        self._unsaved: set[str] = set()  # adapters whose bases no file holds
+    def __init__(self, bases: Any = (), persistent: bool = True) -> None:
+        super().__init__(persistent=persistent)
+        self._bases = {}
         self._changed()
+        self.update(bases)
 
-    @classmethod
-    def of(cls, dense: BufferDict) -> "PackedBufferDict":
-        if isinstance(dense, cls):
-            return dense
-        packed = cls()
-        for adapter, basis in dense.items():
-            packed.add(adapter, basis, dense.persistent)
-        return packed
-
-    def add(self, adapter: str, basis: Tensor, saved: bool) -> None:
-        self[adapter] = basis
-        if not saved:
-            self._unsaved.add(adapter)
-
-    def saved(self, adapter: str) -> bool:
-        """Whether files hold the adapter's basis."""
-        return adapter not in self._unsaved
+    def saved(self, prefix: str = "") -> dict[str, Tensor]:
+        """The bases that files hold, by their keys there: none that a key generates."""
+        bases = self._bases if self.persistent else {}
+        return {prefix + key: each for key, each in bases.items() if generator_of(each) is None}
 
     def _changed(self) -> None:
-        # Plain values, which torch.compile can guard on, beside tensors that it cannot look into.
-        self.__dict__["token"] = next(_tokens)  # of this content, in this process
-        self.__dict__["dtypes"] = {name: basis.dtype for name, basis in self._bases.items()}
+        # A plain value of this content, since torch.compile cannot guard on the tensors.
+        self.__dict__["token"] = secrets.randbits(60)
 
     # In PEFT's dictionary buffers are attributes; transformers loads adapters through them.
 
     def __getattr__(self, name: str):
-        bases = self.__dict__.get("_bases", {})
-        return bases[name] if name in bases else super().__getattr__(name)
+        return self._bases[name] if name in self._bases else super().__getattr__(name)
 
     def __setattr__(self, name: str, value) -> None:
-        if name in self.__dict__.get("_bases", {}):
+        if name in self._bases:
             self[name] = value.detach()
         else:
             super().__setattr__(name, value)
@@ -199,22 +173,13 @@ class PackedBufferDict(MutableMapping, BufferDict):
                     return
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
             with suppress(ValueError):  # not ternary: layers multiply by it as it is
-                basis = BasisTensor.packed(basis)
-        self._bases[key] = self._unrounded(key, basis)
+                planes, value = pack_dense("the basis", basis.detach().reshape(len(basis), -1))
+                basis = BasisTensor(planes, value, basis.shape, basis.dtype, basis.device)
+        self._bases[key] = basis
         self._changed()
-
-    def _unrounded(self, key: str, cast: Tensor) -> Tensor:
-        """`cast`; with the value from before the cast if no file holds it: it is drawn again."""
-        old = self._bases.get(key)
-        if self.saved(key) or not (isinstance(old, BasisTensor) and isinstance(cast, BasisTensor)):
-            return cast
-        if cast.content is not old.content:  # another basis
-            return cast
-        return BasisTensor(cast.content, old.value, cast.shape, cast.dtype, cast.device)
 
     def __delitem__(self, key: str) -> None:
         del self._bases[key]
-        self._unsaved.discard(key)
         self._changed()
 
     def __len__(self) -> int:
@@ -227,44 +192,35 @@ class PackedBufferDict(MutableMapping, BufferDict):
         # Takes only device and dtype from `fn`: `to_empty` would leave arbitrary values.
         for key, basis in self._bases.items():
             probe = fn(torch.empty(0, dtype=basis.dtype, device=basis.device))
-            if isinstance(basis, BasisTensor):
-                self._bases[key] = self._unrounded(key, basis.moved(probe.device, probe.dtype))
-            elif not probe.is_meta:
+            if isinstance(basis, BasisTensor) or not probe.is_meta:
                 self._bases[key] = basis.to(probe.device, probe.dtype)
         self._changed()
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        if self.__dict__.get("_written", lambda: None)() is destination:
+        if _written.get(self, lambda: None)() is destination:
             return
         with suppress(TypeError):  # a plain dict; then every layer writes, as with stock PEFT
-            self.__dict__["_written"] = ref(destination)
-        for key, basis in self._bases.items():
-            if self.saved(key):
-                basis = as_dense(basis)
-                destination[prefix + key] = basis if keep_vars else basis.detach()
+            _written[self] = ref(destination)
+        for key, basis in self.saved(prefix).items():
+            basis = as_dense(basis)
+            destination[key] = basis if keep_vars else basis.detach()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         # The model reports missing bases, so layers that share the dictionary report none.
-        known = {prefix + key: key for key in self._bases if self.saved(key)}
-        for name in [name for name in known if name in state_dict]:
-            saved, basis = state_dict[name], self._bases[known[name]]
-            if error := misfit(name, saved, basis):
+        own = self.saved(prefix)
+        for key, basis in own.items():
+            if key not in state_dict:
+                continue
+            if error := misfit(key, saved := state_dict[key], basis):
                 error_msgs.append(error)
             else:
-                self[known[name]] = saved.to(dtype=basis.dtype, device=basis.device, copy=True)
+                moved = saved.to(dtype=basis.dtype, device=basis.device, copy=True)
+                self[key.removeprefix(prefix)] = moved
         if strict:
-            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
-
-    def __getstate__(self) -> dict:
-        made = ("_written", "token", "dtypes")
-        return {key: value for key, value in self.__dict__.items() if key not in made}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._changed()
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in own]
 
 
 @ordinary_tensors
@@ -286,7 +242,7 @@ def layer_basis(
             f"{in_features} -> {out_features} features at r={r}, which needs ({r}, 1, >= {d}) and "
             f"(>= {D}, >= {n}, {r})"
         )
-    if isinstance(A, BasisTensor) and isinstance(made := A.content, BasisDescription):
+    if (made := generator_of(A)) is not None:
         basis = Basis(*sizes, made.density, made.seed, made.kind)
     elif served and isinstance(A, BasisTensor) and isinstance(B, BasisTensor):
         a: Any = A.content
@@ -294,21 +250,15 @@ def layer_basis(
         values = A.value, B.value
         # The matrices keep what the key names alive.
         made_of = "imported", id(a), id(b), *values
-        matrices = share(made_of, lambda: ImportedMatrices(a, b, B.columns, *values))
+        matrices = share(made_of, lambda: ImportedMatrices(a, b, B.shape[1:].numel(), *values))
         basis = Basis.of(*sizes, matrices)
     else:
-        basis = Basis.of(*sizes, share(("dense", id(A), id(B)), lambda: _Dense(A, B)))
+        basis = Basis.of(*sizes, share(("dense", id(A), id(B)), lambda: _dense(A, B)))
     return basis.canonical()
 
 
-class _Dense(DenseMatrices):
-    """Keeps PEFT's tensors alive, whose identities are its key."""
-
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        self.of = A, B
-        super().__init__(_flat(A), _flat(B))
-
-
-def _flat(t: Tensor) -> Tensor:
-    t = as_dense(t.moved("cpu", t.dtype) if isinstance(t, BasisTensor) else t)
-    return t.detach().flatten(1)
+def _dense(A: Tensor, B: Tensor) -> DenseMatrices:
+    both = (as_dense(t.to("cpu") if isinstance(t, BasisTensor) else t) for t in (A, B))
+    matrices: Any = DenseMatrices(*(t.detach().flatten(1) for t in both))
+    matrices.of = A, B  # kept alive, because their identities are the key
+    return matrices

@@ -2,11 +2,10 @@
 
 import json
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,12 +14,12 @@ import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..basis import BasisDescription
 from ..basis.description import SPECIFICATIONS, check_integer, check_kind, check_r, check_seed
 from ..nn.linear import check_alpha, check_dropout, check_options
-from ..writing import appear_together
 
 KINDS = ("peft", *SPECIFICATIONS)
 _FLAGS = (
@@ -67,16 +66,9 @@ class RandLoraConfig(peft.RandLoraConfig):
         RuntimeError: the key is a text, and `randlora_ext.peft.enable` has not been called.
     """
 
-    density: float | None = field(
-        default=None, metadata={"help": "Share of non-zeros in independent bases, in (0, 1]"}
-    )
-    basis: str = field(
-        default="peft",
-        metadata={"help": '"peft": as PEFT draws them; "hadamard", "independent": only a seed'},
-    )
-    target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Names of parameters to adapt, as in LoraConfig"}
-    )
+    density: float | None = None
+    basis: str = "peft"
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         # A file may hold anything, and PEFT would fail on it halfway through changing a model.
@@ -88,13 +80,12 @@ class RandLoraConfig(peft.RandLoraConfig):
             kind = generated.kind if generated else self.basis
             check_options(self.target_parameters, kind, self.density, self.randlora_dropout)
         if generated is not None:
+            self.save_projection = True  # else PEFT warns that bases may be lost
+        super().__post_init__()
+        if generated is not None:
             self.basis, self.density = generated.kind, generated.density
             key: Any = generated.key()
             self.projection_prng_key, self.save_projection = key, False
-        with warnings.catch_warnings():
-            if generated is not None:  # PEFT warns that bases may be lost
-                warnings.filterwarnings("ignore", message="Specified to not save")
-            super().__post_init__()
         enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
         if isinstance(self.projection_prng_key, str) and not enabled:
             raise RuntimeError(
@@ -107,11 +98,6 @@ class RandLoraConfig(peft.RandLoraConfig):
                 "configuration has PEFT's own layers, without our kernels",
                 stacklevel=3,  # where the configuration is made
             )
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As PEFT's, but the old file stays until the new one is complete."""
-        with appear_together(save_directory) as scratch:
-            super().save_pretrained(scratch, **kwargs)
 
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
@@ -211,43 +197,37 @@ def record_configurations(folder: Path) -> None:
             os.replace(new, tensors)
 
 
-def recorded_configuration(folder: str | os.PathLike) -> dict | None:
-    """What `record_configurations` wrote; None for other files, and for those of the hub.
-
-    Raises ValueError if something else wrote it.
-    """
-    path = Path(folder, SAFETENSORS_WEIGHTS_NAME)
-    try:  # safetensors' own reader opens the path twice
-        with open(path, "rb") as file:
-            length = min(int.from_bytes(file.read(8), "little"), 100_000_000)  # as safetensors
-            text = json.loads(file.read(length))["__metadata__"][_METADATA]
-    # Whoever reads the tensors reports more.
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+def _recorded_in(tensors: Path) -> str | None:
+    """What `record_configurations` wrote; None for other files."""
+    try:
+        with safe_open(tensors, "pt") as file:
+            return (file.metadata() or {}).get(_METADATA)
+    except (OSError, SafetensorError):  # whoever reads the tensors reports more
         return None
-    with suppress(ValueError, TypeError):
+
+
+def _fields_in(text: str) -> dict:
+    """Those of a JSON object; none of anything else."""
+    with suppress(ValueError, RecursionError):
         fields = json.loads(text)
-        if isinstance(fields, dict) and fields.keys() >= {*_RECORDED}:
+        if isinstance(fields, dict):
             return fields
-    raise ValueError(
-        f"{path}: its metadata {_METADATA!r} must be a JSON object with {', '.join(_RECORDED)}, as "
-        f"save_pretrained writes it, got {text!r}"
-    )
+    return {}
 
 
-class Shown(str):
-    """A folder for reading, `of` the one that users know."""
+class OneSave(str):
+    """A folder with the files of one save, shown to users as the one `of` which they are."""
 
     of: str
+    recorded: dict  # by its tensors
 
-
-def name_of(folder: str | os.PathLike) -> str:
-    """Quoted, for messages."""
-    return repr(getattr(folder, "of", os.fspath(folder)))
+    def __repr__(self) -> str:
+        return repr(self.of)
 
 
 @contextmanager
-def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str | os.PathLike]:
-    """`Shown`, a folder with one save's configuration and tensors while other processes save.
+def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
+    """`OneSave`, which stays as it is while other processes save.
 
     Saving replaces files and writes into none, so an open file stays as it is, and its path under
     /proc reads it again and again. Folders that we have not saved are given back, as are those of
@@ -257,41 +237,30 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str | o
     Raises ValueError if configuration and tensors are not from one save.
     """
     place = Path(folder, hub.get("subfolder") or "")
-    if isinstance(folder, Shown) or recorded_configuration(place) is None:
-        yield folder
+    if isinstance(folder, OneSave) or _recorded_in(place / SAFETENSORS_WEIGHTS_NAME) is None:
+        yield os.fspath(folder)
         return
     with TemporaryDirectory() as temporary, ExitStack() as held:
-        shown = Shown(temporary)
-        shown.of = str(place)
-        for wait in (0.02, 0.2, 0):  # for a save that is between its files
-            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-                link = Path(shown, name)
-                link.unlink(missing_ok=True)
-                with suppress(FileNotFoundError):
-                    file = held.enter_context(open(place / name, "rb"))
-                    link.symlink_to(f"/proc/self/fd/{file.fileno()}")
-            if not (differences := _differences(shown)):
-                break
-            time.sleep(wait)
-        else:
+        config, tensors = (Path(temporary, n) for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+        for link in (config, tensors):
+            with suppress(FileNotFoundError):
+                file = held.enter_context(open(place / link.name, "rb"))
+                link.symlink_to(f"/proc/self/fd/{file.fileno()}")
+        recorded = dict.fromkeys(_RECORDED) | _fields_in(_recorded_in(tensors) or "")
+        own = _fields_in(config.read_text()) if config.exists() else recorded
+        different = [
+            f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
+            for name in _RECORDED
+            if recorded[name] != own.get(name)
+        ]
+        if different:
             raise ValueError(
                 f"{place / CONFIG_NAME} does not belong to the {SAFETENSORS_WEIGHTS_NAME} beside "
-                f"it, whose {', '.join(differences)}: a save was interrupted, or the file was "
-                "edited. Save the adapter again; to load it with other fields, pass config= "
-                "instead of editing the file"
+                f"it, whose {', '.join(different)}: a save was interrupted or is going on, or the "
+                "file was edited. Save the adapter again; to load it with other fields, pass "
+                "config= instead of editing the file"
             )
         hub.pop("subfolder", None)
-        yield shown
-
-
-def _differences(shown: Shown) -> list[str]:
-    config, recorded = Path(shown, CONFIG_NAME), recorded_configuration(shown)
-    if recorded is None or not config.exists():
-        return []
-    own = json.loads(config.read_text())
-    own = own if isinstance(own, dict) else {}
-    return [
-        f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
-        for name in _RECORDED
-        if recorded[name] != own.get(name)
-    ]
+        save = OneSave(temporary)
+        save.of, save.recorded = str(place), recorded
+        yield save

@@ -33,15 +33,12 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
     bases: dict[str, tuple[tuple, Basis]]  # with what each was made of
+    disabled = Linear.disable_adapters
     # Of these PEFT deletes an adapter's entries with it.
     other_param_names = (*Linear.other_param_names, "bases", "input_scales")
     # Of all layers; `enable` sets them.
     float32_products = False
     keep_weight = "host"
-
-    @property
-    def disabled(self) -> bool:
-        return self.disable_adapters
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -111,9 +108,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         super()._use_basis(adapter, basis)
         self.bases.pop(adapter, None)  # `_find` makes the same
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"bases": {}}  # found again
-
     def _widens(self, name: str, x: Tensor) -> bool:
         return self.float32_products and self._is_dense_in_16_bits(name, x)
 
@@ -125,11 +119,10 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
 
     def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
-        dtype = self.randlora_B.dtypes[adapter]
-        if device.type == "cpu" and dtype.itemsize == 2:
-            return torch.float32  # as PEFT, since a CPU is slow in 16 bits
         lam, gam = self.randlora_lambda[adapter].dtype, self.randlora_gamma[adapter].dtype
-        return torch.promote_types(torch.promote_types(dtype, lam), gam)
+        dtype = torch.promote_types(lam, gam)
+        # As PEFT, since a CPU is slow in 16 bits.
+        return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 else dtype
 
     @torch.no_grad()
     def merge(
@@ -179,14 +172,6 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple:
         return self._base_weight().device, self._base_weight().dtype
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(
-                "adapter_names cannot choose among adapters of target_parameters: one W + dW "
-                "serves the whole batch"
-            )
-        return super().forward(*args, **kwargs)
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         if isinstance(self.base_layer, ParamWrapper):
@@ -241,13 +226,19 @@ def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[
     "__base__" means none. `call` has the keyword arguments of the model's call: ``generate``
     repeats every input max(num_beams, num_return_sequences) times, but not in the encoder of a T5.
 
-    Raises ValueError in training mode and for unknown names, before anything is computed.
+    Raises ValueError in training mode, for unknown names and beside target_parameters, before
+    anything is computed.
     """
     if tuner.training:
         raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
     modules = [
         m for m in tuner.modules() if isinstance(m, (AcceleratedLinear, AuxiliaryTrainingWrapper))
     ]
+    if any(isinstance(m, ParamWrapper) for m in modules):
+        raise ValueError(
+            "adapter_names cannot choose among adapters of target_parameters: one W + dW serves "
+            "the whole batch"
+        )
     known = {name for m in modules for name in getattr(m, "randlora_lambda", ())}
     if unknown := sorted(set(names) - known - {"__base__"}):
         raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")

@@ -2,9 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields as dataclass_fields
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -15,7 +14,7 @@ from peft.utils.save_and_load import load_peft_weights
 from ..nn.linear import check_alpha
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 from .bases import BASIS_NAMES
-from .config import PEFT_TYPES, name_of, one_save, other_bases, recorded_configuration
+from .config import PEFT_TYPES, OneSave, one_save, other_bases
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
@@ -41,9 +40,9 @@ def hotswap_adapter(
         torch_device: where the file is read to; default the CPU.
 
     Raises, and leaves the model as it was: TypeError for another model; RuntimeError if the adapter
-    is merged; ValueError if it is not there or, naming each thing, if the file has another type, r
-    or dropout, an alpha that is no finite number, other tensors or shapes, or brings no bases and
-    belongs to other ones.
+    is merged; TypeError or ValueError if the file's alpha is no finite number; ValueError if the
+    adapter is not there or, naming each thing, if the file has another type, r or dropout, other
+    tensors or shapes, or brings no bases and belongs to other ones.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, AcceleratedRandLoraModel):
@@ -55,8 +54,9 @@ def hotswap_adapter(
     with one_save(model_name_or_path, kwargs) as place:
         fields = _saved_fields(place, **kwargs)
         saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
+    check_alpha("randlora_alpha", fields["randlora_alpha"])
     errors = _hotswap_errors(model, adapter_name, fields, saved)
-    _refuse(errors, model_name_or_path, adapter_name)
+    refuse(errors, f"the adapter of {place!r}", repr(adapter_name))
     scaling = fields["randlora_alpha"] / model.peft_config[adapter_name].r
     peft.set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
     for layer in layers:
@@ -77,11 +77,7 @@ def _hotswap_errors(
     for name in ("r", "randlora_dropout"):
         if fields[name] != getattr(config, name):
             yield f"{name} is {fields[name]!r}, not {getattr(config, name)!r}"
-    try:
-        check_alpha("randlora_alpha", fields["randlora_alpha"])
-    except (TypeError, ValueError) as error:
-        yield str(error)
-    saves_bases = model.base_model.randlora_A.saved(adapter_name)
+    saves_bases = adapter_name in model.base_model.randlora_A.saved()
     if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
         yield from other_bases(vars(config), fields)
     # What a file may lack, or bring.
@@ -97,26 +93,26 @@ def _hotswap_errors(
     yield from (f"{key} is not part of the adapter" for key in passed if key not in own)
 
 
-def check_load_over(model: PeftModel, folder: str | os.PathLike, adapter_name: str, hub) -> None:
+def check_load_over(model: PeftModel, folder: str, adapter_name: str, hub: dict) -> None:
     """ValueError if tensors that ``PeftModel.load_adapter`` writes into an adapter belong to other
     bases, and do not bring these; a warning if alpha differs.
     """
-    saved = recorded_configuration(Path(folder, hub.get("subfolder") or ""))
-    saved = _saved_fields(folder, **hub) if saved is None else saved
+    saved = folder.recorded if isinstance(folder, OneSave) else _saved_fields(folder, **hub)
     config = model.peft_config[adapter_name]
-    brings_bases = model.base_model.randlora_A.saved(adapter_name) and saved["save_projection"]
-    if not brings_bases:
-        _refuse(other_bases(vars(config), saved), folder, adapter_name)
+    saves_bases = adapter_name in model.base_model.randlora_A.saved()
+    if not (saves_bases and saved["save_projection"]):
+        errors = other_bases(vars(config), saved)
+        refuse(errors, f"the adapter of {folder!r}", repr(adapter_name))
     if saved["randlora_alpha"] != config.randlora_alpha:
         warnings.warn(
-            f"randlora_alpha of {name_of(folder)} is {saved['randlora_alpha']}, adapter "
+            f"randlora_alpha of {folder!r} is {saved['randlora_alpha']}, adapter "
             f"{adapter_name!r} keeps its own, {config.randlora_alpha}, as in stock PEFT; "
             "randlora_ext.peft.hotswap_adapter takes over the file's",
             stacklevel=4,
         )
 
 
-def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -> None:
+def warn_of_misfits(folder: str, adapter_name: str, result: Any) -> None:
     """Warns if a file has fitted only in part; PEFT returns the keys as `result`, and few look."""
     for keys, told in (
         (result.unexpected_keys, "of its tensors have no place in the model and are not used"),
@@ -124,7 +120,7 @@ def warn_of_misfits(folder: str | os.PathLike, adapter_name: str, result: Any) -
     ):
         if ours := [key for key in keys if any(f".{name}" in key for name in DIAGONALS)]:
             warnings.warn(
-                f"the file of {name_of(folder)} fits adapter {adapter_name!r} only in part: "
+                f"the file of {folder!r} fits adapter {adapter_name!r} only in part: "
                 f"{len(ours)} {told}: {', '.join(ours[:10])}{', ...' * (len(ours) > 10)}",
                 stacklevel=4,
             )
@@ -138,14 +134,10 @@ class _Fields(peft.PeftConfig):
         return fields
 
 
-def _saved_fields(folder: str | os.PathLike, **hub) -> dict:
+def _saved_fields(folder: str, **hub) -> dict:
     """The fields of an adapter's configuration as they are in the file, and PEFT's defaults.
 
     Not an object: without `enable`, PEFT would make its own, which lacks ``density``.
     """
     defaults = {field.name: field.default for field in dataclass_fields(peft.RandLoraConfig)}
     return defaults | _Fields.from_pretrained(folder, **hub)
-
-
-def _refuse(errors: Iterable[str], folder: str | os.PathLike, adapter_name: str) -> None:
-    refuse(errors, f"the adapter of {name_of(folder)}", repr(adapter_name))

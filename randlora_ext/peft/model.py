@@ -28,8 +28,7 @@ from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import merged_layers
 from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse, unguard
 from . import quantized
-from .bases import BASIS_NAMES, PackedBufferDict, drawn, generated, largest
-from .config import description_of
+from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
 from .layer import AcceleratedLinear, ParamWrapper, adapter_per_row
 from .saving import refuse_lora_files
 
@@ -59,8 +58,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
-        """PEFT's check of one key and ``save_projection``, of adapters on PEFT's bases alone."""
+        """Ours before anything is drawn, and PEFT's, of one key and ``save_projection`` among
+        adapters on PEFT's bases alone."""
+        check_r(config.r)  # stock PEFT's configuration does not
         self._check_targets(config)
+        _warn_of_scaling(config)
         everyone, wanted = self.peft_config, _target_parameters(config)
         for name, other in everyone.items():
             if wanted and (others := _target_parameters(other)) not in ([], wanted):
@@ -80,32 +82,25 @@ class AcceleratedRandLoraModel(RandLoraModel):
             self.peft_config = everyone
         BaseTuner._check_new_adapter_config(self, config)
 
-    def _pre_injection_hook(
-        self, model: nn.Module, config: peft.RandLoraConfig, adapter_name: str
-    ) -> None:
-        self._check_targets(config)
-        _warn_of_scaling(config)
+    def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.
         layer = next((m for m in model.modules() if isinstance(m, AcceleratedLinear)), None)
         for name in BASIS_NAMES:
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
-        self._add_bases(config, adapter_name)
-        guard(model)
-        refuse_lora_files(model)
 
-    def _create_and_replace(
-        self, randlora_config: peft.RandLoraConfig, adapter_name: str, *args, **kwargs
-    ) -> None:
-        if adapter_name not in self.randlora_A:
-            self._add_bases(randlora_config, adapter_name)
+    def _create_and_replace(self, config, adapter_name, *args, **kwargs) -> None:
+        if adapter_name not in self.randlora_A:  # this is its first layer
+            self._add_bases(config, adapter_name)
+            guard(self.model)
+            refuse_lora_files(self.model)
         if "parameter_name" in kwargs:
-            return self._wrap_parameter(randlora_config, adapter_name, *args, **kwargs)
+            return self._wrap_parameter(config, adapter_name, *args, **kwargs)
         path = kwargs["current_key"]
         try:
             check_is_called(self.model, path, f"module {path!r}")
         except ValueError as error:  # not raised: files of stock PEFT must load
             warnings.warn(str(error), stacklevel=2)
-        super()._create_and_replace(randlora_config, adapter_name, *args, **kwargs)
+        super()._create_and_replace(config, adapter_name, *args, **kwargs)
         self.model.get_submodule(path).path = path
         disable_nested_tensors(self.model, path)
 
@@ -129,8 +124,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
         return config if only_parameters else super()._prepare_adapter_config(config, model_config)
 
     def _check_targets(self, config: peft.RandLoraConfig) -> None:
-        """Raises ValueError before anything is drawn."""
-        check_r(config.r)  # stock PEFT's configuration does not
         targets, parameters = self._target_sizes(config), self._parameter_sizes(config)
         if parameters:  # in the order of nesting, innermost first, which `randlora merge` reads
             names = [f".{name}" for name in parameters]
@@ -156,15 +149,12 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
-        A, B = self.randlora_A, self.randlora_B
         D, d = largest((self._target_sizes(config) | self._parameter_sizes(config)).values())
-        description = description_of(vars(config))
-        if description is not None:
-            made = generated(description, config.r, D, d)
-        else:
-            made = self._alike(config, D, d) or drawn(config, D, d)
-        for bases, matrix in zip((A, B), made, strict=True):
-            bases.add(adapter_name, matrix, config.save_projection and description is None)
+        made = self._alike(config, D, d) or new_bases(config, D, d)
+        for bases, matrix in zip((self.randlora_A, self.randlora_B), made, strict=True):
+            bases[adapter_name] = matrix
+            if generator_of(matrix) is None:  # PEFT's check wants the same for all
+                bases.persistent = config.save_projection
 
     def _alike(self, config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor] | None:
         """The bases that an added adapter shares, as in stock PEFT, whatever their flags."""
@@ -190,15 +180,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the ``target_parameters`` by their names."""
         targets = matching_parameters(self.model, _target_parameters(config))
-        paths = {path for path, _ in targets.values()}
         for key, (path, _) in targets.items():  # PEFT would look for it in the wrong place
-            if above := next(
-                (other for other in paths if f"{path}.".startswith(f"{other}.") and path != other),
-                None,
-            ):
+            if above := [other for other, _ in targets.values() if path.startswith(f"{other}.")]:
                 raise ValueError(
-                    f"target_parameters: {key!r} lies inside {above!r}, of which a parameter is a "
-                    "target, too; apply_randlora takes both"
+                    f"target_parameters: {key!r} lies inside {above[0]!r}, of which a parameter is "
+                    "a target, too; apply_randlora takes both"
                 )
         get = self.model.get_submodule
         return {key: sizes_of(get(path), own)[:2] for key, (path, own) in targets.items()}
@@ -223,51 +209,32 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name in BASIS_NAMES:  # before the layers, which then need not
             getattr(self, name)._save_to_state_dict(destination, f"{prefix}{name}.", keep_vars)
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, *others
-    ) -> None:
-        own = {
-            f"{prefix}{name}.{adapter}": basis
-            for name in BASIS_NAMES
-            for adapter, basis in getattr(self, name).items()
-            if getattr(self, name).saved(adapter)
-        }
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *others) -> None:
+        A, B = (getattr(self, name).saved(f"{prefix}{name}.") for name in BASIS_NAMES)
+        own = A | B
         misfits = (misfit(key, state_dict[key], own[key]) for key in own if key in state_dict)
         refuse(misfits, "the state dict", f"the {type(self).__name__}", RuntimeError)
         # Stock PEFT's files hold a copy under every layer, and packing each would take long.
         copied = tuple("." + key.removeprefix(prefix) for key in own if key in state_dict)
         for key in [key for key in state_dict if key.endswith(copied) and key not in own]:
             del state_dict[key]
-        missing_keys += [key for key in own if key not in state_dict]
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, *others
-        )
+        missing += [key for key in own if key not in state_dict]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args, adapter_name: str, state_dict: dict, **kwargs) -> dict:
+    def _get_adapter_state_dict(cls, **kwargs) -> dict:
         # PEFT takes parameters and buffers, and an input scale is neither.
-        kwargs |= {"adapter_name": adapter_name, "state_dict": state_dict}
-        found = super()._get_adapter_state_dict(*args, **kwargs)
-        end = f".{INPUT_SCALE}.{adapter_name}"
-        scales = {key: value for key, value in state_dict.items() if key.endswith(end)}
+        found, end = super()._get_adapter_state_dict(**kwargs), f".{kwargs['adapter_name']}"
+        scales = {k: v for k, v in kwargs["state_dict"].items() if k.endswith(INPUT_SCALE + end)}
         return found | {key: scale for key, scale in scales.items() if not no_scale(scale)}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict) -> dict:
+    def _remap_adapter_state_dict_for_load(cls, **kwargs) -> dict:
         # PEFT adds the adapter's name only to entries that the model would write itself. A file may
         # hold bases elsewhere, also under every layer, and input scales that are new.
-        remapped = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        return {
-            f"{key}.{adapter_name}" if key.endswith((*BASIS_NAMES, INPUT_SCALE)) else key: value
-            for key, value in remapped.items()
-        }
-
-
-def change_class(module: Any, to: type) -> None:
-    """Makes ours of what PEFT has made: its functions choose among its own classes."""
-    module.__class__ = to
+        name, ends = kwargs["adapter_name"], (*BASIS_NAMES, INPUT_SCALE)
+        entries = super()._remap_adapter_state_dict_for_load(**kwargs).items()
+        return {f"{key}.{name}" if key.endswith(ends) else key: value for key, value in entries}
 
 
 def accelerate_layer(layer: Any) -> Any:
@@ -277,7 +244,7 @@ def accelerate_layer(layer: Any) -> Any:
     """
     if not isinstance(layer, AcceleratedLinear):
         backend = quantized.backend_of(layer.get_base_layer())
-        change_class(layer, quantized.QuantizedLinear if backend else AcceleratedLinear)
+        layer.__class__ = quantized.QuantizedLinear if backend else AcceleratedLinear
         layer.quantization_backend = backend
         layer.bases, layer.input_scales = {}, {}
         force_module_call(layer)

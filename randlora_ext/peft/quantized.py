@@ -61,15 +61,16 @@ class QuantizedLinear(AcceleratedLinear):
             "rounding errors.",
             stacklevel=5,
         )
-        if _is_bitsandbytes(base):
-            new = _with_weight(base, total)
-            return lambda: setattr(self, "base_layer", new)
-
-        def write() -> None:
-            self.quantization_backend.set_base_weight(self, total)
-            self.get_base_layer().bias = base.bias  # PEFT does not copy it
-
-        return write
+        # PEFT's backends change or replace the base layer of the layer that they get.
+        like: Any = object.__new__(type(self))
+        like.__dict__ = self.__dict__ | {"_modules": self._modules.copy()}
+        like.base_layer = copy.deepcopy(base)
+        weight: Any = getattr(like.base_layer, "weight", None)
+        if hasattr(weight, "module"):  # of 4 bits, where quantizing writes its scales
+            weight.module = like.base_layer
+        self.quantization_backend.set_base_weight(like, total)
+        like.base_layer.bias = base.bias  # which not all of them copy
+        return lambda: setattr(self, "base_layer", like.base_layer)
 
     def _keep(self, keep_weight: str) -> tuple:
         """The base layer itself, without a copy: the sum is in another one."""
@@ -80,24 +81,6 @@ class QuantizedLinear(AcceleratedLinear):
         if _stand_in(base).device != device:
             base = base.to(device)
         return lambda: setattr(self, "base_layer", base)
-
-
-def _with_weight(base: Any, weight: Tensor) -> Any:
-    """A layer of bitsandbytes like `base`, which PEFT's backends would change, with that weight."""
-    from bitsandbytes.nn import Int8Params, Params4bit
-
-    new, old = copy.copy(base), base.weight
-    if isinstance(old, Int8Params):
-        new.state = copy.copy(base.state)
-        new.state.reset_grads()
-        fp16 = old.has_fp16_weights
-        made: Any = Int8Params(weight.to("cpu"), requires_grad=False, has_fp16_weights=fp16)
-    else:
-        names = "compress_statistics", "blocksize", "quant_type", "quant_storage"
-        options = {name: getattr(old, name) for name in names}
-        made = Params4bit(weight, requires_grad=False, module=new, **options)
-    new._parameters = base._parameters | {"weight": made.to(old.device)}
-    return new
 
 
 def _stand_in(base: Any) -> Tensor:

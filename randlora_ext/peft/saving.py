@@ -1,10 +1,7 @@
 """Saving: files that are complete when they appear, for stock PEFT too, and their model cards."""
 
-import copy
 import dataclasses
 import functools
-import inspect
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -46,8 +43,7 @@ def save_together(
     **kwargs: Any,
 ) -> None:
     """Has PeftModel's ``save_pretrained`` write into a scratch folder first, and adds our card."""
-    given = inspect.signature(stock).bind(model, save_directory, *args, **kwargs).arguments
-    if not given.get("is_main_process", True):
+    if not kwargs.get("is_main_process", True):
         stock(model, save_directory, *args, **kwargs)
         return
     with appear_together(save_directory) as folder:
@@ -63,8 +59,7 @@ def write_card(folder: Path) -> None:
     if not (file := folder / "README.md").exists():
         return
     card = ModelCard.load(file)
-    configs = (json.loads(path.read_text()) for path in folder.rglob(CONFIG_NAME))
-    needs_ours = any(config["peft_type"] == NEEDS_OURS for config in configs)
+    needs_ours = any(NEEDS_OURS in config.read_text() for config in folder.rglob(CONFIG_NAME))
     card.text = _OPENS * needs_ours + card.text.replace(_OPENS, "").lstrip("\n")
     card.save(file)
 
@@ -84,8 +79,7 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
     configs, stock = dict(model.peft_config), {}
     if any(getattr(config, "target_parameters", None) for config in configs.values()):
         raise ValueError(f"model has target_parameters, which stock PEFT lacks; {_MERGE}")
-    copies = tuple(f".{bases}." for bases in BASIS_NAMES)
-    state = {k: v for k, v in model.state_dict().items() if not any(part in k for part in copies)}
+    state = model.state_dict()
     for name, config in configs.items():
         layers = layers_with(model, name)
         _fold_scales(state, name, layers)
@@ -148,7 +142,7 @@ def _dense_bases(
 def _stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
     """PEFT's own configuration with the fields that it knows, for bases that are ternary or not."""
     fields = [field.name for field in dataclasses.fields(peft.RandLoraConfig) if field.init]
-    values = {name: copy.deepcopy(getattr(config, name)) for name in fields}
+    values = {name: getattr(config, name) for name in fields}
     if (description := description_of(vars(config))) is not None:
         values["projection_prng_key"] = description.seed
     # Stock PEFT draws bases before it loads these over them. It keeps uniform ones in bfloat16,

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from randlora_ext import Basis
-from randlora_ext.peft.bases import generated
+from randlora_ext.peft.bases import new_bases
 from randlora_ext.reference import delta_weight_reference
 
 OTHERS = [
@@ -186,7 +186,8 @@ def test_every_change_shows_in_the_next_call():
 
     def replace_bases():
         new = Basis(24, 40, 5, seed=bases["default"].seed + 1)
-        A, B = generated(new.description, 5, 40, 24)
+        options = {"basis": "hadamard", "projection_prng_key": new.seed}
+        A, B = new_bases(config(5, accelerated.RandLoraConfig, **options), 40, 24)
         layer.randlora_A["default"], layer.randlora_B["default"] = A, B
         bases["default"] = new.with_input_scale(layer.input_scales.get("default"))
 
