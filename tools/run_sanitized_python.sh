@@ -27,7 +27,7 @@ export PYTHONPATH=$copy PYTHONDONTWRITEBYTECODE=1
 case $kind in
   *thread*)
     libraries=libtsan tests="tests/ops/test_concurrency.py"
-    choice="(bits or drop or dense_b) and not -4]"
+    choice="(bits or drop) and not -4]"
     export OMP_NUM_THREADS=1 ;;
   *)
     libraries="libasan libubsan" choice=""
