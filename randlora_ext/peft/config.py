@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from ..basis import BasisDescription
 from ..basis.description import SPECIFICATIONS, check_integer, check_kind, check_r, check_seed
 from ..nn.linear import check_alpha, check_dropout, check_options
+from ..nn.state_dict import INPUT_SCALE, no_scale
 
 KINDS = ("peft", *SPECIFICATIONS)
 _FLAGS = (
@@ -192,8 +193,11 @@ def record_configurations(folder: Path) -> None:
         if tensors.exists():
             fields = json.loads(config.read_text())
             text = json.dumps({name: fields.get(name) for name in _RECORDED})
-            new = tensors.with_suffix(".recorded")
-            save_file(load_file(tensors), new, metadata={"format": "pt", _METADATA: text})
+            new, held = tensors.with_suffix(".recorded"), load_file(tensors)
+            ones = [key for key in held if key.endswith(INPUT_SCALE) and no_scale(held[key])]
+            for key in ones:  # of PEFT 0.20
+                del held[key]
+            save_file(held, new, metadata={"format": "pt", _METADATA: text})
             os.replace(new, tensors)
 
 
