@@ -8,11 +8,11 @@
 // [part << log, (part + 1) << log). It adds the v of all c that are equal in their last `log` bits,
 // with the signs that H has for the bits above, and transforms the sums, in passes of three bits.
 //
-// Floor: W read and W' written once. If D is N, the instructions, some 50 for an element in two
-// parts, take a fifth longer, more than half of them for v. In 16 bits the kColumns of a row are
-// half a sector, so L2, where the neighbouring block's half meets it, moves twice the bytes; more
-// columns would leave fewer rows, and each block forms all v of its columns. If W is stored by
-// columns k (transposed), D is larger than d: a transform serves several rows, and bytes decide.
+// Floor: W read and W' written once. If D is N, the instructions, some 57 for an element in two
+// parts, take two fifths longer, half of them for v. In 16 bits the kColumns of a row are half a
+// sector, so L2, where the neighbouring block's half meets it, moves twice the bytes; more columns
+// would leave fewer rows, and each block forms all v of its columns. If W is stored by columns k
+// (transposed), D is larger than d: a transform serves several rows, and bytes decide.
 #include <algorithm>
 
 #include "../device/launch.h"
