@@ -113,8 +113,6 @@ def test_several_adapters(tmp_path):
     model.set_adapter("three")
     assert torch.equal(logits(model), one)
     accelerated.hotswap_adapter(model, tmp_path, "three")
-    with pytest.raises(ValueError, match="does not fit 'two'"):
-        accelerated.hotswap_adapter(model, tmp_path, "two")
     model.delete_adapter("default")
     model.set_adapter("two")
     assert torch.equal(logits(model), two)
@@ -170,16 +168,10 @@ def test_compiled_in_one_graph(fresh_dynamo):
 
 
 ERRORS = [
-    ({"basis": "independent"}, ValueError, 'need basis="hadamard".*got basis=.independent'),
     ({"basis": "peft"}, ValueError, 'need basis="hadamard".*got basis=.peft'),
     ({"randlora_dropout": 0.1}, ValueError, "and randlora_dropout=0, got .*=0.1"),
     ({"target_parameters": "experts"}, TypeError, "target_parameters must be a list of texts"),
-    (
-        {"target_parameters": ["expert.up"]},
-        ValueError,
-        "expert.up.* matches no parameter .*gate_up",
-    ),
-    ({"target_parameters": ["norm.weight"]}, ValueError, r"RMSNorm.weight must have two or three"),
+    ({"target_parameters": ["expert.up"]}, ValueError, "matches no parameter .*gate_up"),
     ({"targets": ["nothing"]}, ValueError, "target_modules .*nothing.* matches no linear layer"),
 ]
 
