@@ -53,10 +53,8 @@ def test_refused(tmp_path):
         told = refused("merge", tmp_path / name, tmp_path / "adapter", tmp_path / "merged")
         assert "each of 4 experts, and is (5, " in told
     config = json.loads((tmp_path / name / "config.json").read_text())
-    for field, told in (
-        ({"auto_map": {}}, "only the model's code"),
-        ({"model_type": "qwen3_vl_moe"}, "only the model's code"),
-    ):
+    for field in ({"auto_map": {}}, {"model_type": "qwen3_vl_moe"}):
         (tmp_path / name / "config.json").write_text(json.dumps(config | field))
-        assert told in refused("merge", tmp_path / name, tmp_path / "adapter", tmp_path / "merged")
+        told = refused("merge", tmp_path / name, tmp_path / "adapter", tmp_path / "merged")
+        assert "only the model's code" in told
     assert not (tmp_path / "merged").exists()

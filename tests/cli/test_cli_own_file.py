@@ -82,11 +82,7 @@ def test_what_does_not_fit_is_told(sound, tmp_path, monkeypatch):
     # Paths are checked first: nobody waits for PEFT to be told of a misspelt one.
     monkeypatch.setitem(sys.modules, "randlora_ext.peft", None)
     for model, adapter, told in (
-        (
-            tmp_path / "other",
-            file,
-            "up_proj: in_features and out_features are (32, 64), not (32, 48)",
-        ),
+        (tmp_path / "other", file, "in_features and out_features are (32, 64), not (32, 48)"),
         ("nowhere", file, "nowhere/model.safetensors must be a sound safetensors file"),
         ("nowhere", "nor here", "nowhere/model.safetensors must be a sound safetensors file"),
         (sound / "model", "nor here", "No such file or directory: 'nor here/adapter_config.json'"),

@@ -47,10 +47,7 @@ for version in sys.argv[1:]:
     if has:
         break
     from randlora_ext import Basis, diagnostics, linear
-    from randlora_ext.ops import functional
 
-    basis, card = Basis(64, 48, 8, kind="hadamard"), torch.device("cuda")
-    print(functional.what_computes(basis, card, torch.float32))
     basis = Basis(64, 48, 8, 0.07)
     shapes = (16, 64), (48, 64), (basis.r, basis.n), (basis.n, basis.d)
     with FakeTensorMode():
@@ -85,7 +82,7 @@ def test_only_an_old_driver_leaves_plain_torch_and_randlora_says_so(tmp_path):
     assert done.returncode == 0, done.stderr
     old, *others = done.stdout.split("driver|")[1:]
     assert others == [f"{v}|True|nvcc 13.0: 900\n\n" for v in ("13000", "14000", "none")]
-    registered, warning, hadamard, independent, *checked = old.splitlines()
+    registered, warning, independent, *checked = old.splitlines()
     said = "not loaded: the NVIDIA driver is for CUDA 12.8, and the kernels, "
     assert registered.startswith("12080|False|not loaded: the NVIDIA driver is for CUDA 12.8")
     assert warning.startswith(f"randlora_ext: the CUDA kernels are {said}")

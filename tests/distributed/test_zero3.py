@@ -58,22 +58,14 @@ def test_merging_wants_the_weight():
     torch.testing.assert_close(made(x), want)
 
 
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.experts = nn.Parameter(torch.randn(3, 16, 24))
-
-    def forward(self, x):
-        return torch.einsum("ti,eoi->teo", x, self.experts)
-
-
 def test_experts_wait_for_their_weight():
-    model, x = nn.Sequential(Experts()), torch.randn(2, 24)
-    want = model(x)
-    held = {model[0].experts: partition(model[0].experts)}
-    apply_randlora(model, target_parameters=["0.experts"], r=5)
+    """Bilinear's is (3, 16, 24), like that of three experts."""
+    model, x = nn.ModuleList([nn.Bilinear(16, 24, 3)]), (torch.randn(2, 16), torch.randn(2, 24))
+    want = model[0](*x)
+    held = {model[0].weight: partition(model[0].weight)}
+    apply_randlora(model, target_parameters=["0.weight"], r=5)
     assert model[0].randlora_lambda["default"].shape == (3, 5, 4)
-    with pytest.raises(RuntimeError, match="experts is not whole here .* DeepSpeed ZeRO-3"):
-        model(x)
+    with pytest.raises(RuntimeError, match="weight is not whole here .* DeepSpeed ZeRO-3"):
+        model[0](*x)
     gather(held)
-    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(model[0](*x), want)

@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import resource
 
 import pytest
 import torch
@@ -307,13 +306,6 @@ def test_files_that_are_none(file):
 def test_what_cannot_be_written(file):
     save_adapter(adapted(), file)
     before = file.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
-    try:
-        with pytest.raises(OSError, match=f"^{file} cannot be written: .*File too large"):
-            save_adapter(adapted(numbers=2), file)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for path in ("", "/", ".", file / "below", file.parent / "no" / "a", file.with_name("n" * 256)):
         with pytest.raises(OSError, match=f"^{path or repr('')} cannot be written: ") as caught:
             save_adapter(adapted(), path)

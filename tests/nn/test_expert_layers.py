@@ -121,12 +121,7 @@ ERRORS = [
     (lambda: nn.ModuleList([Own(4)]), {}, ValueError, r"Own.experts must have two or three dimens"),
     (lambda: nn.ModuleList([Own(2, 3, dtype=torch.float16)]), {"density": 0.1}, ValueError, "need"),
     (lambda: nn.ModuleList([Own(2, 3)]), {"basis": "independent"}, ValueError, "need basis="),
-    (
-        lambda: nn.ModuleList([Own(2, 3)]),
-        {"randlora_dropout": 0.1},
-        ValueError,
-        "randlora_dropout=0.1",
-    ),
+    (lambda: nn.ModuleList([Own(2, 3)]), {"randlora_dropout": 0.1}, ValueError, "dropout=0.1"),
     (lambda: nn.ModuleList([Own(2, 3)]), {"rank": 3}, TypeError, "unexpected keyword .*'rank'"),
     (lambda: nn.ModuleList([nn.Linear(2, 3)]), {}, ValueError, "matches no parameter"),
     (lambda: Own(2, 3, 4), {}, ValueError, "'.experts' would not be adapted: the model is the lay"),

@@ -100,9 +100,7 @@ def test_models_are_checked_before_a_layer_is_merged(with_peft):
 COMPUTED = {
     "weight_norm": parametrizations.weight_norm,
     "old weight_norm": weight_norm,
-    "spectral_norm": parametrizations.spectral_norm,
     "old spectral_norm": spectral_norm,
-    "orthogonal": parametrizations.orthogonal,
     "pruning": lambda base: prune.l1_unstructured(base, "weight", 0.5),
 }
 

@@ -55,18 +55,17 @@ def test_numbers(name, tmp_path):
     plain = logits(base)
     told = accelerated.kernel_summary(model)
     assert "gate_up_proj of 4 experts" in told and "plain" not in told
-    y, by_hand = logits(model), copy.deepcopy(model)
+    y = logits(model)
     assert (y - plain).abs().max() > 0.1
     with model.disable_adapter():
         assert torch.equal(logits(model), plain)
     before = numbers(model)
+    merged = [layer._base_weight() + oracle(layer).float() for layer in wrappers(model)]
     model.merge_adapter(safe_merge=True)
     assert (logits(model) - y).abs().max() < 1e-5 * y.abs().max()
-    for layer in wrappers(by_hand):
+    for layer, weight in zip(wrappers(model), merged, strict=True):
         assert layer.get_base_layer().is_transposed == (name == "GptOss")
-        layer._base_weight().add_(oracle(layer).float())
-        merged = dict(model.named_modules())[layer_path(by_hand, layer)]._base_weight()
-        assert torch.allclose(layer._base_weight(), merged, atol=1e-5)
+        assert torch.allclose(layer._base_weight(), weight, atol=1e-5)
     model.unmerge_adapter()
     assert_unchanged(model, before)
     model.save_pretrained(tmp_path)
@@ -74,10 +73,6 @@ def test_numbers(name, tmp_path):
     unloaded = model.merge_and_unload()
     assert unloaded.state_dict().keys() == base.state_dict().keys()
     assert (logits(unloaded) - y).abs().max() < 1e-5 * y.abs().max()
-
-
-def layer_path(model, layer):
-    return next(path for path, module in model.named_modules() if module is layer)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -113,15 +108,11 @@ def test_several_adapters(tmp_path):
     both = logits(model)
     model.merge_adapter()
     assert (logits(model) - both).abs().max() < 1e-5 * both.abs().max()
-    with pytest.raises(RuntimeError, match="has merged .* into its weight"):
-        model.load_adapter(tmp_path, "default")
     model.unmerge_adapter()
     model.load_adapter(tmp_path, "three")
     model.set_adapter("three")
     assert torch.equal(logits(model), one)
     accelerated.hotswap_adapter(model, tmp_path, "three")
-    with pytest.raises(ValueError, match="does not fit 'two'"):
-        accelerated.hotswap_adapter(model, tmp_path, "two")
     model.delete_adapter("default")
     model.set_adapter("two")
     assert torch.equal(logits(model), two)
@@ -177,16 +168,10 @@ def test_compiled_in_one_graph(fresh_dynamo):
 
 
 ERRORS = [
-    ({"basis": "independent"}, ValueError, 'need basis="hadamard".*got basis=.independent'),
     ({"basis": "peft"}, ValueError, 'need basis="hadamard".*got basis=.peft'),
     ({"randlora_dropout": 0.1}, ValueError, "and randlora_dropout=0, got .*=0.1"),
     ({"target_parameters": "experts"}, TypeError, "target_parameters must be a list of texts"),
-    (
-        {"target_parameters": ["expert.up"]},
-        ValueError,
-        "expert.up.* matches no parameter .*gate_up",
-    ),
-    ({"target_parameters": ["norm.weight"]}, ValueError, r"RMSNorm.weight must have two or three"),
+    ({"target_parameters": ["expert.up"]}, ValueError, "matches no parameter .*gate_up"),
     ({"targets": ["nothing"]}, ValueError, "target_modules .*nothing.* matches no linear layer"),
 ]
 
@@ -251,15 +236,7 @@ def test_calibrated(name, tmp_path):
     model.set_experts_implementation("batched_mm")  # copies the matrices that it multiplies by
     with pytest.warns(UserWarning, match="experts.*saw no token and stays as it was"):
         calibrate(model, [many])
-    plain = {layer: layer.get_delta_weight("default") for layer in layers(randomize(model))}
-    for layer, before in plain.items():
-        scale = layer.input_scales["default"]
-        layer.set_input_scale("default", None)
-        without = layer.get_delta_weight("default")
-        stored = scale[..., None] if getattr(layer, "transposed", False) else scale[..., None, :]
-        torch.testing.assert_close(before, (without * stored).view(before.shape))
-        layer.set_input_scale("default", scale)
-    y = logits(model)
+    y = logits(randomize(model))
     model.save_pretrained(tmp_path)
     opened = peft.PeftModel.from_pretrained(make(name), tmp_path)
     assert all(map(torch.equal, scales(opened), scales(model)))
@@ -383,43 +360,27 @@ def vector(x):
 
 
 def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
-    class Own(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up = torch.nn.Parameter(torch.randn(3, 16, 24))
+    def routed(h, up):
+        return [rows @ w.T for rows, w in zip(h.split([40, 50, 31]), up, strict=True)]
 
-        def forward(self, *rows):
-            return [x @ w.T for x, w in zip(rows, self.up, strict=True)]
-
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(Own())
-    randomize(adapted(net, [], 4, basis="hadamard", target_parameters=["0.up"]), size=0)
-    rows = [torch.randn(count, 24) * torch.rand(24) for count in (40, 50, 31)]
-    calibrate(torch.compile(net[0]), [tuple(rows)])
-
-    want = torch.stack([*map(vector, rows[:2]), vector(torch.cat(rows))])
-    torch.testing.assert_close(net[0].input_scales["default"], want)
+    model, x = mixture(routed), torch.randn(121, 24) * (torch.rand(24) + 0.1)
+    layer = model.base_model.model[0]
+    calibrate(torch.compile(layer), [(x,)])
+    h = layer.get_base_layer().linear.base_layer(x)
+    want = torch.stack([vector(h[:40]), vector(h[40:90]), vector(h)])
+    torch.testing.assert_close(layer.input_scales["default"], want)
 
 
-def test_a_matrix_and_a_module_of_ones_own():
+def test_a_matrix_beside_stacked_experts():
     """(out, in) is one expert; a module that says nothing stores (experts, out, in)."""
-
-    class Own(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = torch.nn.Parameter(torch.randn(3, 24, 24, dtype=torch.bfloat16))
-            self.matrix = torch.nn.Parameter(torch.randn(8, 24, dtype=torch.bfloat16))
-
-        def forward(self, x):
-            return torch.einsum("ti,eoi->to", x, self.experts) @ self.matrix.T
-
     torch.manual_seed(0)
-    net = torch.nn.Sequential(Own())
-    chosen = {"basis": "hadamard", "target_parameters": ["0.matrix", "0.experts"]}
+    own = Mixture(lambda h, up: torch.einsum("ti,eoi->to", h, up) @ own.matrix.T)
+    own.matrix = torch.nn.Parameter(torch.randn(8, 24))
+    net = torch.nn.Sequential(own.bfloat16())
+    chosen = {"basis": "hadamard", "target_parameters": ["0.matrix", "0.up"]}
     model, x = adapted(net, [], 4, **chosen), torch.randn(5, 24, dtype=torch.bfloat16)
     y, (outer, inner) = model(x), (net[0], net[0].base_layer)
     assert (outer.experts, inner.experts) == ((1,), (3,))
-    own = outer.get_base_layer()
     with torch.no_grad():
         for layer in (outer, inner):
             weight = layer._base_weight()

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cli_helpers import KINDS, gpt2, llama, with_adapter
+from cli_helpers import KINDS, llama, with_adapter
 from huggingface_hub import ModelCard
 from peft_helpers import (
     PEFT,
@@ -30,7 +30,6 @@ from peft_helpers import (
 )
 from safetensors.torch import load_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, of fan_in_fan_out and tied weights
 EXPORTED = KINDS | {
@@ -139,17 +138,6 @@ def test_of_full_rank_nothing_is_lost(tmp_path, kind, dtype, x):
     with torch.no_grad():
         y, want = lora(x.to(dtype)), model(x.to(dtype))
     assert relative(y, want) < (5e-6 if dtype == torch.float32 else 0.02)
-
-
-def test_conv1d(tmp_path):
-    """Of which some are square, and the head, which is tied to the embedding, is no Conv1D."""
-    base = gpt2(tmp_path / "base")
-    load = type(base).from_pretrained
-    options = {"basis": "hadamard", "fan_in_fan_out": True}
-    model = adapted(base, ["c_attn", "c_proj"], 5, **options).eval()
-    lora = converted(model, tmp_path / "lora", 32, lambda: load(tmp_path / "base"))
-    assert {type(m.get_base_layer()) for m in layers(model)} == {Conv1D}
-    same(lora, model, 1e-5)
 
 
 @pytest.fixture

@@ -219,14 +219,8 @@ def test_other_bases_are_noticed():
         before = after
 
 
-def test_a_language_model_in_one_graph():
-    eager = adapted(llama(num_hidden_layers=1).train(), ["q_proj", "down_proj"], sparse=True)
-    assert_steps_agree(compiled(eager), eager, torch.randint(0, 50, (2, 7)))
-    assert graphs() == 1
-
-
 def test_an_exported_model(tmp_path):
-    """It holds operators and plain tensors alone; test_export.py loads such in a process."""
+    """It holds operators and plain tensors alone; test_compile.py loads such in a process."""
     model = made(projection_prng_key=23, sparse=True).eval()
     x = torch.randn(7, 24)
     program = torch.export.export(model.base_model.model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))

@@ -4,6 +4,7 @@ The last three, which stock RandLoRA refuses, are skipped without hqq, gptqmodel
 `Rounded` stands in for them.
 """
 
+import contextlib
 import copy
 
 import pytest
@@ -28,7 +29,6 @@ from peft_helpers import (
 )
 from torch import nn
 
-import randlora_ext
 from randlora_ext.peft.layer import AcceleratedLinear
 from randlora_ext.peft.quantized import QuantizedLinear
 
@@ -79,11 +79,6 @@ def made(bits, dtype=torch.float32, r=8, sparse=True, **options):
     return adapted(quantized(bits, dtype), "abc", r, sparse=sparse, **options).eval()
 
 
-def reopened(bits, folder):
-    """Its output may differ by 1%: bitsandbytes keeps its state in 16 bits."""
-    return opened(folder, lambda: quantized(bits)).eval()
-
-
 def dense(layer):
     from peft.utils.integrations import dequantize_module_weight
 
@@ -113,37 +108,6 @@ def test_forward_and_gradients_are_those_of_stock(bits, kind):
     assert {type(layer) for layer in layers(ours)} == {QuantizedLinear}
     x, dy = torch.randn(5, 64), torch.randn(5, 64)
     assert_close(run(ours, x, dy), run(stock, x, dy), 1e-5)
-
-
-@pytest.mark.parametrize("bits,save_projection", [(8, True), (4, False)])
-def test_each_reads_what_the_other_wrote(tmp_path, bits, save_projection):
-    stock, ours = quantized_pair(bits, save_projection=save_projection)
-    x = torch.randn(5, 64)
-    for model, reader in ((stock, accelerated.enable), (ours, accelerated.disable)):
-        model.save_pretrained(tmp_path)
-        reader()
-        loaded = reopened(bits, tmp_path)
-        assert relative(loaded(x), model.eval()(x)) < 0.01
-
-
-def test_scaled_inputs(bits, tmp_path):
-    """The adapter's inputs alone, whatever the base rounds; its file takes the scale along."""
-    model, bare = (made(bits, r=7, sparse=False, basis="hadamard") for _ in range(2))
-    randomize(model, size=0)
-    x = torch.randn(5, 64) * torch.where(torch.arange(64) < 2, 30.0, 1.0)
-    with torch.no_grad():
-        randlora_ext.calibrate(model, [x])
-        randomize(model)
-        for layer, other in zip(layers(model), layers(bare), strict=True):
-            scale = layer.input_scales["default"]
-            assert scale.max() > 1.2 * scale.min()
-            each = torch.randn(5, layer.in_features)
-            delta = other.get_delta_weight("default") * scale
-            assert relative(layer.get_delta_weight("default"), delta) < 1e-6
-            assert relative(layer(each), layer.base_layer(each) + each @ delta.T) < 1e-5
-        want = model(x)
-        model.save_pretrained(tmp_path)
-        assert relative(reopened(bits, tmp_path)(x), want) < 0.01
 
 
 def test_dtype_is_that_of_the_input(bits):
@@ -181,12 +145,6 @@ def test_unmerging_puts_the_quantized_weight_back(bits, called):
             assert all(torch.equal(was[key], now[key]) for key in was)
     randomize(ours)
     assert torch.equal(ours(x), want)
-    with torch.no_grad():
-        for layer in layers(ours):
-            layer.randlora_lambda["default"].zero_()
-    ours.merge_adapter()  # changes nothing, so nothing is quantized again
-    assert all(layer.merged and layer._kept is None for layer in layers(ours))
-    assert torch.equal(ours(x), bare)
 
 
 @pytest.mark.parametrize("bits,safe", [(8, True), (4, False)])
@@ -232,24 +190,19 @@ def test_weight_and_state_agree_after_nan_and_ctrl_c(bits):
         layer.base_layer, layer.merged_adapters = copy.deepcopy(start), []
 
 
-def test_added_adapters_stand_beside_the_first(bits):
+def test_an_added_adapter_stands_beside_the_first(bits):
     """Stock PEFT wraps the wrapped layer again, and adds the first adapter to the second."""
     ours, x = made(bits), torch.randn(3, 64)
-    first = ours(x)
-    ours.add_adapter("two", config(8, sparse=True, randlora_dropout=0.1))
-    ours.add_adapter("three", config(5, sparse=True))
-    randomize(ours, seed=3)
+    ours.add_adapter("two", config(5, sparse=True, randlora_dropout=0.1))
     assert not any(hasattr(layer.base_layer, "base_layer") for layer in layers(ours))
-    assert list(layers(ours)[0].randlora_lambda) == ["default", "two", "three"]
-    outputs = {}
-    for name in ("default", "two", "three"):
+    assert list(layers(ours)[0].randlora_lambda) == ["default", "two"]
+    randomize(ours).eval()
+    names, rows = ["default", "two", "default"], []
+    for name, row in zip(names, x, strict=True):
         ours.set_adapter(name)
-        outputs[name] = ours.eval()(x)
-    for other in (outputs["three"], first):
-        assert relative(other, outputs["two"]) > 0.1
-    mixed = ours(x, adapter_names=["three", "default", "two"])
-    wanted = torch.stack([outputs["three"][0], outputs["default"][1], outputs["two"][2]])
-    assert relative(mixed, wanted) < 0.02  # bitsandbytes rounds 8-bit activations row by row
+        rows.append(ours(row[None]))
+    mixed = ours(x, adapter_names=names)
+    assert relative(mixed, torch.cat(rows)) < 0.02  # 8-bit activations are rounded row by row
 
 
 def test_pickle_and_accelerate(tmp_path, bits):
@@ -281,14 +234,10 @@ def test_torchao():
     stock, ours = pair(base, lambda: config(8, targets="02", sparse=True))
     x, dy = torch.randn(5, 64), torch.randn(5, 64)
     assert_close(run(ours, x, dy), run(stock, x, dy), 1e-5)
-    outcomes = []
-    for model in (stock, ours):
-        try:
-            model.merge_adapter()
-            outcomes.append(relative(model(x), run(model, x, dy)[0]) < 0.1)
-        except Exception as error:
-            outcomes.append(type(error))
-    assert outcomes[0] == outcomes[1]  # whatever this version of torchao allows
+    y = ours(x)
+    with contextlib.suppress(NotImplementedError):  # of torchao 0.18, under stock PEFT too
+        ours.merge_adapter()
+    assert relative(ours(x), y) < 0.1
 
 
 # ---- bases that are not nn.Linear ----------------------------------------------------------------
@@ -385,6 +334,9 @@ def net(request):
 @pytest.mark.parametrize("kind", [{"sparse": True}, {}, {"basis": "hadamard"}], ids=str)
 def test_is_the_layer_over_its_dense_weight(net, kind, tmp_path):
     plain, model = (adapted(base, "abc", 8, **kind) for base in (dense_copy(net), net))
+    if "basis" in kind:  # the adapter's inputs alone are scaled, and its file has the scale
+        for layer in (*layers(plain), *layers(model)):
+            layer.set_input_scale("default", torch.linspace(0.1, 3, layer.in_features))
     assert len(layers(model)) == 3 and "3 RandLoRA layers" in accelerated.kernel_summary(model)
     x, grads = torch.randn(6, 64), []
     for each in (plain, model):
