@@ -172,7 +172,7 @@ def kept_by(function):
 def call(layer: Layer, **changes) -> Tensor:
     """y of `linear`, with other arguments where some are given."""
     names = ("x", "weight", "bias", "basis", "lam", "gam", "scaling")
-    values = vars(layer) | changes
+    values = {name: getattr(layer, name) for name in names} | changes
     return linear(*(values[name] for name in names))
 
 
