@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -246,23 +247,28 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
         return
     with TemporaryDirectory() as temporary, ExitStack() as held:
         config, tensors = (Path(temporary, n) for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
-        for link in (config, tensors):
-            with suppress(FileNotFoundError):
-                file = held.enter_context(open(place / link.name, "rb"))
-                link.symlink_to(f"/proc/self/fd/{file.fileno()}")
-        recorded = dict.fromkeys(_RECORDED) | _fields_in(_recorded_in(tensors) or "")
-        own = _fields_in(config.read_text()) if config.exists() else recorded
-        different = [
-            f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
-            for name in _RECORDED
-            if recorded[name] != own.get(name)
-        ]
-        if different:
+        for wait in (0.02, 0.2, 0):  # for a save that is between its files
+            for link in (config, tensors):
+                link.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    file = held.enter_context(open(place / link.name, "rb"))
+                    link.symlink_to(f"/proc/self/fd/{file.fileno()}")
+            recorded = dict.fromkeys(_RECORDED) | _fields_in(_recorded_in(tensors) or "")
+            own = _fields_in(config.read_text()) if config.exists() else recorded
+            different = [
+                f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
+                for name in _RECORDED
+                if recorded[name] != own.get(name)
+            ]
+            if not different:
+                break
+            time.sleep(wait)
+        else:
             raise ValueError(
                 f"{place / CONFIG_NAME} does not belong to the {SAFETENSORS_WEIGHTS_NAME} beside "
-                f"it, whose {', '.join(different)}: a save was interrupted or is going on, or the "
-                "file was edited. Save the adapter again; to load it with other fields, pass "
-                "config= instead of editing the file"
+                f"it, whose {', '.join(different)}: a save was interrupted, or the file was "
+                "edited. Save the adapter again; to load it with other fields, pass config= "
+                "instead of editing the file"
             )
         hub.pop("subfolder", None)
         save = OneSave(temporary)

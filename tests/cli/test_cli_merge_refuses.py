@@ -84,7 +84,7 @@ BROKEN = {
     ),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
-    "other r": (edited, "r is 5, not 6: a save was interrupted or is going on, or the file was"),
+    "other r": (edited, "r is 5, not 6: a save was interrupted, or the file was"),
     "no key": (without_key, "projection_prng_key is 'randlora_ext:independent-1"),
     "no record": (recording("{}"), "whose r is None, not 5"),
     "a list recorded": (recording("[]"), "whose r is None, not 5"),
