@@ -20,6 +20,7 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_write_nothing = lambda: None  # noqa: E731
 _Layer: Any = object  # mypy: this is mixed into layers
 
 
@@ -36,10 +37,10 @@ class KeepsWeight(_Layer):
 
     path: str | None = None  # in the model, for error messages
     merged_adapters: list[str]
-    # W as `_restorer` takes it. None: nothing merged has changed it, or it was not kept, as with
-    # keep_weight="nothing" or by stock PEFT, and all that is merged is subtracted.
-    _kept: Any = None
-    _unchanged = False
+    _kept: Any = None  # what `_restorer` takes; None: W is not kept, or was not changed
+    # Merged adapters that are not in the kept weight, or changed nothing. The others, merged with
+    # keep_weight="nothing" or by stock PEFT, are subtracted.
+    _kept_without: tuple[str, ...] = ()
 
     @property
     def merged(self) -> bool:
@@ -59,19 +60,19 @@ class KeepsWeight(_Layer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        write = None
-        if self._kept is not None:
-            write = self._restorer(self._kept)
-        elif not self._unchanged:
-            known = [name for name in self.merged_adapters if name in self.randlora_lambda]
-            if lost := [name for name in self.merged_adapters if name not in known]:
-                warnings.warn(
-                    f"the adapters {lost} were deleted while merged, and W was not kept: their dW "
-                    "stays in it",
-                    stacklevel=2,
-                )
-            write = self._writer(self._plus(self._dense_weight(), known, -1))
-        self._replace(write, [])
+        rest = [name for name in self.merged_adapters if name not in self._kept_without]
+        if lost := [name for name in rest if name not in self.randlora_lambda]:
+            warnings.warn(
+                f"the adapters {lost} were deleted while merged, and W was not kept: their dW "
+                "stays in it",
+                stacklevel=2,
+            )
+        rest = [name for name in rest if name not in lost]
+        if self._kept is not None or not rest:
+            kept = self._kept
+            self._replace(_write_nothing if kept is None else self._restorer(kept), rest)
+        if rest:
+            self._replace(self._writer(self._plus(self._dense_weight(), rest, -1)), [])
 
     def _merge(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
         """Merges adapters that are known and not merged yet."""
@@ -85,24 +86,25 @@ class KeepsWeight(_Layer):
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
                 "broken; safe_merge allows only finite values, and nothing was changed"
             )
-        kept, intact = self._kept, self._unchanged or not self.merged
+        kept, without = (self._kept, self._kept_without) if self.merged else (None, ())
         keeps = keep_weight != "nothing"
         # Ranks might disagree about their parts of DTensors. A sum could still turn -0 into 0.
         same = keeps and not is_dtensor(total) and torch.equal(total, weight)
-        write = None if same else self._writer(total)
-        if intact and keeps and not same:
+        write = _write_nothing if same else self._writer(total)
+        if keeps and kept is None and not same:
             kept = self._keep(keep_weight)
-        self._replace(write, [*self.merged_adapters, *names], kept, intact and same)
+        if same or kept is not None:
+            without = (*without, *names)
+        self._replace(write, [*self.merged_adapters, *names], kept, without)
 
     def _replace(
-        self, write: Callable | None, merged: list[str], kept: Any = None, unchanged: bool = False
+        self, write: Callable, merged: list[str], kept: Any = None, without: tuple[str, ...] = ()
     ) -> None:
         """Writes W and the attributes about it; Ctrl-C, twice even, cannot leave a part of them."""
 
         def write_all() -> None:
-            if write is not None:
-                write()
-            self._kept, self._unchanged = kept, unchanged
+            write()
+            self._kept, self._kept_without = kept, without
             self.merged_adapters = merged
             (merged_layers.add if merged else merged_layers.discard)(self)
 

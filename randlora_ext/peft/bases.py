@@ -158,7 +158,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
         return self._bases[name] if name in self._bases else super().__getattr__(name)
 
     def __setattr__(self, name: str, value) -> None:
-        if name in self._bases:
+        if name in self._bases and isinstance(value, Tensor):
             self[name] = value.detach()
         else:
             super().__setattr__(name, value)

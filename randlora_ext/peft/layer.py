@@ -104,6 +104,9 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             if self.bases.get(adapter, (None,))[0] != (device_type, *tokens):
                 self._find(adapter, device_type)
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"bases": {}}  # found again
+
     def _use_basis(self, adapter: str, basis: Basis) -> None:
         super()._use_basis(adapter, basis)
         self.bases.pop(adapter, None)  # `_find` makes the same

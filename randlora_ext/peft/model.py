@@ -81,6 +81,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
         finally:
             self.peft_config = everyone
         BaseTuner._check_new_adapter_config(self, config)
+        # Those that an adapter of that name had, or one that could not be added.
+        for name in [name for name, other in everyone.items() if other is config]:
+            self.randlora_A.pop(name, None)
+            self.randlora_B.pop(name, None)
 
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.

@@ -103,6 +103,19 @@ def test_an_adapter_that_changes_nothing_keeps_nothing(kind):
 
 
 @KINDS
+@pytest.mark.parametrize("kept", ["default", "two"])
+def test_what_is_kept_comes_back_beside_what_is_subtracted(kind, kept):
+    made = kind(torch.float32)
+    layer, W = made.layer, made.weight.detach().clone()
+    for name in ("default", "two"):
+        made.merge([name], keep_weight="host" if name == kept else "nothing")
+    if kept == "two":  # whose change is not in the weight that was kept
+        nn.init.normal_(layer.randlora_lambda["two"])
+    layer.unmerge()
+    assert relative(made.weight, W) < 1e-6
+
+
+@KINDS
 def test_a_copy_of_a_merged_layer_unmerges_too(kind):
     made = kind(torch.bfloat16)
     layer, W = made.layer, bits(made.weight)

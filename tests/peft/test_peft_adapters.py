@@ -1,5 +1,8 @@
 """randlora_ext.peft: several adapters, merging, and one adapter per row of a batch."""
 
+import pickle
+
+import peft
 import pytest
 import torch
 from peft_helpers import (
@@ -218,3 +221,21 @@ def test_every_change_shows_in_the_next_call():
             dW = delta_weight_reference(*factors, layer.scaling[name], 40, 24)
             y = y + x.double() @ dW.T
         assert relative(model(x), y) < 1e-6
+
+
+@pytest.mark.parametrize("second", [{"basis": "hadamard"}, {"density": 0.5}, {"sparse": True}])
+def test_a_second_adapter_of_the_same_name_has_its_own_bases(second):
+    accelerated.enable()
+
+    def make(net, **options):
+        chosen = config(5, accelerated.RandLoraConfig, "0", **options)
+        model = peft.get_peft_model(net, chosen)
+        (layer,) = layers(randomize(model))
+        return layer.get_delta_weight("default"), layer
+
+    net, second = nn.Sequential(nn.Linear(24, 40)), second | {"projection_prng_key": 2}
+    make(net, basis="hadamard", projection_prng_key=1)
+    got, layer = make(net, **second)
+    want, _ = make(nn.Sequential(nn.Linear(24, 40)), **second)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert not pickle.loads(pickle.dumps(layer)).bases  # found again, not held twice
