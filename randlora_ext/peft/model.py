@@ -81,10 +81,18 @@ class AcceleratedRandLoraModel(RandLoraModel):
         finally:
             self.peft_config = everyone
         BaseTuner._check_new_adapter_config(self, config)
-        # Those that an adapter of that name had, or one that could not be added.
-        for name in [name for name, other in everyone.items() if other is config]:
-            self.randlora_A.pop(name, None)
-            self.randlora_B.pop(name, None)
+
+    def inject_adapter(self, model, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # The bases of an adapter of that name, or of one that could not be added, are not its.
+        both = self.randlora_A, self.randlora_B
+        old = [bases.pop(adapter_name, None) for bases in both]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            for bases, basis in zip(both, old, strict=True):
+                if basis is not None:
+                    bases[adapter_name] = basis
+            raise
 
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.

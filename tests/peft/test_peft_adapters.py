@@ -239,3 +239,10 @@ def test_a_second_adapter_of_the_same_name_has_its_own_bases(second):
     want, _ = make(nn.Sequential(nn.Linear(24, 40)), **second)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     assert not pickle.loads(pickle.dumps(layer)).bases  # found again, not held twice
+    model = made(basis="hadamard")
+    model.add_adapter("two", model.peft_config["default"])  # one object for both
+    assert [*model.base_model.randlora_A] == ["default", "two"]
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        model.base_model.peft_config["default"].target_modules = {"none"}
+        model.base_model.inject_adapter(model.base_model.model, "default")
+    assert [*model.base_model.randlora_A] == ["two", "default"]
