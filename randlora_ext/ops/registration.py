@@ -163,6 +163,7 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
     op = getattr(_ops, name)
 
     def forward(*inputs):
+        # So that autograd does not act again; nothing public does this.
         with torch._C._AutoDispatchBelowAutograd():
             return op.default(*inputs)
 
