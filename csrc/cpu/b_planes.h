@@ -3,7 +3,7 @@
 // Four ternary elements of a line have 81 values. So we table the 81 signed sums of four source
 // rows once, and every line then adds one table entry per four sources. That takes 1/4 of an add
 // per element of B (adding rows one by one takes `density`) and no loop over bits. The elements are
-// the base 3 digits of an entry's number (0, 1 for +1, 2 for -1); `kDigits` converts bits to these.
+// the base 3 digits of an entry's number: 0, 1 for +1, 2 for -1.
 //
 // Entries add or subtract rows but never multiply them by 0, so NaN and inf spread only to lines
 // in which B is not zero.
@@ -14,136 +14,127 @@
 namespace randlora::RANDLORA_ISA {
 
 constexpr int kEntries = 81;  // per table: 3^4
-constexpr int kQuads = 4;     // tables in use at a time: 41 kB in float32, about an L1 cache
-constexpr int kQuadRows = 4 * kQuads;
+constexpr int kQuads = 8;     // tables in use at a time: 41 kB, about an L1 cache
 
-// both[b]: bits 0..3 of b as base 3 digits in the low byte, bits 4..7 in the high byte.
-// each[b]: bit c of b in byte c, to number eight lines at once.
-struct DigitTable {
-  uint16_t both[256] = {};
-  uint64_t each[256] = {};
-  constexpr DigitTable() {
-    for (int byte = 0; byte < 256; ++byte)
-      for (int bit = 0, power[] = {1, 3, 9, 27}; bit < 8; ++bit)
-        if (byte >> bit & 1) {
-          both[byte] = static_cast<uint16_t>(both[byte] + (power[bit % 4] << (bit < 4 ? 0 : 8)));
-          each[byte] |= uint64_t{1} << 8 * bit;
+// Tables are of `kPart` vectors of a block's tokens, at most 64 bytes: with more, fewer tables
+// would fit, and dst would be read and written more often.
+template <class B>
+constexpr int kPart = B::TB * int(sizeof(typename B::C)) <= 64 ? B::NV : 1;
+
+template <class B>
+RANDLORA_INLINE int64_t table_length(const Basis& b) {
+  return b.has_planes() ? kQuads * kEntries * kPart<B> * B::L : 0;
+}
+
+// Every line's entry numbers, for one direction: up, lines are rows of B (D) and sources its columns
+// (K); down, the other way round. They take a byte for four elements.
+struct QuadNumbers {
+  bool down;
+  int64_t sources = 0, lines = 0;
+  uint64_t* words = nullptr;  // (ceil(sources / 64), 2, lines): of eight quads each
+
+  QuadNumbers(const Basis& b, bool down, bool used, Arena& arena) : down(down) {
+    if (!used || !b.has_planes()) return;
+    sources = down ? b.D : b.K();
+    lines = down ? b.K() : b.D;
+    words = arena.array<uint64_t>(2 * words_of(sources) * lines);
+  }
+};
+
+// The numbers of a line's 64 elements: byte q of the result is that of the quad at 8 q + 4 half.
+RANDLORA_INLINE uint64_t number_quads(uint64_t plus, uint64_t minus, int half) {
+  constexpr uint64_t mask = 0x0101010101010101u;
+  const auto digit = [&](int e) RANDLORA_INLINED {
+    return (plus >> (4 * half + e) & mask) + 2 * (minus >> (4 * half + e) & mask);
+  };
+  return digit(0) + 3 * digit(1) + 9 * digit(2) + 27 * digit(3);
+}
+
+// Fills `to`, if it is used, a square of 64 x 64 elements at a time.
+inline void number_lines(const Basis& b, const QuadNumbers& to, Runtime& rt) {
+  const Planes& planes = b.b_planes;
+  rt.split(to.words ? b.D : 0, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += 64)
+      for (int64_t column = 0; column < planes.words; ++column) {
+        uint64_t plus[64] = {}, minus[64] = {};
+        for (int64_t row = 0; row < 64 && first + row < end; ++row) {
+          const int64_t at = (first + row) * planes.words + column;
+          plus[row] = planes.plus[at];
+          minus[row] = planes.minus[at] & ~plus[row];  // in range for any bits
         }
-  }
-};
-static constexpr DigitTable kDigits;
+        if (to.down) {
+          transpose_64x64(plus);
+          transpose_64x64(minus);
+        }
+        const int64_t line = to.down ? 64 * column : first, word = to.down ? first / 64 : column;
+        const int64_t count = to.lines - line < 64 ? to.lines - line : 64;
+        for (int half = 0; half < 2; ++half) {
+          uint64_t* numbers = to.words + (2 * word + half) * to.lines + line;
+          for (int64_t l = 0; l < count; ++l) numbers[l] = number_quads(plus[l], minus[l], half);
+        }
+      }
+  });
+}
 
-// Scratch of one slot.
-template <class C>
-struct QuadScratch {
-  C* table;         // (kQuads, kEntries, TB)
-  uint8_t* number;  // entry numbers: 16 bytes per row of B, or 4 per column padded to whole words
-
-  static int64_t numbers(const Basis& b) {
-    const int64_t up = 16 * b.D, down = kQuads * 64 * b.b_planes.words;
-    return !b.has_planes() ? 0 : up > down ? up : down;
-  }
-};
-
-// The four tables of the first 16 of `rows` source rows; missing rows are zero.
+// The tables of every second quad of the first 64 of `rows` source rows; missing rows are zero. An
+// entry is a sum of the first two rows plus one of the others.
 template <class B>
 void fill_tables(const typename B::C* src, int64_t rows, typename B::C* table) {
   using V = typename B::V;
-  for (int q = 0; q < kQuads; ++q, table += kEntries * B::TB) {
-    for (int v = 0; v < B::NV; ++v) store(table + v * B::L, V{});
-    for (int digit = 0, filled = 1; digit < 4; ++digit, filled *= 3) {
-      V row[B::NV];
-      const int64_t at = 4 * q + digit;
-      for (int v = 0; v < B::NV; ++v)
-        row[v] = at < rows ? load<V>(src + at * B::TB + v * B::L) : V{};
-      for (int entry = 0; entry < filled; ++entry)
-        for (int v = 0; v < B::NV; ++v) {
-          const V sum = load<V>(table + entry * B::TB + v * B::L);
-          store(table + (filled + entry) * B::TB + v * B::L, sum + row[v]);
-          store(table + (2 * filled + entry) * B::TB + v * B::L, sum - row[v]);
-        }
+  constexpr int width = kPart<B> * B::L;
+  for (int q = 0; q < kQuads; ++q, table += kEntries * width)
+    for (int v = 0; v < width; v += B::L) {
+      V sums[2][9];
+      unrolled<2>([&](auto pair) RANDLORA_INLINED {
+        V row[2];
+        unrolled<2>([&](auto e) RANDLORA_INLINED {
+          const int64_t at = 8 * q + 2 * pair + e;
+          row[e] = at < rows ? load<V>(src + at * B::TB + v) : V{};
+        });
+        const V one[3] = {V{}, row[0], -row[0]}, other[3] = {V{}, row[1], -row[1]};
+        unrolled<9>([&](auto e) RANDLORA_INLINED { sums[pair][e] = one[e % 3] + other[e / 3]; });
+      });
+      unrolled<9>([&](auto high) RANDLORA_INLINED {
+        unrolled<9>([&](auto low) RANDLORA_INLINED {
+          store(table + (9 * high + low) * width + v, sums[0][low] + sums[1][high]);
+        });
+      });
     }
-  }
 }
 
-// dst[line] (+)= the table entries number[line * line_step + quad * quad_step] of its four quads.
+// dst[line] (+)= the table entries of its quads, whose numbers are the bytes of numbers[line].
 template <class B>
-void add_entries(const typename B::C* table, const uint8_t* number, int64_t line_step,
-                 int64_t quad_step, int64_t lines, typename B::C* dst, bool fresh) {
+void add_entries(const typename B::C* table, const uint64_t* numbers, int64_t lines,
+                 typename B::C* dst, bool fresh) {
   using V = typename B::V;
-  for (int64_t line = 0; line < lines; ++line, number += line_step, dst += B::TB) {
+  constexpr int width = kPart<B> * B::L;
+  for (int64_t line = 0; line < lines; ++line, dst += B::TB) {
     const typename B::C* entry[kQuads];
     unrolled<kQuads>([&](auto q) RANDLORA_INLINED {
-      entry[q] = table + (q * kEntries + number[q * quad_step]) * B::TB;
+      entry[q] = table + (q * kEntries + (numbers[line] >> 8 * q & 255)) * width;
     });
-    for (int v = 0; v < B::NV; ++v) {
-      const auto at = [&](int q) RANDLORA_INLINED { return load<V>(entry[q] + v * B::L); };
-      const V sum = (at(0) + at(1)) + (at(2) + at(3));
-      store(dst + v * B::L, fresh ? sum : load<V>(dst + v * B::L) + sum);
+    for (int v = 0; v < width; v += B::L) {
+      const auto at = [&](int q) RANDLORA_INLINED { return load<V>(entry[q] + v); };
+      const V sum = ((at(0) + at(1)) + (at(2) + at(3))) + ((at(4) + at(5)) + (at(6) + at(7)));
+      store(dst + v, fresh ? sum : load<V>(dst + v) + sum);
     }
   }
 }
 
-// dst[o] = sum_c B[o, c] src[c] for all rows of B (V -> y) and `count` token blocks side by side:
-// planes are decoded once for all of them.
+// dst[line] = the sum of B's elements times src, for one token block: up V -> y, down x or dy -> U.
 template <class B>
-void planes_up(const Basis& b, int count, const typename B::C* src, typename B::C* dst,
-               const QuadScratch<typename B::C>& scratch) {
-  const Planes& planes = b.b_planes;
-  for (int64_t word = 0; word < planes.words; ++word) {
-    // A word's 64 columns give 16 numbers per row, in order of column: number 4 * part + quad.
-    for (int64_t row = 0; row < b.D; ++row) {
-      uint64_t plus = planes.plus[row * planes.words + word];
-      uint64_t minus = planes.minus[row * planes.words + word] & ~plus;  // in range for any bits
-      for (int byte = 0; byte < 8; ++byte, plus >>= 8, minus >>= 8)
-        store(scratch.number + 16 * row + 2 * byte,
-              static_cast<uint16_t>(kDigits.both[plus & 255] + 2 * kDigits.both[minus & 255]));
-    }
-    for (int part = 0; part < 4; ++part) {
-      const int64_t first = 64 * word + kQuadRows * part;
-      if (first >= b.K()) break;
-      for (int g = 0; g < count; ++g) {
-        fill_tables<B>(src + (g * b.K() + first) * B::TB, b.K() - first, scratch.table);
-        add_entries<B>(scratch.table, scratch.number + 4 * part, 16, 1, b.D, dst + g * b.D * B::TB,
-                       first == 0);
+void sum_planes(const QuadNumbers& numbers, const typename B::C* src, typename B::C* dst,
+                typename B::C* table) {
+  constexpr int width = kPart<B> * B::L;
+  const uint64_t* words = numbers.words;
+  for (int64_t word = 0; 64 * word < numbers.sources; ++word)
+    for (int half = 0; half < 2; ++half, words += numbers.lines) {
+      const int64_t first = 64 * word + 4 * half;
+      for (int v = 0; v < B::TB && first < numbers.sources; v += width) {
+        fill_tables<B>(src + first * B::TB + v, numbers.sources - first, table);
+        add_entries<B>(table, words, numbers.lines, dst + v, first == 0);
       }
     }
-  }
-}
-
-// dst[c] = sum_o B[o, c] src[o] for all columns of B (x or dy -> U), likewise.
-template <class B>
-void planes_down(const Basis& b, int count, const typename B::C* src, typename B::C* dst,
-                 const QuadScratch<typename B::C>& scratch) {
-  const Planes& planes = b.b_planes;
-  const int64_t padded = 64 * planes.words;
-  for (int64_t first = 0; first < b.D; first += kQuadRows) {
-    for (int quad = 0; quad < kQuads; ++quad) {
-      uint8_t* number = scratch.number + quad * padded;
-      for (int64_t word = 0; word < planes.words; ++word) {
-        uint64_t plus[4], minus[4];
-        for (int row = 0; row < 4; ++row) {
-          const int64_t o = first + 4 * quad + row;
-          plus[row] = o < b.D ? planes.plus[o * planes.words + word] : 0;
-          minus[row] = o < b.D ? planes.minus[o * planes.words + word] & ~plus[row] : 0;
-        }
-        for (int byte = 0; byte < 8; ++byte) {
-          uint64_t numbers = 0;
-          for (int row = 4; row-- > 0;) {
-            const int shift = 8 * byte;
-            numbers = 3 * numbers + kDigits.each[plus[row] >> shift & 255] +
-                      2 * kDigits.each[minus[row] >> shift & 255];
-          }
-          store(number + 64 * word + 8 * byte, numbers);
-        }
-      }
-    }
-    for (int g = 0; g < count; ++g) {
-      fill_tables<B>(src + (g * b.D + first) * B::TB, b.D - first, scratch.table);
-      add_entries<B>(scratch.table, scratch.number, 1, padded, b.K(), dst + g * b.K() * B::TB,
-                     first == 0);
-    }
-  }
 }
 
 }  // namespace randlora::RANDLORA_ISA

@@ -38,81 +38,69 @@ void sum_lists(const AnyLists& any, int64_t begin, int64_t end, const typename B
 }
 
 constexpr int kLines = 64;  // rows of B per output tile, for lists
-constexpr int kGroup = 4;   // blocks that share one decoding of B's planes
 
-// How T tokens are divided: into blocks of TB, which slots take in groups.
+// How T tokens are divided into blocks of TB, which slots take in turn.
 struct TokenSplit {
-  int64_t T, TB, blocks, group;
+  int64_t T, TB, blocks;
   int slots;
 
-  TokenSplit(const Basis& b, int64_t tokens, int block, int threads) : T(tokens), TB(block) {
+  TokenSplit(int64_t tokens, int block, int threads) : T(tokens), TB(block) {
     blocks = (T + TB - 1) / TB;
     slots = int(blocks < threads ? blocks : threads);
-    const int64_t share = slots ? (blocks + slots - 1) / slots : 1;
-    group = !b.has_planes() ? 1 : share < kGroup ? share : int64_t{kGroup};
   }
   int64_t tokens(int64_t block) const { return T - block * TB < TB ? T - block * TB : TB; }
 };
 
-// One slot's scratch for taking a group of blocks through both sides.
+// One slot's scratch for taking a block through both sides.
 template <class B>
 struct Slot {
   using C = typename B::C;
-  C *small, *large, *mid;  // (group, d, TB), (group, D, TB), (group, K, TB)
+  C *small, *large, *mid;  // (d, TB), (D, TB), (K, TB)
   C *lines, *scaled;       // (kLines, TB), (n, TB)
-  QuadScratch<C> quads;
-  int64_t small_step, large_step, mid_step;
+  C* table;                // of planes
 
-  Slot(const Basis& b, int64_t group, Arena& arena)
-      : small(arena.array<C>(group * b.d * B::TB)),
-        large(arena.array<C>(group * b.D * B::TB)),
-        mid(arena.array<C>(group * b.K() * B::TB)),
+  Slot(const Basis& b, Arena& arena)
+      : small(arena.array<C>(b.d * B::TB)),
+        large(arena.array<C>(b.D * B::TB)),
+        mid(arena.array<C>(b.K() * B::TB)),
         lines(arena.array<C>(b.has_planes() ? 0 : kLines * B::TB)),
         scaled(arena.array<C>(b.n * B::TB)),
-        quads{arena.array<C>(b.has_planes() ? kQuads * kEntries * B::TB : 0),
-              arena.array<uint8_t>(QuadScratch<C>::numbers(b))},
-        small_step(b.d * B::TB),
-        large_step(b.D * B::TB),
-        mid_step(b.K() * B::TB) {}
+        table(arena.array<C>(table_length<B>(b))) {}
 };
 
-// out (T, D) (+)= scale * v B^T for blocks [first, first + count). Lists take kLines features at a
-// time, so that the sums are still in the L1 cache when stored; planes fill all of s.large first.
+// out (T, D) (+)= scale * v B^T for one block. Lists take kLines features at a time, so that the
+// sums are still in the L1 cache when stored; planes fill all of s.large first.
 template <class B>
-void emit_up(const Basis& b, const TokenSplit& split, Slot<B>& s, int64_t first, int count,
-             double scale, bool accumulate, void* out, DType dtype) {
-  const auto emit = [&](int g, const auto* sums, int64_t o, int64_t lines) {
-    store_block<B>(sums, typename B::C(scale), accumulate, split.tokens(first + g), lines, out,
-                   dtype, (first + g) * B::TB, b.D, o);
+void emit_up(const Basis& b, const QuadNumbers& numbers, const TokenSplit& split, Slot<B>& s,
+             int64_t block, double scale, bool accumulate, void* out, DType dtype) {
+  const auto emit = [&](const auto* sums, int64_t o, int64_t lines) {
+    store_block<B>(sums, typename B::C(scale), accumulate, split.tokens(block), lines, out, dtype,
+                   block * B::TB, b.D, o);
   };
   if (b.has_planes()) {
-    planes_up<B>(b, count, s.mid, s.large, s.quads);
-    for (int g = 0; g < count; ++g) emit(g, s.large + g * s.large_step, 0, b.D);
-    return;
+    sum_planes<B>(numbers, s.mid, s.large, s.table);
+    return emit(s.large, 0, b.D);
   }
   for (int64_t o = 0; o < b.D; o += kLines) {
     const int64_t lines = b.D - o < kLines ? b.D - o : kLines;
-    for (int g = 0; g < count; ++g) {
-      sum_lists<B>(b.b_rows, o, o + lines, s.mid + g * s.mid_step, s.lines);
-      emit(g, s.lines, o, lines);
-    }
+    sum_lists<B>(b.b_rows, o, o + lines, s.mid, s.lines);
+    emit(s.lines, o, lines);
   }
 }
 
-// u = B^T s.large, then fn(g, j, u of j) for each block g and rank index j. Lists compute one rank
-// index at a time, always in the same memory, so that u stays in the L1 cache.
+// u = B^T s.large, then fn(j, u of j) for each rank index j. Lists compute one rank index at a time,
+// always in the same memory, so that u stays in the L1 cache.
 template <class B, class F>
-void down(const Basis& b, Slot<B>& s, int count, const F& fn) {
-  if (b.has_planes()) planes_down<B>(b, count, s.large, s.mid, s.quads);
-  for (int64_t j = 0; j < b.r; ++j)
-    for (int g = 0; g < count; ++g) {
-      auto* u = s.mid + g * s.mid_step;
-      if (b.has_planes())
-        u += j * b.n * B::TB;
-      else
-        sum_lists<B>(b.b_cols, j * b.n, (j + 1) * b.n, s.large + g * s.large_step, u);
-      fn(g, j, u);
-    }
+void down(const Basis& b, const QuadNumbers& numbers, Slot<B>& s, const F& fn) {
+  if (b.has_planes()) sum_planes<B>(numbers, s.large, s.mid, s.table);
+  for (int64_t j = 0; j < b.r; ++j) {
+    auto* u = s.mid;
+    if (b.has_planes())
+      u += j * b.n * B::TB;
+    else
+      sum_lists<B>(b.b_cols, j * b.n, (j + 1) * b.n, s.large, u);
+    fn(j, u);
+  }
 }
 
 }  // namespace randlora::RANDLORA_ISA

@@ -27,8 +27,8 @@ RANDLORA_INLINE int64_t gamma_stride(const Basis& b) {
   return (b.n + lanes - 1) / lanes * lanes;
 }
 
-// Blocks per thread in a super-block for lists (kGroup for planes): their z and U should stay in
-// the thread's L2 cache from phase 1 to phase 2.
+// Blocks per thread in a super-block: their z and U should stay in the thread's L2 cache from phase
+// 1 to phase 2.
 constexpr int kBlocks = 2;
 
 // Columns of dgamma that reduce_P sums at a time: as many as fit in half the L1 cache, because runs
@@ -40,21 +40,24 @@ RANDLORA_INLINE int64_t tile_columns(int64_t ldg) {
   return fit > lanes ? fit : lanes;
 }
 
-// What all slots share; all but gT is for gradients.
+// What all slots share; what follows gT is for gradients.
 template <class B>
 struct SharedScratch {
   using C = typename B::C;
-  C* gT;            // (d, ldg): gamma transposed
-  C* P;             // (positions of A, ldg): row p belongs to the p-th entry of A's lists
-  C* z;             // (super, d, TB)
-  C* ut;            // U: (super, r, TB, ldg); for one block, (TB, ldg), one rank index at a time
-  C *lam, *dlam;    // (r, ldg) each: lambda times the scale, and the gradient without it
-  C* tile;          // (tile_columns, ldg): some columns of dgamma, transposed
-  int64_t* cursor;  // (threads, 2 r): the current position in each run of A's lists
-  SharedScratch(const Basis& b, bool grads, int64_t super, int threads, Arena& arena) {
+  QuadNumbers up, down;  // of B's planes, for emit_up and for down
+  C* gT;                 // (d, ldg): gamma transposed
+  C* P;                  // (positions of A, ldg): row p belongs to the p-th entry of A's lists
+  C* z;                  // (super, d, TB)
+  C* ut;                 // U: (super, r, TB, ldg); for one block (TB, ldg), a rank index at a time
+  C *lam, *dlam;         // (r, ldg) each: lambda times the scale, and the gradient without it
+  C* tile;               // (tile_columns, ldg): some columns of dgamma, transposed
+  int64_t* cursor;       // (threads, 2 r): the current position in each run of A's lists
+  SharedScratch(const Linear& p, int64_t super, int threads, Arena& arena)
+      : up(p.basis, false, p.up && p.to, arena), down(p.basis, true, !p.up || p.dlam, arena) {
+    const Basis& b = p.basis;
     const int64_t ldg = gamma_stride<C>(b);
     gT = arena.array<C>(b.d * ldg);
-    if (!grads) return;
+    if (!p.dlam) return;
     lam = arena.array<C>(b.r * ldg);
     dlam = arena.array<C>(b.r * ldg);
     tile = arena.array<C>(tile_columns<C>(ldg) * ldg);
@@ -65,49 +68,44 @@ struct SharedScratch {
   }
 };
 
-// Phase 1 for blocks [first, first + count); their z and ut start at block `at` of w.z and w.ut.
+// Phase 1 for one block, whose z and ut are number `at` of w.z and w.ut.
 template <class B>
-void linear_group(const Linear& p, const TokenSplit& split, Slot<B>& s, const SharedScratch<B>& w,
-                  int64_t first, int count, int64_t at) {
+void linear_block(const Linear& p, const TokenSplit& split, Slot<B>& s, const SharedScratch<B>& w,
+                  int64_t block, int64_t at) {
   using C = typename B::C;
   const Basis& b = p.basis;
   const bool grads = p.dlam != nullptr;
   const C *lam = static_cast<const C*>(p.lam), *gT = w.gT;
-  const int64_t ldg = gamma_stride<C>(b), ut_step = b.r * B::TB * ldg;
-  const int64_t z_step = grads ? b.d * B::TB : 0;  // else one block after the other
-  C *z = grads ? w.z + at * z_step : s.small, *ut = grads ? w.ut + at * ut_step : nullptr;
-  const auto load = [&](int g, const void* from, int64_t features, C* to) {
-    load_block<B>(from, p.dtype, (first + g) * B::TB, features, split.tokens(first + g), to);
+  const int64_t ldg = gamma_stride<C>(b), first = block * B::TB, tokens = split.tokens(block);
+  C* z = grads ? w.z + at * b.d * B::TB : s.small;
+  C* ut = grads ? w.ut + at * b.r * B::TB * ldg : nullptr;
+  const auto load = [&](const void* from, int64_t features, C* to) {
+    load_block<B>(from, p.dtype, first, features, tokens, to);
   };
-  const auto load_large = [&](const void* from) {
-    for (int g = 0; g < count; ++g) load(g, from, b.D, s.large + g * s.large_step);
-  };
-  const auto keep = [&](int g, int64_t j, const C* u) {
-    if (split.blocks > 1)
-      return transpose_bases<B>(u, b.n, ldg, ut + g * ut_step + j * B::TB * ldg);
+  const auto keep = [&](int64_t j, const C* u) {
+    if (split.blocks > 1) return transpose_bases<B>(u, b.n, ldg, ut + j * B::TB * ldg);
     transpose_bases<B>(u, b.n, ldg, ut);
-    a_grad<B>(b, j, ldg, split.tokens(0), z, ut, w.P, true);
+    a_grad<B>(b, j, ldg, tokens, z, ut, w.P, true);
   };
   if (p.up) {
-    for (int g = 0; g < count; ++g) {
-      load(g, p.from, b.d, z + g * z_step);
-      if (p.to) a_up<B>(b, lam, gT, ldg, z + g * z_step, s.mid + g * s.mid_step);
+    load(p.from, b.d, z);
+    if (p.to) {
+      a_up<B>(b, lam, gT, ldg, z, s.mid);
+      emit_up<B>(b, w.up, split, s, block, p.scale, p.accumulate, p.to, p.dtype);
     }
-    if (p.to) emit_up<B>(b, split, s, first, count, p.scale, p.accumulate, p.to, p.dtype);
     if (!grads) return;
-    load_large(p.other);
-    down<B>(b, s, count, keep);
+    load(p.other, b.D, s.large);
+    down<B>(b, w.down, s, keep);
   } else {
-    load_large(p.from);
-    for (int g = 0; g < count && grads; ++g) load(g, p.other, b.d, z + g * z_step);
-    if (p.to) __builtin_memset(s.small, 0, size_t(count * s.small_step) * sizeof(C));
-    down<B>(b, s, count, [&](int g, int64_t j, const C* u) {
-      if (p.to) a_down<B>(b, j, lam + j * b.n, gT, ldg, u, s.scaled, s.small + g * s.small_step);
-      if (grads) keep(g, j, u);
+    load(p.from, b.D, s.large);
+    if (grads) load(p.other, b.d, z);
+    if (p.to) __builtin_memset(s.small, 0, size_t(b.d * B::TB) * sizeof(C));
+    down<B>(b, w.down, s, [&](int64_t j, const C* u) {
+      if (p.to) a_down<B>(b, j, lam + j * b.n, gT, ldg, u, s.scaled, s.small);
+      if (grads) keep(j, u);
     });
-    for (int g = 0; g < count && p.to; ++g)
-      store_block<B>(s.small + g * s.small_step, C(p.scale), p.accumulate, split.tokens(first + g),
-                     b.d, p.to, p.dtype, (first + g) * B::TB, b.d, 0);
+    if (p.to)
+      store_block<B>(s.small, C(p.scale), p.accumulate, tokens, b.d, p.to, p.dtype, first, b.d, 0);
   }
 }
 
@@ -168,18 +166,19 @@ void linear_blocks(const Linear& p, Runtime& rt) {
   using C = typename B::C;
   const Basis& b = p.basis;
   const bool grads = p.dlam != nullptr;
-  const TokenSplit split(b, p.T, B::TB, rt.width());
-  const int64_t most =
-      grads ? (b.has_planes() ? kGroup : kBlocks) * int64_t{rt.width()} : split.blocks;
+  const TokenSplit split(p.T, B::TB, rt.width());
+  const int64_t most = grads ? kBlocks * int64_t{rt.width()} : split.blocks;
   const int64_t super = split.blocks < most ? split.blocks : most;
   const int64_t ldg = gamma_stride<C>(b);
 
   Arena shared, per_slot;
-  SharedScratch<B>(b, grads, super, rt.width(), shared);
-  Slot<B>(b, split.group, per_slot);
+  SharedScratch<B>(p, super, rt.width(), shared);
+  Slot<B>(b, per_slot);
   char* memory = static_cast<char*>(rt.scratch(shared.used() + split.slots * per_slot.used()));
   Arena arena(memory);
-  SharedScratch<B> w(b, grads, super, rt.width(), arena);
+  SharedScratch<B> w(p, super, rt.width(), arena);
+  number_lines(b, w.up, rt);
+  number_lines(b, w.down, rt);
   rt.split(b.d, 64, [&](int64_t begin, int64_t end) {
     transpose_matrix(static_cast<const C*>(p.gam) + begin, b.d, b.n, end - begin,
                      w.gT + begin * ldg, ldg, ldg);
@@ -192,12 +191,9 @@ void linear_blocks(const Linear& p, Runtime& rt) {
     const int64_t last = split.blocks - base < super ? split.blocks : base + super;
     rt.each_slot(split.slots, [&](int slot) {
       Arena own(memory + shared.used() + slot * per_slot.used());
-      Slot<B> s(b, split.group, own);
-      for (int64_t first = base + slot * split.group; first < last;
-           first += split.slots * split.group) {
-        const int count = int(last - first < split.group ? last - first : split.group);
-        linear_group<B>(p, split, s, w, first, count, first - base);
-      }
+      Slot<B> s(b, own);
+      for (int64_t block = base + slot; block < last; block += split.slots)
+        linear_block<B>(p, split, s, w, block, block - base);
     });
     if (!grads || split.blocks == 1) continue;
     rt.split(b.r, 1, [&](int64_t begin, int64_t end) {
