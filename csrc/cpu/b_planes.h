@@ -26,8 +26,8 @@ RANDLORA_INLINE int64_t table_length(const Basis& b) {
   return b.has_planes() ? kQuads * kEntries * kPart<B> * B::L : 0;
 }
 
-// Every line's entry numbers, for one direction: up, lines are rows of B (D) and sources its columns
-// (K); down, the other way round. They take a byte for four elements.
+// Every line's entry numbers, for one direction: up, lines are rows of B (D) and sources its
+// columns (K); down, the other way round. They take a byte for four elements.
 struct QuadNumbers {
   bool down;
   int64_t sources = 0, lines = 0;

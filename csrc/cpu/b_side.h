@@ -88,8 +88,8 @@ void emit_up(const Basis& b, const QuadNumbers& numbers, const TokenSplit& split
   }
 }
 
-// u = B^T s.large, then fn(j, u of j) for each rank index j. Lists compute one rank index at a time,
-// always in the same memory, so that u stays in the L1 cache.
+// u = B^T s.large, then fn(j, u of j) for each rank index j. Lists compute one rank index at a
+// time, always in the same memory, so that u stays in the L1 cache.
 template <class B, class F>
 void down(const Basis& b, const QuadNumbers& numbers, Slot<B>& s, const F& fn) {
   if (b.has_planes()) sum_planes<B>(numbers, s.large, s.mid, s.table);
