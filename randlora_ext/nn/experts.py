@@ -34,7 +34,6 @@ class AdaptedParameter(AdaptedLayer):
 
     parameter_name: str
     transposed: bool
-    instead: Any = None  # of forward, while `calibrate` runs
     _names: Any  # gives the adapters to add now
 
     def _set_sizes(self, base_layer: Any, parameter_name: str) -> nn.Linear:
@@ -62,8 +61,6 @@ class AdaptedParameter(AdaptedLayer):
         return getattr(self.get_base_layer(), self.parameter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.instead is not None:
-            return self.instead(*args, **kwargs)
         layer, changed = self, {}
         while isinstance(layer, AdaptedParameter):
             if names := layer._names():
