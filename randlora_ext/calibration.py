@@ -179,7 +179,7 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.sums and re.search("linear|matmul|mm", getattr(func, "__name__", "")):
+        if re.search("linear|matmul|mm", getattr(func, "__name__", "")):
             given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             ends = next((t for t in given if not t.is_floating_point()), None)
             is_linear = func is F.linear  # by w (out, in)

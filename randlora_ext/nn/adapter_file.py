@@ -20,7 +20,7 @@ from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import appear
 from .apply import adapted_layers, adapting, unwrapped
 from .experts import matching_parameters
-from .linear import check_adapter_name, check_alpha, check_dropout
+from .linear import check_alpha, check_dropout
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
 _METADATA = "randlora_adapter"
@@ -137,7 +137,6 @@ def load_adapter(
     """
     file = read_adapter_file(path)
     name = file.adapter_name if adapter_name is None else adapter_name
-    check_adapter_name(name)
     basis = BasisDescription.parse(file.basis)
     options = {"adapter_name": name, "r": file.r, "randlora_dropout": file.randlora_dropout}
     options |= {"basis": basis.kind, "density": basis.density, "seed": basis.seed}
@@ -220,8 +219,8 @@ def _misfits(
         if at in adapted and name in layer.bases:
             yield f"{at}: it has an adapter {name!r} already; choose another adapter_name"
         if (sizes := _sizes(layer)) != its:
-            told = "in_features, out_features, transposed" + ", experts" * (len(sizes) > 3)
-            yield f"{at}: {told} are {sizes}, in the file {its}"
+            told = "in_features, out_features, transposed, experts if any, are"
+            yield f"{at}: {told} {sizes}, in the file {its}"
         weight = layer._base_weight()
         if is_dtensor(weight) or not _is_here(weight):
             yield f"{at}: its weight is not whole here (fully_shard, meta device, DeepSpeed ZeRO-3)"
