@@ -197,8 +197,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     layers = adapted_layers(model)
     check_mergeable(layers)
     for layer in layers.values():
-        names = [name for name in layer.active_adapters if name not in layer.merged_adapters]
-        if names and not layer.disabled:
+        if names := layer._names():
             layer.merge(adapter_names=names, keep_weight="nothing")
     return _without(model)
 
