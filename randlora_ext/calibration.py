@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .nn.adapted_layer import AdaptedLayer
+from .nn.apply import adapted_layers
 from .nn.experts import AdaptedParameter
 from .ranks import full_tensor
 
@@ -67,10 +68,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(f"batches must be several, such as [batch], got one {type(batches)}")
     layers = {
-        module: (name, adapters)
-        for path, module in model.named_modules()
-        if isinstance(module, AdaptedLayer)
-        and (adapters := _to_calibrate(name := module.name_at(path), module))
+        layer: (name, adapters)
+        for name, layer in adapted_layers(model, AdaptedLayer).items()
+        if (adapters := _to_calibrate(name, layer))
     }
     if not layers:
         raise ValueError(

@@ -209,10 +209,10 @@ def unload(model: nn.Module) -> nn.Module:
     return _without(model)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, RandLoraLinear]:
+def adapted_layers(model: nn.Module, kind: type = RandLoraLinear) -> dict[str, Any]:
     """By their paths, and those of parameters by the names of these; a tied one several times."""
     modules = model.named_modules(remove_duplicate=False)
-    layers = {path: module for path, module in modules if isinstance(module, RandLoraLinear)}
+    layers: dict[str, Any] = {path: module for path, module in modules if isinstance(module, kind)}
     return {unwrapped(layer.name_at(path)): layer for path, layer in layers.items()}
 
 

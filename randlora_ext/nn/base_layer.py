@@ -203,8 +203,7 @@ def disable_nested_tensors(model: nn.Module, name: str) -> None:
 
     Only its fused kernel takes them.
     """
-    parts = name.split(".")
-    for depth in range(len(parts)):
-        outer = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(outer, nn.TransformerEncoder):
-            outer.use_nested_tensor = False
+    for part in name.split("."):
+        if isinstance(model, nn.TransformerEncoder):
+            model.use_nested_tensor = False
+        model = getattr(model, part)
