@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .nn.adapted_layer import AdaptedLayer
+from .nn.apply import adapted_layers
 from .nn.experts import AdaptedParameter
 from .ranks import full_tensor
 
@@ -67,10 +68,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(f"batches must be several, such as [batch], got one {type(batches)}")
     layers = {
-        module: (name, adapters)
-        for path, module in model.named_modules()
-        if isinstance(module, AdaptedLayer)
-        and (adapters := _to_calibrate(name := module.name_at(path), module))
+        layer: (name, adapters)
+        for name, layer in adapted_layers(model, AdaptedLayer).items()
+        if (adapters := _to_calibrate(name, layer))
     }
     if not layers:
         raise ValueError(
@@ -153,12 +153,14 @@ def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, Tensor]) 
 
     with ExitStack() as held:
         held.enter_context(torch.compiler.set_stance("force_eager"))
-        for layer in model.modules():
-            held.callback(setattr, layer, "training", layer.training)
+        held.enter_context(_Products(sums))
+        for module in model.modules():
+            held.callback(setattr, module, "training", module.training)
+        for layer in sums:
             if isinstance(layer, AdaptedParameter):
-                layer.instead = _Products(layer, sums)
-                held.callback(delattr, layer, "instead")
-            elif layer in sums:
+                layer._names = list  # W itself, not W + dW: dW is zero
+                held.callback(delattr, layer, "_names")
+            else:
                 held.enter_context(layer.register_forward_pre_hook(add, with_kwargs=True))
         model.eval()
         if isinstance(batch, Mapping):
@@ -168,30 +170,28 @@ def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, Tensor]) 
 
 
 class _Products(TorchFunctionMode):
-    """Calls the module of experts, W alone since dW is zero, and adds up what they multiply: the
-    first factor of each product whose second lies in the memory of an adapted parameter."""
+    """Adds up what experts multiply: the first factor of each product whose second lies in the
+    memory of an adapted parameter."""
 
-    def __init__(self, layer: AdaptedParameter, sums: Mapping[AdaptedLayer, Tensor]) -> None:
+    def __init__(self, sums: Mapping[AdaptedLayer, Tensor]) -> None:
         super().__init__()
-        self.module = layer.get_base_layer()
-        self.sums = {at: sums[at] for at in sums if at.get_base_layer() is self.module}
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self:
-            return self.module(*args, **kwargs)
+        self.sums = {at: sums[at] for at in sums if isinstance(at, AdaptedParameter)}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if re.search("linear|matmul|mm", getattr(func, "__name__", "")):
             given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             ends = next((t for t in given if not t.is_floating_point()), None)
-            if func is F.linear:
-                given = [given[0], given[1].mT]
-            for x, w in pairwise(given):
-                self._add(x, w, ends)
+            is_linear = func is F.linear  # by w (out, in)
+            for x, w in pairwise(given[:2] if is_linear else given):
+                for layer in self.sums:
+                    if _lies_in(w, layer._base_weight()):
+                        self._add(layer, x, w.mT if is_linear else w, ends)
         return func(*args, **kwargs)
 
-    def _add(self, x: Tensor, w: Tensor, ends: Tensor | None = None) -> None:
+    def _add(
+        self, layer: AdaptedParameter, x: Tensor, w: Tensor, ends: Tensor | None = None
+    ) -> None:
         """The product of x (..., in) and w (in, out), or a stack of these."""
         if w.dim() == 3:
             parts: Sequence[Tensor] = [x] * len(w)
@@ -200,24 +200,22 @@ class _Products(TorchFunctionMode):
             elif x.dim() >= 3 and x.shape[-3] == len(w):
                 parts = x.unbind(-3)
             for part, own in zip(parts, w, strict=False):
-                self._add(part, own)
+                self._add(layer, part, own)
             return
-        for layer, sums in self.sums.items():
-            W, at = layer._base_weight(), _offset(w, layer._base_weight())
-            along = W.stride(-2 if layer.transposed else -1)  # the input side
-            if at is not None and w.shape[:-1] == (layer.in_features,) and w.stride(0) == along:
-                rows = x.reshape(-1, layer.in_features)
-                # Llama 4 gives every expert all tokens, zero where they belong to another.
-                _add_rows(sums[at * len(sums) // W.nbytes], rows[(rows != 0).any(1)])
+        W, sums = layer._base_weight(), self.sums[layer]
+        along = W.stride(-2 if layer.transposed else -1)  # the input side
+        if w.shape[:-1] == (layer.in_features,) and w.stride(0) == along:
+            rows = x.reshape(-1, layer.in_features)
+            at = w.data_ptr() - W.data_ptr()
+            # Llama 4 gives every expert all tokens, zero where they belong to another.
+            _add_rows(sums[at * len(sums) // W.nbytes], rows[(rows != 0).any(1)])
 
 
-def _offset(part: Tensor, whole: Tensor) -> int | None:
-    """How many bytes `part` begins behind `whole`; None if it is not a part of it."""
+def _lies_in(part: Tensor, whole: Tensor) -> bool:
     try:
-        at = part.data_ptr() - whole.data_ptr()
+        return 0 <= part.data_ptr() - whole.data_ptr() < whole.nbytes
     except RuntimeError:  # of vmap, or sparse
-        return None
-    return at if 0 <= at < whole.nbytes else None
+        return False
 
 
 def _add_rows(to: Tensor, x: Tensor) -> None:

@@ -50,6 +50,11 @@ class AdaptedLayer(KeepsWeight):
             return lam, gam
         return full_tensor(lam).to(device), full_tensor(gam).to(device)
 
+    def get_base_layer(self) -> Any:
+        """The frozen layer, or the module that has the parameter. Source: PEFT's method."""
+        base = self.base_layer
+        return base.get_base_layer() if isinstance(base, AdaptedLayer) else base
+
     def _base_weight(self) -> Tensor:
         """Has the dtype, device and layout in which the base layer computes."""
         return self.get_base_layer().weight

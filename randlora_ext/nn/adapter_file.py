@@ -18,14 +18,12 @@ from ..basis import Basis, BasisDescription
 from ..basis.description import check_kind
 from ..ranks import failing_together, full_tensor, is_dtensor
 from ..writing import appear
-from .apply import adapting
-from .experts import RandLoraParameter, matching_parameters
-from .linear import RandLoraLinear, check_adapter_name, check_alpha, check_dropout
+from .apply import adapted_layers, adapting, unwrapped
+from .experts import matching_parameters
+from .linear import check_alpha, check_dropout
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
 _METADATA = "randlora_adapter"
-# Names that torch.compile and activation checkpointing put into the paths of modules.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
         OSError: the file cannot be written; an older one stays as it was.
     """
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    adapted = _adapted(inner)
+    adapted = adapted_layers(inner)
     known = {name: at for at, layer in adapted.items() for name in layer.bases}
     check_kind("adapter_name (PEFT's have save_pretrained)", adapter_name, known)
     layers = {at: layer for at, layer in adapted.items() if adapter_name in layer.bases}
@@ -96,7 +94,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             "set of options, so give them adapters of other names"
         )
     own: dict[str, Any] = {
-        re.sub(r"(\.base_layer)+\.", ".", _unwrapped(name)): parameter
+        re.sub(r"(\.base_layer)+\.", ".", unwrapped(name)): parameter
         for name, parameter in inner.named_parameters()
         if parameter.requires_grad and not any(f"{kind}." in name for kind in DIAGONALS)
     }
@@ -139,11 +137,10 @@ def load_adapter(
     """
     file = read_adapter_file(path)
     name = file.adapter_name if adapter_name is None else adapter_name
-    check_adapter_name(name)
     basis = BasisDescription.parse(file.basis)
     options = {"adapter_name": name, "r": file.r, "randlora_dropout": file.randlora_dropout}
     options |= {"basis": basis.kind, "density": basis.density, "seed": basis.seed}
-    adapted, parameters = _adapted(model), dict(model.named_parameters())
+    adapted, parameters = adapted_layers(model), dict(model.named_parameters())
     modules = dict(model.named_modules(remove_duplicate=False))
     is_bare = adapted.keys().isdisjoint(file.layers)
     named = [at for at in file.layers if is_bare and at in parameters]
@@ -222,8 +219,8 @@ def _misfits(
         if at in adapted and name in layer.bases:
             yield f"{at}: it has an adapter {name!r} already; choose another adapter_name"
         if (sizes := _sizes(layer)) != its:
-            told = "in_features, out_features, transposed" + ", experts" * (len(sizes) > 3)
-            yield f"{at}: {told} are {sizes}, in the file {its}"
+            told = "in_features, out_features, transposed, experts if any, are"
+            yield f"{at}: {told} {sizes}, in the file {its}"
         weight = layer._base_weight()
         if is_dtensor(weight) or not _is_here(weight):
             yield f"{at}: its weight is not whole here (fully_shard, meta device, DeepSpeed ZeRO-3)"
@@ -249,21 +246,6 @@ def _options(layer: Any, adapter_name: str) -> dict[str, Any]:
         "randlora_dropout": getattr(layer.randlora_dropout[adapter_name], "p", 0.0),
         "basis": layer.bases[adapter_name].description.key(),
     }
-
-
-def _adapted(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers by their paths, those of parameters by the names of these."""
-    found = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, RandLoraParameter):
-            path = module.name_at(path)
-        if isinstance(module, RandLoraLinear):
-            found[_unwrapped(path)] = module
-    return found
-
-
-def _unwrapped(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def _is_here(tensor: Tensor) -> bool:

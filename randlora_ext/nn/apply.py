@@ -21,6 +21,9 @@ from .linear import RandLoraLinear
 from .merging import merged_layers
 from .state_dict import guard, unguard
 
+# Names that torch.compile and activation checkpointing put into the paths of modules.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
 
 def apply_randlora(
     model: nn.Module,
@@ -62,7 +65,7 @@ def apply_randlora(
         whole |= found
     for name, module in whole.items():
         check_not_nested(model, name, f"{name!r} of modules_to_save")
-        if _layers(module) or not all(p.is_floating_point() for p in module.parameters()):
+        if adapted_layers(module) or not all(p.is_floating_point() for p in module.parameters()):
             raise ValueError(f"{name!r} of modules_to_save is adapted or not floating point")
         if buffers := module.state_dict().keys() - dict(module.named_parameters()).keys():
             raise ValueError(
@@ -128,7 +131,7 @@ def adapting(
         for parameter in before:
             parameter.requires_grad_(True)
         raise
-    if not _layers(model):
+    if not adapted_layers(model):
         model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -191,27 +194,34 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     `RandLoraLinear` itself. Raises as `RandLoraLinear.merge`, or RuntimeError if two layers share a
     weight, before anything changes. Source: PEFT's method.
     """
-    check_mergeable({p: m for p, m in model.named_modules() if isinstance(m, RandLoraLinear)})
-    for layer in _layers(model):
-        names = [name for name in layer.active_adapters if name not in layer.merged_adapters]
-        if names and not layer.disabled:
+    layers = adapted_layers(model)
+    check_mergeable(layers)
+    for layer in layers.values():
+        if names := layer._names():
             layer.merge(adapter_names=names, keep_weight="nothing")
     return _without(model)
 
 
 def unload(model: nn.Module) -> nn.Module:
     """Like `merge_and_unload`, but drops all adapters; merged ones are unmerged first."""
-    for layer in _layers(model):
+    for layer in adapted_layers(model).values():
         layer.disable()
     return _without(model)
 
 
-def _layers(model: nn.Module) -> list[RandLoraLinear]:
-    return [module for module in model.modules() if isinstance(module, RandLoraLinear)]
+def adapted_layers(model: nn.Module, kind: type = RandLoraLinear) -> dict[str, Any]:
+    """By their paths, and those of parameters by the names of these; a tied one several times."""
+    modules = model.named_modules(remove_duplicate=False)
+    layers: dict[str, Any] = {path: module for path, module in modules if isinstance(module, kind)}
+    return {unwrapped(layer.name_at(path)): layer for path, layer in layers.items()}
+
+
+def unwrapped(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def _without(model: nn.Module) -> nn.Module:
-    merged_layers.difference_update(_layers(model))
+    merged_layers.difference_update(adapted_layers(model).values())
     if isinstance(model, RandLoraLinear):
         return model.get_base_layer()
     # Listed before anything is replaced, inner ones first; a tied layer has several names.

@@ -185,7 +185,7 @@ def first(names: list[str]) -> str:
     return f"{names[:10]}{' ...' if len(names) > 10 else ''}"
 
 
-def _do_nothing(*_) -> None:
+def do_nothing(*_) -> None:
     pass
 
 
@@ -195,7 +195,7 @@ def force_module_call(layer: Any) -> None:
     The encoder layer would otherwise pass ``layer.weight`` to a fused kernel, unless a module
     inside it has a forward hook. The hook set here is on a dictionary that is never called.
     """
-    layer.randlora_dropout.register_forward_pre_hook(_do_nothing)
+    layer.randlora_dropout.register_forward_pre_hook(do_nothing)
 
 
 def disable_nested_tensors(model: nn.Module, name: str) -> None:
@@ -203,8 +203,7 @@ def disable_nested_tensors(model: nn.Module, name: str) -> None:
 
     Only its fused kernel takes them.
     """
-    parts = name.split(".")
-    for depth in range(len(parts)):
-        outer = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(outer, nn.TransformerEncoder):
-            outer.use_nested_tensor = False
+    for part in name.split("."):
+        if isinstance(model, nn.TransformerEncoder):
+            model.use_nested_tensor = False
+        model = getattr(model, part)

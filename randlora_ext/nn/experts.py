@@ -14,7 +14,6 @@ from ..ranks import is_dtensor, laid_out_like
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_is_called, check_no_plan, first
 from .linear import RandLoraLinear
-from .state_dict import DIAGONALS
 
 _TRANSPOSED = {"Llama4TextExperts"}  # classes that store (experts, in, out) and do not say so
 
@@ -34,36 +33,22 @@ class AdaptedParameter(AdaptedLayer):
 
     parameter_name: str
     transposed: bool
-    instead: Any = None  # of forward, while `calibrate` runs
     _names: Any  # gives the adapters to add now
 
     def _set_sizes(self, base_layer: Any, parameter_name: str) -> nn.Linear:
         """Finds them; returns what stands for `base_layer` where a linear layer is expected."""
         self.parameter_name = parameter_name
-        base = innermost(base_layer)
+        base = base_layer.get_base_layer() if isinstance(base_layer, AdaptedLayer) else base_layer
         n_in, n_out, self.transposed, count = sizes_of(base, parameter_name)
         self.experts = (count,)
         like = nn.Linear(n_in, n_out, bias=False, device="meta")
         like.__dict__[parameter_name] = getattr(base, parameter_name)  # not registered twice
         return like
 
-    def _stack(self, adapter: str) -> None:
-        """Gives every expert a copy of the adapter's lambda and gamma."""
-        for diagonals in (getattr(self, name) for name in DIAGONALS):
-            one = diagonals[adapter]
-            stack = one.detach().repeat(*self.experts, 1, 1)
-            diagonals[adapter] = nn.Parameter(stack, one.requires_grad)
-
-    def get_base_layer(self) -> Any:
-        """The module that has the parameter."""
-        return innermost(self.base_layer)
-
     def _base_weight(self) -> Any:
         return getattr(self.get_base_layer(), self.parameter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.instead is not None:
-            return self.instead(*args, **kwargs)
         layer, changed = self, {}
         while isinstance(layer, AdaptedParameter):
             if names := layer._names():
@@ -122,13 +107,6 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
         self.base_layer = base_layer
         self._base_weight().requires_grad_(False)
         self.train(base_layer.training)
-
-
-def innermost(module: Any) -> Any:
-    """The module itself below all `AdaptedParameter`."""
-    while isinstance(module, AdaptedParameter):
-        module = module.base_layer
-    return module
 
 
 def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:

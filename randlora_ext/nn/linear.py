@@ -218,10 +218,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def get_base_layer(self) -> Any:
-        """The frozen layer. Source: PEFT's method."""
-        return self.base_layer
-
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, for code that reads ``layer.weight``."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..basis.description import check_kind
 from ..ranks import full_tensor, is_dtensor, local_tensor
-from .base_layer import check_writable, refuse_shared
+from .base_layer import check_writable, do_nothing, refuse_shared
 
 KEEP_WEIGHT = ("host", "device", "nothing")
 
@@ -20,7 +20,6 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_write_nothing = lambda: None  # noqa: E731
 _Layer: Any = object  # mypy: this is mixed into layers
 
 
@@ -70,7 +69,7 @@ class KeepsWeight(_Layer):
         rest = [name for name in rest if name not in lost]
         if self._kept is not None or not rest:
             kept = self._kept
-            self._replace(_write_nothing if kept is None else self._restorer(kept), rest)
+            self._replace(do_nothing if kept is None else self._restorer(kept), rest)
         if rest:
             self._replace(self._writer(self._plus(self._dense_weight(), rest, -1)), [])
 
@@ -90,7 +89,7 @@ class KeepsWeight(_Layer):
         keeps = keep_weight != "nothing"
         # Ranks might disagree about their parts of DTensors. A sum could still turn -0 into 0.
         same = keeps and not is_dtensor(total) and torch.equal(total, weight)
-        write = _write_nothing if same else self._writer(total)
+        write = do_nothing if same else self._writer(total)
         if keeps and kept is None and not same:
             kept = self._keep(keep_weight)
         if same or kept is not None:

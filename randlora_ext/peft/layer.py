@@ -169,7 +169,10 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
 
     def update_layer(self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any):
         super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
-        self._stack(adapter_name)
+        for diagonals in (self.randlora_lambda, self.randlora_gamma):  # every expert gets a copy
+            one = diagonals[adapter_name]
+            stack = one.detach().repeat(*self.experts, 1, 1)
+            diagonals[adapter_name] = nn.Parameter(stack, one.requires_grad)
         if not config.init_weights:  # PEFT's random lambdas, for each expert
             nn.init.normal_(self.randlora_lambda[adapter_name])
 

@@ -188,7 +188,7 @@ def squares():
 
 
 MISFITS = {
-    "wider": (adapted, lambda: Model(hidden=32), r"up: .*transposed are \[16, 32, "),
+    "wider": (adapted, lambda: Model(hidden=32), r"up: .*transposed, .* are \[16, 32, "),
     "tied": (lambda: randomize(squares()), one_twice, "1: it is tied to 0, whose lambda and gamma"),
     "not linear": (
         adapted, lambda: replaced("block.up", nn.Conv1d(16, 16, 1)),
