@@ -153,7 +153,8 @@ def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, Tensor]) 
 
     with ExitStack() as held:
         held.enter_context(torch.compiler.set_stance("force_eager"))
-        held.enter_context(_Products(sums))
+        if (products := _Products(sums)).sums:  # a mode slows every call of torch
+            held.enter_context(products)
         for module in model.modules():
             held.callback(setattr, module, "training", module.training)
         for layer in sums:
