@@ -130,12 +130,13 @@ class Operator(Function):
     generate_vmap_rule = True
 
 
-class _RefuseTwice(Operator):
-    """Hands gradients on. Without it a second derivative would silently be that of a constant."""
+class _Backward(Operator):
+    """Without it a second derivative would silently be that of a constant."""
 
     @staticmethod
-    def forward(gradients, *inputs):
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
+    def forward(op, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -148,12 +149,9 @@ class _RefuseTwice(Operator):
 
 def gradients(op, *inputs):
     """Calls the backward operator `op`; differentiating its results raises."""
-    with torch._C._AutoDispatchBelowAutograd():
-        results = op(*inputs)
-    if torch.is_grad_enabled():  # create_graph=True, or a torch.func transform around this one
-        tensors = [t for t in inputs if isinstance(t, Tensor)]
-        return _RefuseTwice.apply(results, *tensors)
-    return results
+    # Enabled by create_graph=True, or by a torch.func transform around this one.
+    call = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+    return call(op, *inputs)
 
 
 def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Callable:
