@@ -65,6 +65,10 @@ class Checkpoint:
             yield config
             waiting += [value for value in config.values() if isinstance(value, dict)]
 
+    @property
+    def types(self) -> set[str]:
+        return {each["model_type"] for each in self.configs() if "model_type" in each}
+
     def is_tied(self, name: str) -> bool:
         """Whether the model may use this tensor for its embeddings and for its head."""
         rows = self.parameters[name].shape[:1]
