@@ -18,7 +18,6 @@ class DenseMatrices:
 
     kind = "dense"
     description = input_scale = None
-    needs_kernels = False
     density = scale = 1.0
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
@@ -166,7 +165,7 @@ class Basis(Shape):
                 on = torch.device("cuda", torch.cuda.current_device())
             new = (on, dtype) not in self._packed
             # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
-            elsewhere = self._source.needs_kernels and not devices.serve(on.type)
+            elsewhere = self.kind != "dense" and not devices.serve(on.type)
             ready = self.packed() if elsewhere else None
 
             def make() -> list[Tensor]:
@@ -209,7 +208,7 @@ class Basis(Shape):
     ) -> tuple[Tensor, Tensor]:
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
         on = torch.device(device)
-        if self._source.needs_kernels and not devices.serve(on.type):
+        if self.kind != "dense" and not devices.serve(on.type):
             A, B = self.dense("cpu", dtype)
             return A.to(on), B.to(on)
         return self._source.dense(self, dtype, self.packed(on))

@@ -24,7 +24,6 @@ class TernaryMatrices:
     Subclasses provide the elements as bit planes (2, r, ceil(d / 64)) and (2, D, ceil(K / 64)).
     """
 
-    needs_kernels = True  # the methods need a device that our kernels serve
     kind: str
     description: BasisDescription | None = None
     input_scale = None
@@ -41,7 +40,7 @@ class TernaryMatrices:
         return "planes" if shape.n <= 65536 and self.density > PLANES_ABOVE_DENSITY else "lists"
 
     def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
-        """The tensors of `Basis.packed`."""
+        """The tensors of `Basis.packed`, on a device that our kernels serve."""
         a_planes, b_planes = self.planes(shape, on)
         a_offset, a_index = _ops.planes_to_lists(a_planes, shape.d, False, shape.wide)
         of_b = [b_planes]
