@@ -5,6 +5,7 @@ Eager code and torch.func call an operator's autograd Function; torch.compile an
 lambda and gamma; nothing of size (K, d), (T, K) or (D, d).
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Collection
@@ -61,52 +62,38 @@ def autocast(device_type: str, *values: Tensor | None) -> list[Tensor | None]:
     ]
 
 
-def _without_autocast(device_type: str, op, *inputs):
-    # The context manager torch.autocast takes 10 us.
-    torch.set_autocast_enabled(device_type, False)
-    try:
-        return op(*inputs)
-    finally:
-        torch.set_autocast_enabled(device_type, True)
-
-
 def _register_autocast(name: str, cast: Collection[str]) -> None:
     """Casts the arguments `cast`, as torch those of F.linear; inside autocast is off, since the
     kernels read what torch's GEMM returns in the dtype of x. torch.library.register_autocast would
     cast lambda and gamma as well, and always to one dtype."""
-    is_cast = [each in cast for each in _argument_names(name)]
-    forward = getattr(_ops, name).default
-    backward = getattr(_ops, f"{name}_backward").default
+    op, is_cast = getattr(_ops, name).default, [each in cast for each in _argument_names(name)]
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def casting(*inputs, device_type=device_type):
             pairs = zip(inputs, is_cast, strict=True)
-            inputs = (autocast(device_type, v)[0] if which else v for v, which in pairs)
-            return _without_autocast(device_type, forward, *inputs)
+            inputs = [autocast(device_type, v)[0] if which else v for v, which in pairs]
+            torch.set_autocast_enabled(device_type, False)  # torch.autocast would take 10 us
+            try:
+                return op(*inputs)
+            finally:
+                torch.set_autocast_enabled(device_type, True)
 
         torch.library.impl(f"randlora::{name}", key, casting)
-        # Keeps the dtypes of the forward.
-        without = partial(_without_autocast, device_type, backward)
-        torch.library.impl(f"randlora::{name}_backward", key, without)
 
 
 # ---- vmap: one call per element ------------------------------------------------------------------
 
 
-def _element(value, dim, index: int):
-    if dim is None:
-        return value
-    if value.shape[dim] == 0:  # an empty batch still needs the shapes of the results
-        return value.new_zeros(value.movedim(dim, 0).shape[1:])
-    return value.select(dim, index)
-
-
 def _vmap(op, info, in_dims: tuple, *inputs) -> tuple:
     """The rule that torch.library.register_vmap asks for."""
-    results = [
-        op(*(_element(value, dim, i) for value, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(max(info.batch_size, 1))
-    ]
+
+    def elements(value, dim):
+        if dim is None:
+            return itertools.repeat(value)
+        # An empty batch still needs the shapes of the results.
+        return value.unbind(dim) or [value.new_zeros(value.movedim(dim, 0).shape[1:])]
+
+    results = [op(*each) for each in zip(*map(elements, inputs, in_dims), strict=False)]
 
     def stack(parts):
         return None if parts[0] is None else torch.stack(parts)[: info.batch_size]
@@ -170,10 +157,11 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
 
     function.forward = staticmethod(forward)  # type: ignore[method-assign]
     torch.library.impl(f"randlora::{name}", "Autograd", differentiable)
-    for each in (name, f"{name}_backward"):
+    # Backward keeps the dtypes of forward.
+    for each, its_cast in ((name, cast), (f"{name}_backward", ())):
         rule = partial(_vmap, getattr(_ops, each).default)
         torch.library.register_vmap(f"randlora::{each}", rule)
-    _register_autocast(name, cast)
+        _register_autocast(each, its_cast)
     # Function.apply binds default arguments by inspect.signature if there is a setup_context: 50 us
     # a call, a tenth of a training step of 16 tokens. This is the C++ method under it.
     apply_eager = super(Function, function).apply  # type: ignore[misc]
