@@ -31,7 +31,7 @@ def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> dict[str
 
 
 @fake
-def hadamard_linear(x, weight, bias, lam, gam, s, row, col, expand, scale):
+def hadamard_linear(x, s, row, expand, **_):
     return x.new_empty((*x.shape[:-1], (row if expand else s).shape[0]))
 
 
@@ -59,15 +59,10 @@ class Weight(Operator):
 
 
 @fake
-def hadamard_weight(weight, lam, gam, s, row, col, expand, scale):
+def hadamard_weight(weight, lam, s, row, expand, **_):
     D, d = row.shape[-1], s.shape[-1]
     sizes = *lam.shape[:-2], *((D, d) if expand else (d, D))
     return (lam if weight is None else weight).new_empty(sizes)
-
-
-@fake
-def hadamard_weight_backward(grad, lam, gam, s, row, col, expand, scale):
-    return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
 weight = entry("hadamard_weight", Weight)

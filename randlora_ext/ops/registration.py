@@ -23,22 +23,32 @@ _ops = torch.ops.randlora
 # ---- fake kernels: the shapes, dtypes and devices of results, for torch.compile ------------------
 
 
-def fake(function: Callable) -> Callable:
-    """Registers the fake kernel of the operator that has the function's name.
+def fake(function: Callable, operator: str = "") -> Callable:
+    """Registers the fake kernel of `operator`, or of the one that has the function's name. It gets
+    the operator's arguments by their names.
 
     It repeats the check of csrc/torch/check.cpp that calls with a meta tensor never reach.
     """
-    names = _argument_names(function.__name__)
+    operator = operator or function.__name__
+    names = _argument_names(operator)
 
     def checked(*args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
         on = {name: str(t.device) for name, t in given.items() if isinstance(t, Tensor)}
         if len({*on.values()}) > 1:
             raise RuntimeError(f"randlora: arguments must be on one device, got {on}")
-        return function(*args, **kwargs)
+        return function(**given)
 
-    torch.library.register_fake(f"randlora::{function.__name__}")(checked)
+    torch.library.register_fake(f"randlora::{operator}")(checked)
     return function
+
+
+def _fake_backward(lam, gam, x=None, need_x=None, need_diagonals=True, **_):
+    """Of every backward operator; those of linear layers return dx, too, and None if not needed."""
+    like = (lam, gam) if need_diagonals else (None, None)
+    if need_x is not None:
+        like = x if need_x else None, *like
+    return tuple(None if t is None else t.new_empty(t.shape) for t in like)
 
 
 def _argument_names(operator: str) -> list[str]:
@@ -117,13 +127,21 @@ class Operator(Function):
     generate_vmap_rule = True
 
 
+def _below_autograd(op, *inputs):
+    # So that autograd does not act again; nothing public does this.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
+
+
+def _differentiable(function: type[Function], *inputs):
+    # It is off in compiled code and in backward, but for create_graph=True and torch.func.
+    return (function.apply if torch.is_grad_enabled() else function.forward)(*inputs)
+
+
 class _Backward(Operator):
     """Without it a second derivative would silently be that of a constant."""
 
-    @staticmethod
-    def forward(op, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
+    forward = staticmethod(_below_autograd)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -136,27 +154,18 @@ class _Backward(Operator):
 
 def gradients(op, *inputs):
     """Calls the backward operator `op`; differentiating its results raises."""
-    # Enabled by create_graph=True, or by a torch.func transform around this one.
-    call = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
-    return call(op, *inputs)
+    return _differentiable(_Backward, op, *inputs)
 
 
 def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Callable:
-    """Registers gradient, vmap and autocast, of the arguments `cast`, of the operator `name`;
-    returns what eager code calls, with the arguments that describe the bases by name, in the
-    operator's order."""
+    """Registers gradient and its fake kernel, vmap and autocast, of the arguments `cast`, of the
+    operator `name`; returns what eager code calls, with the arguments that describe the bases by
+    name, in the operator's order."""
     op = getattr(_ops, name)
-
-    def forward(*inputs):
-        # So that autograd does not act again; nothing public does this.
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.default(*inputs)
-
-    def differentiable(*inputs):  # compiled code calls the operator without gradients, too
-        return function.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
-
+    forward = partial(_below_autograd, op.default)
     function.forward = staticmethod(forward)  # type: ignore[method-assign]
-    torch.library.impl(f"randlora::{name}", "Autograd", differentiable)
+    torch.library.impl(f"randlora::{name}", "Autograd", partial(_differentiable, function))
+    fake(_fake_backward, f"{name}_backward")
     # Backward keeps the dtypes of forward.
     for each, its_cast in ((name, cast), (f"{name}_backward", ())):
         rule = partial(_vmap, getattr(_ops, each).default)
@@ -172,9 +181,10 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
                 torch._dynamo.graph_break(
                     "randlora_ext runs uncompiled under torch.func transforms"
                 )
-            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it is slow
-                return torch.compiler.disable(function.apply)(*inputs, *bases.values())
-            return function.apply(*inputs, *bases.values())
+            # Where it is not imported nothing is compiled, and importing it is slow.
+            imported = "torch._dynamo" in sys.modules
+            apply = torch.compiler.disable(function.apply) if imported else function.apply
+            return apply(*inputs, *bases.values())
         if torch.compiler.is_compiling():
             return op(*inputs, **bases)
         return apply_eager(*inputs, *bases.values())
@@ -209,11 +219,4 @@ def linear_entry(name: str) -> Callable:
                 dbias = flat.sum(0) if need_bias else None
             return dx, dweight, dbias, dlam, dgam, *of_basis
 
-    def fake_backward(dy, x, weight, lam, gam, *rest):
-        *_, need_x, need_diagonals = rest
-        wanted = ((x, need_x), (lam, need_diagonals), (gam, need_diagonals))
-        return tuple(t.new_empty(t.shape) if need else None for t, need in wanted)
-
-    fake_backward.__name__ = f"{name}_backward"
-    fake(fake_backward)
     return entry(name, Linear, cast=("x", "weight", "bias", "B"))
