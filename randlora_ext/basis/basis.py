@@ -92,8 +92,10 @@ class Basis(Shape):
         self.kind, self.density, self.scale = source.kind, source.density, source.scale
         self.description = source.description
         self.seed = None if source.description is None else source.description.seed
-        self.format = source.format(self)
-        self._source = source
+        self.format, self.input_scale = source.format(self), source.input_scale
+        self.takes_input_scale = isinstance(source, HadamardMatrices)
+        self._source, self._sizes = source, (self.in_features, self.out_features, self.r)
+        self._key = *self._sizes, source.key
         self._packed: dict[tuple, PackedTensors] = {}  # by device and dtype or None
         # Of this object, in this process: compiled code guards on it.
         self.token = str(next(_tokens))
@@ -120,18 +122,6 @@ class Basis(Shape):
         Shape.__init__(self, in_features, out_features, r)
         self._use(source)
         return self
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        return self.in_features, self.out_features, self.r
-
-    @property
-    def takes_input_scale(self) -> bool:
-        return isinstance(self._source, HadamardMatrices)
-
-    @property
-    def input_scale(self) -> Tensor | None:
-        return self._source.input_scale
 
     def with_input_scale(
         self, input_scale: Tensor | None, experts: tuple[int, ...] = ()
@@ -219,16 +209,13 @@ class Basis(Shape):
         One object for all layers of a shape means one dictionary of packed tensors and one guard
         of torch.compile: what was compiled for one layer serves the others.
         """
-        return share(self._key(), lambda: self)
-
-    def _key(self) -> tuple:
-        return *self._sizes, self._source.key
+        return share(self._key, lambda: self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Basis) and self._key() == other._key()
+        return isinstance(other, Basis) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self._key)
 
     def __deepcopy__(self, memo: dict) -> "Basis":
         return self

@@ -152,9 +152,8 @@ class _Backward(Operator):
         raise RuntimeError("randlora operators cannot be differentiated twice")
 
 
-def gradients(op, *inputs):
-    """Calls the backward operator `op`; differentiating its results raises."""
-    return _differentiable(_Backward, op, *inputs)
+# Calls a backward operator; differentiating its results raises.
+gradients = partial(_differentiable, _Backward)
 
 
 def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Callable:
