@@ -6,7 +6,6 @@ lambda and gamma; nothing of size (K, d), (T, K) or (D, d).
 """
 
 import itertools
-import math
 import sys
 from collections.abc import Callable, Collection
 from functools import partial
@@ -210,12 +209,10 @@ def linear_entry(name: str) -> Callable:
             need_x, need_weight, need_bias, need_lam, need_gam, *_ = ctx.needs_input_grad
             inputs = dy, x, weight, lam, gam, *ctx.basis, need_x, need_lam or need_gam
             dx, dlam, dgam = gradients(backward_op, *inputs)
-            dweight = dbias = None
-            if need_weight or need_bias:  # they may train beside the adapter (PEFT's bias="all")
-                tokens = math.prod(dy.shape[:-1])  # vmap over nothing could not tell what -1 is
-                flat = dy.reshape(tokens, dy.shape[-1])
-                dweight = flat.T @ x.reshape(tokens, x.shape[-1]) if need_weight else None
-                dbias = flat.sum(0) if need_bias else None
+            # They may train beside the adapter (PEFT's bias="all").
+            tokens = [*range(dy.dim() - 1)]
+            dweight = torch.tensordot(dy, x, (tokens, tokens)) if need_weight else None
+            dbias = torch.einsum("...o->o", dy) if need_bias else None
             return dx, dweight, dbias, dlam, dgam, *of_basis
 
     return entry(name, Linear, cast=("x", "weight", "bias", "B"))
