@@ -83,18 +83,18 @@ class Basis(Shape):
         kind: str | None = None,
     ) -> None:
         kind = ("hadamard" if density is None else "independent") if kind is None else kind
-        super().__init__(in_features, out_features, r)
         description = BasisDescription(kind, density, seed)
         make = HadamardMatrices if kind == "hadamard" else GeneratedMatrices
-        self._use(make(description))
+        self._set(in_features, out_features, r, make(description))
 
-    def _use(self, source: _Matrices) -> None:
+    def _set(self, in_features: int, out_features: int, r: int, source: _Matrices) -> None:
+        super().__init__(in_features, out_features, r)
         self.kind, self.density, self.scale = source.kind, source.density, source.scale
         self.description = source.description
         self.seed = None if source.description is None else source.description.seed
         self.format, self.input_scale = source.format(self), source.input_scale
         self.takes_input_scale = isinstance(source, HadamardMatrices)
-        self._source, self._sizes = source, (self.in_features, self.out_features, self.r)
+        self._source, self._sizes = source, (in_features, out_features, r)
         self._key = *self._sizes, source.key
         self._packed: dict[tuple, PackedTensors] = {}  # by device and dtype or None
         # Of this object, in this process: compiled code guards on it.
@@ -119,8 +119,7 @@ class Basis(Shape):
     def of(cls, in_features: int, out_features: int, r: int, source: _Matrices) -> "Basis":
         """A basis of these matrices, which must be large enough."""
         self = cls.__new__(cls)
-        Shape.__init__(self, in_features, out_features, r)
-        self._use(source)
+        self._set(in_features, out_features, r, source)
         return self
 
     def with_input_scale(
