@@ -3,8 +3,9 @@
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -23,30 +24,25 @@ _CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp
 _TRANSPOSED_EXPERTS = "gpt_oss", "openai_privacy_filter", "aria_text", "llama4_text"
 
 
-class Change(NamedTuple):
-    """dW of one layer, or of stacked experts with a lambda and a gamma each."""
-
-    basis: Basis
-    lam: Tensor
-    gam: Tensor
-    scaling: float
-    transposed: bool  # the model stores the weight as (in, out), as Conv1D does
-
-    def added_to(self, weight: Tensor) -> Tensor:
-        """W + dW in the dtype and layout of W."""
-        basis, scales = self.basis, self.basis.input_scale
-        dtype, merged = adapter_dtype(weight.dtype), weight.clone()
-        each = (t.view(-1, *t.shape[-2:]) for t in (merged, self.lam, self.gam))
-        for e, (W, lam, gam) in enumerate(zip(*each, strict=True)):
-            if scales is not None and scales.dim() == 2:
-                basis = self.basis.with_input_scale(scales[e])
-            delta = delta_weight(basis, lam.to(dtype), gam.to(dtype), self.scaling)
-            W.copy_(W.to(dtype) + (delta.T if self.transposed else delta))
-        return merged
+# By the names of parameters of a model folder, W + dW of W for those that an adapter changes, and
+# what it replaces others by.
+Changes = tuple[dict[str, partial[Tensor]], dict[str, Tensor]]
 
 
-# What an adapter adds to parameters of a model folder, and what it replaces, by their names there.
-Changes = tuple[dict[str, Change], dict[str, Tensor]]
+def _plus_delta(
+    basis: Basis, lams: Tensor, gams: Tensor, scaling: float, transposed: bool, weight: Tensor
+) -> Tensor:
+    """W + dW in the dtype and layout of W, (in, out) if that is `transposed`, as Conv1D's is; of
+    stacked experts if each has a lambda and a gamma."""
+    scales = basis.input_scale
+    dtype, merged = adapter_dtype(weight.dtype), weight.clone()
+    each = (t.view(-1, *t.shape[-2:]) for t in (merged, lams, gams))
+    for e, (W, lam, gam) in enumerate(zip(*each, strict=True)):
+        if scales is not None and scales.dim() == 2:
+            basis = basis.with_input_scale(scales[e])
+        delta = delta_weight(basis, lam.to(dtype), gam.to(dtype), scaling)
+        W.copy_(W.to(dtype) + (delta.T if transposed else delta))
+    return merged
 
 
 def read_changes(source: Path, checkpoint: Checkpoint) -> Changes:
@@ -61,14 +57,14 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
     saved = read_adapter_file(file)
     names = {at: at if its[3:] else f"{at}.weight" for at, its in saved.layers.items()}
     name_in = locate([*names.values()], checkpoint)
-    added: dict[str, Change] = {}
+    added = {}
     for at, (n_in, n_out, turned, *experts) in saved.layers.items():
         name = name_in(names[at])
         sizes, transposed = _layout(checkpoint, name, experts, turned)
         if sizes != (n_in, n_out):
             raise ValueError(f"{at}: in_features and out_features are {sizes}, not {n_in, n_out}")
         lam, gam = (saved.tensors[f"{at}.{kind}"] for kind in DIAGONALS)
-        added[name] = Change(saved.basis_of(at), lam, gam, saved.scaling, transposed)
+        added[name] = partial(_plus_delta, saved.basis_of(at), lam, gam, saved.scaling, transposed)
     return added, {name_in(name): tensor for name, tensor in saved.others.items()}
 
 
@@ -97,7 +93,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     # As PEFT does, in the dtype of the weights.
     packed = PackedBufferDict(bases).to(checkpoint.parameters[names[paths[0]]].dtype)
     A, B = (packed[name] for name in BASIS_NAMES)
-    added: dict[str, Change] = {}
+    added = {}
     for at, (sizes, transposed) in layouts.items():
         basis = layer_basis(A, B, *sizes, config.r)
         check_diagonals(at, tensors, basis, stacks[at])
@@ -105,7 +101,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
         if (scale := tensors.pop(f"{at}.{INPUT_SCALE}", None)) is not None:
             basis = basis.with_input_scale(scale, tuple(stacks[at]))
         scaling = config.randlora_alpha / config.r
-        added[names[at]] = Change(basis, lam, gam, scaling, transposed)
+        added[names[at]] = partial(_plus_delta, basis, lam, gam, scaling, transposed)
     if alien := next((key for key in tensors if key.rpartition(".")[0] in paths), None):
         raise ValueError(f"it has {alien}, which an adapted layer does not have")
     others = {name_in(key.replace(".base_layer.", ".")): each for key, each in tensors.items()}
