@@ -39,7 +39,7 @@ def compare(
     layers = {name: make(name, base, rank, density) for name in ("frozen", *methods)}
     x = torch.randn(tokens, n_in, dtype=dtype, requires_grad=True)
     dy = torch.randn(tokens, n_out, dtype=dtype)
-    error = relative_error(layers["ours"].basis, 64, dtype) if "ours" in layers else 0.0
+    error = relative_error(layers["ours"].basis, 64, dtype, x.device) if "ours" in layers else 0.0
     if not error <= LIMITS[dtype]:
         raise RuntimeError(f"verification failed: relative error {error:.1e}")
     medians = _time(layers, x, dy, repeats)

@@ -95,12 +95,7 @@ def _wrong_basis(device: torch.device) -> float:
     return float(hashlib.sha256(drawn).hexdigest() != _DIGEST)
 
 
-def relative_error(
-    basis: Basis,
-    tokens: int,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> float:
+def relative_error(basis: Basis, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
     """The largest |difference| / |reference|, Frobenius norms, to float64 on random operands.
 
     Of y, dW, the gradients of both together, and W + dW; x (tokens, in), W and dy in `dtype`.

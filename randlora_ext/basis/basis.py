@@ -18,7 +18,6 @@ class DenseMatrices:
 
     kind = "dense"
     description = input_scale = None
-    needs_kernels = False
     density = scale = 1.0
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
@@ -84,17 +83,19 @@ class Basis(Shape):
         kind: str | None = None,
     ) -> None:
         kind = ("hadamard" if density is None else "independent") if kind is None else kind
-        super().__init__(in_features, out_features, r)
         description = BasisDescription(kind, density, seed)
         make = HadamardMatrices if kind == "hadamard" else GeneratedMatrices
-        self._use(make(description))
+        self._set(in_features, out_features, r, make(description))
 
-    def _use(self, source: _Matrices) -> None:
+    def _set(self, in_features: int, out_features: int, r: int, source: _Matrices) -> None:
+        super().__init__(in_features, out_features, r)
         self.kind, self.density, self.scale = source.kind, source.density, source.scale
         self.description = source.description
         self.seed = None if source.description is None else source.description.seed
-        self.format = source.format(self)
-        self._source = source
+        self.format, self.input_scale = source.format(self), source.input_scale
+        self.takes_input_scale = isinstance(source, HadamardMatrices)
+        self._source, self._sizes = source, (in_features, out_features, r)
+        self._key = *self._sizes, source.key
         self._packed: dict[tuple, PackedTensors] = {}  # by device and dtype or None
         # Of this object, in this process: compiled code guards on it.
         self.token = str(next(_tokens))
@@ -118,21 +119,8 @@ class Basis(Shape):
     def of(cls, in_features: int, out_features: int, r: int, source: _Matrices) -> "Basis":
         """A basis of these matrices, which must be large enough."""
         self = cls.__new__(cls)
-        Shape.__init__(self, in_features, out_features, r)
-        self._use(source)
+        self._set(in_features, out_features, r, source)
         return self
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        return self.in_features, self.out_features, self.r
-
-    @property
-    def takes_input_scale(self) -> bool:
-        return isinstance(self._source, HadamardMatrices)
-
-    @property
-    def input_scale(self) -> Tensor | None:
-        return self._source.input_scale
 
     def with_input_scale(
         self, input_scale: Tensor | None, experts: tuple[int, ...] = ()
@@ -166,7 +154,7 @@ class Basis(Shape):
                 on = torch.device("cuda", torch.cuda.current_device())
             new = (on, dtype) not in self._packed
             # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
-            elsewhere = self._source.needs_kernels and not devices.serve(on.type)
+            elsewhere = self.kind != "dense" and not devices.serve(on.type)
             ready = self.packed() if elsewhere else None
 
             def make() -> list[Tensor]:
@@ -209,7 +197,7 @@ class Basis(Shape):
     ) -> tuple[Tensor, Tensor]:
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
         on = torch.device(device)
-        if self._source.needs_kernels and not devices.serve(on.type):
+        if self.kind != "dense" and not devices.serve(on.type):
             A, B = self.dense("cpu", dtype)
             return A.to(on), B.to(on)
         return self._source.dense(self, dtype, self.packed(on))
@@ -220,16 +208,13 @@ class Basis(Shape):
         One object for all layers of a shape means one dictionary of packed tensors and one guard
         of torch.compile: what was compiled for one layer serves the others.
         """
-        return share(self._key(), lambda: self)
-
-    def _key(self) -> tuple:
-        return *self._sizes, self._source.key
+        return share(self._key, lambda: self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Basis) and self._key() == other._key()
+        return isinstance(other, Basis) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self._key)
 
     def __deepcopy__(self, memo: dict) -> "Basis":
         return self

@@ -82,10 +82,7 @@ def get_or_make(
     `make` must not call `get_or_make`: it runs in a thread of its own, and this one has the lock.
     """
     with _cache_lock:
-        packed = _cache.get(key)
-        if packed is None:
-            packed = _cache[key] = PackedTensors(_made_for_every_stream(device, make), device)
-        return packed
+        return share(key, lambda: PackedTensors(_made_for_every_stream(device, make), device))
 
 
 def _made_for_every_stream(device: torch.device, make: Callable[[], list[Tensor]]) -> list[Tensor]:

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .. import devices
 from .description import BasisDescription, Shape
 from .ternary import generate_planes
 
@@ -12,10 +11,8 @@ ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5  # of the specification: s, row
 
 def signs(seed: int, role: int, count: int, device: torch.device) -> Tensor:
     """The first `count` signs of the infinite sequence of that role: float32, -1 or +1."""
-    on = device if devices.serve(device.type) else "cpu"
-    planes = generate_planes(seed, role, 1, count, 1.0, on)
-    drawn = torch.ops.randlora.planes_to_dense(planes, count, 1.0, torch.float32)
-    return drawn.flatten().to(device)
+    planes = generate_planes(seed, role, 1, count, 1.0, device)
+    return torch.ops.randlora.planes_to_dense(planes, count, 1.0, torch.float32).flatten()
 
 
 def sylvester(rows: Tensor, columns: Tensor) -> Tensor:
@@ -56,7 +53,6 @@ class HadamardMatrices:
     """
 
     kind = "hadamard"
-    needs_kernels = False
     density = scale = 1.0
 
     def __init__(self, description: BasisDescription, input_scale: Tensor | None = None) -> None:

@@ -2,11 +2,11 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..basis import Basis
@@ -22,34 +22,27 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"
 # Those that store experts as (in, out).
 _TRANSPOSED_EXPERTS = "gpt_oss", "openai_privacy_filter", "aria_text", "llama4_text"
-_UNKNOWN_LAYOUT = "only the model's code says which way its experts lie; merge_and_unload() merges"
-_BASES = ("randlora_A", "randlora_B")
 
 
-class Change(NamedTuple):
-    """dW of one layer, or of stacked experts with a lambda and a gamma each."""
-
-    basis: Basis
-    lam: Tensor
-    gam: Tensor
-    scaling: float
-    transposed: bool  # the model stores the weight as (in, out), as Conv1D does
-
-    def added_to(self, weight: Tensor) -> Tensor:
-        """W + dW in the dtype and layout of W."""
-        basis, scales = self.basis, self.basis.input_scale
-        dtype, merged = adapter_dtype(weight.dtype), weight.clone()
-        each = (t.view(-1, *t.shape[-2:]) for t in (merged, self.lam, self.gam))
-        for e, (W, lam, gam) in enumerate(zip(*each, strict=True)):
-            if scales is not None and scales.dim() == 2:
-                basis = self.basis.with_input_scale(scales[e])
-            delta = delta_weight(basis, lam.to(dtype), gam.to(dtype), self.scaling)
-            W.copy_(W.to(dtype) + (delta.T if self.transposed else delta))
-        return merged
+# By the names of parameters of a model folder, W + dW of W for those that an adapter changes, and
+# what it replaces others by.
+Changes = tuple[dict[str, partial[Tensor]], dict[str, Tensor]]
 
 
-# What an adapter adds to parameters of a model folder, and what it replaces, by their names there.
-Changes = tuple[dict[str, Change], dict[str, Tensor]]
+def _plus_delta(
+    basis: Basis, lams: Tensor, gams: Tensor, scaling: float, transposed: bool, weight: Tensor
+) -> Tensor:
+    """W + dW in the dtype and layout of W, (in, out) if that is `transposed`, as Conv1D's is; of
+    stacked experts if each has a lambda and a gamma."""
+    scales = basis.input_scale
+    dtype, merged = adapter_dtype(weight.dtype), weight.clone()
+    each = (t.view(-1, *t.shape[-2:]) for t in (merged, lams, gams))
+    for e, (W, lam, gam) in enumerate(zip(*each, strict=True)):
+        if scales is not None and scales.dim() == 2:
+            basis = basis.with_input_scale(scales[e])
+        delta = delta_weight(basis, lam.to(dtype), gam.to(dtype), scaling)
+        W.copy_(W.to(dtype) + (delta.T if transposed else delta))
+    return merged
 
 
 def read_changes(source: Path, checkpoint: Checkpoint) -> Changes:
@@ -64,19 +57,63 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
     saved = read_adapter_file(file)
     names = {at: at if its[3:] else f"{at}.weight" for at, its in saved.layers.items()}
     name_in = locate([*names.values()], checkpoint)
-    added: dict[str, Change] = {}
+    added = {}
     for at, (n_in, n_out, turned, *experts) in saved.layers.items():
         name = name_in(names[at])
-        transposed = turned and len(checkpoint.parameters[name].places) == 1
-        sizes = _sizes(checkpoint, name, experts, transposed)
+        sizes, transposed = _layout(checkpoint, name, experts, turned)
         if sizes != (n_in, n_out):
             raise ValueError(f"{at}: in_features and out_features are {sizes}, not {n_in, n_out}")
         lam, gam = (saved.tensors[f"{at}.{kind}"] for kind in DIAGONALS)
-        added[name] = Change(saved.basis_of(at), lam, gam, saved.scaling, transposed)
+        added[name] = partial(_plus_delta, saved.basis_of(at), lam, gam, saved.scaling, transposed)
     return added, {name_in(name): tensor for name, tensor in saved.others.items()}
 
 
 def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
+    config, tensors = _read_peft(folder)
+    from ..peft.bases import BASIS_NAMES, PackedBufferDict, largest, layer_basis, new_bases
+
+    # PEFT up to 0.21.2 saves them again under every layer.
+    held = [key for key in tensors if key.endswith(BASIS_NAMES)]
+    bases: Any = {key.rpartition(".")[2]: tensors.pop(key) for key in held}
+    ends = tuple(f".{kind}" for kind in DIAGONALS)
+    paths = sorted({key.rpartition(".")[0] for key in tensors if key.endswith(ends)})
+    if not paths:
+        raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
+    stacks = {at: tensors[at + ends[0]].shape[:-2] for at in paths}
+    names = {at: _parameter(at, config) if stacks[at] else f"{at}.weight" for at in paths}
+    name_in = locate([*names.values()], checkpoint)
+    layouts = {}
+    for at, experts in stacks.items():
+        name = names[at] = name_in(names[at])
+        turned = None if experts else _checked_fan_in_fan_out(checkpoint, name, config)
+        layouts[at] = _layout(checkpoint, name, experts, turned)
+    if not (bases and config.save_projection):
+        drawn = new_bases(config, *largest(sizes for sizes, _ in layouts.values()))
+        bases = zip(BASIS_NAMES, drawn, strict=True)
+    # As PEFT does, in the dtype of the weights.
+    packed = PackedBufferDict(bases).to(checkpoint.parameters[names[paths[0]]].dtype)
+    A, B = (packed[name] for name in BASIS_NAMES)
+    added = {}
+    for at, (sizes, transposed) in layouts.items():
+        basis = layer_basis(A, B, *sizes, config.r)
+        check_diagonals(at, tensors, basis, stacks[at])
+        lam, gam = (tensors.pop(f"{at}{end}") for end in ends)
+        if (scale := tensors.pop(f"{at}.{INPUT_SCALE}", None)) is not None:
+            basis = basis.with_input_scale(scale, tuple(stacks[at]))
+        scaling = config.randlora_alpha / config.r
+        added[names[at]] = partial(_plus_delta, basis, lam, gam, scaling, transposed)
+    if alien := next((key for key in tensors if key.rpartition(".")[0] in paths), None):
+        raise ValueError(f"it has {alien}, which an adapted layer does not have")
+    others = {name_in(key.replace(".base_layer.", ".")): each for key, each in tensors.items()}
+    for name in checkpoint.parameters.keys() - others.keys():
+        whole = [module for module in config.modules_to_save or () if f".{module}." in f".{name}"]
+        if whole:
+            raise ValueError(f"it lacks {name}, though modules_to_save has {whole[0]!r}")
+    return added, others
+
+
+def _read_peft(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The configuration, and the tensors by their names in the base model."""
     kind, file = read_json(folder / CONFIG).get("peft_type"), folder / WEIGHTS
     if str(kind).partition(";")[0] != "RANDLORA":  # as config.PEFT_TYPES
         raise CliError(f"{folder / CONFIG}: peft_type must be RANDLORA, got {kind!r}")
@@ -91,40 +128,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
         with told_of(folder / CONFIG, Exception):  # whatever PEFT's conversion raises
             config = RandLoraConfig.from_pretrained(shown)
         saved, _ = read_safetensors(Path(shown, WEIGHTS))
-    # PEFT up to 0.21.2 saves them again under every layer.
-    bases = {key.rpartition(".")[2]: saved.pop(key) for key in [*saved] if key.endswith(_BASES)}
-    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in saved.items()}
-    ends = tuple(f".{kind}" for kind in DIAGONALS)
-    paths = sorted({key.rpartition(".")[0] for key in tensors if key.endswith(ends)})
-    if not paths:
-        raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
-    stacks = {at: tensors[at + ends[0]].shape[:-2] for at in paths}
-    names = {at: _parameter(at, config) if stacks[at] else f"{at}.weight" for at in paths}
-    name_in = locate([*names.values()], checkpoint)
-    names = {at: name_in(name) for at, name in names.items()}
-    turned = {at: _is_transposed(checkpoint, names[at], stacks[at], config) for at in paths}
-    sizes = {at: _sizes(checkpoint, names[at], stacks[at], turned[at]) for at in paths}
-    dtype = checkpoint.parameters[names[paths[0]]].dtype
-    added: dict[str, Change] = {}
-    for at, basis in _bases_of_peft(config, bases, sizes, dtype).items():
-        check_diagonals(at, tensors, basis, stacks[at])
-        lam, gam = (tensors.pop(f"{at}{end}") for end in ends)
-        if (scale := tensors.pop(f"{at}.{INPUT_SCALE}", None)) is not None:
-            basis = basis.with_input_scale(scale, tuple(stacks[at]))
-        scaling = config.randlora_alpha / config.r
-        added[names[at]] = Change(basis, lam, gam, scaling, turned[at])
-    if alien := next((key for key in tensors if key.rpartition(".")[0] in paths), None):
-        raise ValueError(f"it has {alien}, which an adapted layer does not have")
-    others = {name_in(key.replace(".base_layer.", ".")): each for key, each in tensors.items()}
-    for name in checkpoint.parameters.keys() - others.keys():
-        whole = [module for module in config.modules_to_save or () if f".{module}." in f".{name}"]
-        if whole:
-            raise ValueError(f"it lacks {name}, though modules_to_save has {whole[0]!r}")
-    return added, others
-
-
-def _types(checkpoint: Checkpoint) -> list[str]:
-    return [each["model_type"] for each in checkpoint.configs() if "model_type" in each]
+    return config, {key.removeprefix("base_model.model."): each for key, each in saved.items()}
 
 
 def _parameter(at: str, config: Any) -> str:
@@ -138,18 +142,10 @@ def _parameter(at: str, config: Any) -> str:
     return found[-1 - depth]
 
 
-def _is_transposed(checkpoint: Checkpoint, name: str, experts: Sequence[int], config: Any) -> bool:
-    """Whether PEFT's layer stores its weight as (in, out)."""
-    types = _types(checkpoint)
-    _, shape, places = checkpoint.parameters[name]
-    if experts:
-        if len(shape) == 2 or len(places) > 1:
-            return False
-        if not types or "auto_map" in checkpoint.config:
-            raise ValueError(_UNKNOWN_LAYOUT)
-        return not {*types}.isdisjoint(_TRANSPOSED_EXPERTS)
-    conv1d = {kind in _CONV1D_MODELS for kind in types}
-    if len({*shape}) == 1 and True in conv1d and conv1d != {config.fan_in_fan_out}:
+def _checked_fan_in_fan_out(checkpoint: Checkpoint, name: str, config: Any) -> bool:
+    conv1d = {kind in _CONV1D_MODELS for kind in checkpoint.types}
+    is_square = len({*checkpoint.parameters[name].shape}) == 1
+    if is_square and True in conv1d and conv1d != {config.fan_in_fan_out}:
         raise ValueError(
             f"{name} may be a Conv1D's or an nn.Linear's, since PEFT saved the fan_in_fan_out of "
             f"one layer only, {config.fan_in_fan_out}; merge by merge_and_unload()"
@@ -157,13 +153,20 @@ def _is_transposed(checkpoint: Checkpoint, name: str, experts: Sequence[int], co
     return config.fan_in_fan_out
 
 
-def _sizes(
-    checkpoint: Checkpoint, name: str, experts: Sequence[int], transposed: bool
-) -> tuple[int, int]:
-    """(in_features, out_features)"""
+def _layout(
+    checkpoint: Checkpoint, name: str, experts: Sequence[int], turned: bool | None
+) -> tuple[tuple[int, int], bool]:
+    """(in_features, out_features), and whether the checkpoint has the weight as (in, out). `turned`
+    is what the adapter says, None if it does not say which way experts lie."""
     dtype, shape, places = checkpoint.parameters[name]
-    if experts and len(places) == 1 and "qwen3_vl_moe" in _types(checkpoint):
-        raise ValueError(_UNKNOWN_LAYOUT)  # transformers may transpose them
+    types = checkpoint.types
+    if experts and len(places) == 1 and len(shape) == 3:
+        unknown = turned is None and (not types or "auto_map" in checkpoint.config)
+        if unknown or "qwen3_vl_moe" in types:  # which transformers may transpose
+            raise ValueError(
+                "only the model's code says which way its experts lie; merge_and_unload() merges"
+            )
+        turned = not types.isdisjoint(_TRANSPOSED_EXPERTS) if turned is None else turned
     if dtype is None or len(shape) < 2 or math.prod(shape[:-2]) != math.prod(experts):
         each = f" for each of {experts[0]} experts" if experts else ""
         raise CliError(
@@ -171,22 +174,5 @@ def _sizes(
             f"{each}, and is {shape}"
         )
     rows, columns = shape[-2:]
-    return (rows, columns) if transposed else (columns, rows)
-
-
-def _bases_of_peft(
-    config: Any,
-    saved: Mapping[str, Tensor],
-    sizes: Mapping[str, tuple[int, int]],
-    dtype: torch.dtype | None,
-) -> dict[str, Basis]:
-    """The basis of each layer: of the saved tensors, or of those that the configuration makes."""
-    from ..peft.bases import PackedBufferDict, largest, layer_basis, new_bases
-
-    held = PackedBufferDict()
-    if saved and config.save_projection:
-        held.update((name, saved[name]) for name in _BASES)
-    else:
-        held.update(zip(_BASES, new_bases(config, *largest(sizes.values())), strict=True))
-    A, B = held.to(dtype).values()  # as PEFT does, to the dtype of the weights
-    return {at: layer_basis(A, B, *size, config.r) for at, size in sizes.items()}
+    # Experts that lie one by one are nn.Linear's.
+    return ((rows, columns), True) if turned and len(places) == 1 else ((columns, rows), False)

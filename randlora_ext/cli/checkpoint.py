@@ -65,6 +65,10 @@ class Checkpoint:
             yield config
             waiting += [value for value in config.values() if isinstance(value, dict)]
 
+    @property
+    def types(self) -> set[str]:
+        return {each["model_type"] for each in self.configs() if "model_type" in each}
+
     def is_tied(self, name: str) -> bool:
         """Whether the model may use this tensor for its embeddings and for its head."""
         rows = self.parameters[name].shape[:1]
@@ -125,9 +129,8 @@ def _experts(tensors: dict[str, Parameter]) -> dict[str, Parameter]:
     found = {}
     for name, its in stacks.items():
         parts, count = [tensors[match[0]] for match in its], len({match[2] for match in its})
-        dtype, shape, _ = parts[0]
-        alike = all(part[:2] == (dtype, shape) for part in parts)
-        if alike and len(shape) == 2 and len(parts) % count == 0:
+        (dtype, shape), *others = {part[:2] for part in parts}
+        if not others and len(shape) == 2 and len(parts) % count == 0:
             rows, places = len(parts) // count * shape[0], [part.places[0] for part in parts]
             found[name] = Parameter(dtype, (count, rows, shape[1]), places)
     return found

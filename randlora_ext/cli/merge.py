@@ -36,7 +36,7 @@ def merge(model: Path, source: Path, out: Path) -> int:
             weight = replaced[name] if name in replaced else checkpoint.read(name)
             weight = weight.to(checkpoint.parameters[name].dtype)
             if name in added:
-                weight = added[name].added_to(weight)
+                weight = added[name](weight)
                 if not bool(torch.isfinite(weight).all()):
                     raise CliError(f"{name} would hold NaN or inf after merging")
             checkpoint.write(folder, name, weight)

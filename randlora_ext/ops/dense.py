@@ -35,13 +35,8 @@ scaled = entry("scaled_basis", ScaledBasis)
 
 
 @fake
-def scaled_basis(A, lam, gam):
+def scaled_basis(A, lam, **_):
     return A.new_empty((lam.shape[0] * lam.shape[1], A.shape[1]))
-
-
-@fake
-def scaled_basis_backward(grad, A, lam, gam):
-    return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
 def _plain_scaled_basis(A: Tensor, lam: Tensor, gam: Tensor) -> Tensor:
@@ -137,31 +132,22 @@ class _Products:
         base = self.weight if self.merges else None
         return _product(left, right, self.scale / self.factor, base)
 
-    def up(self, small: Tensor, added: Tensor | None) -> Tensor:
-        """added + scale * small A'^T B^T"""
-        V = _product(small, self.scaled().T, self.inner / self.factor)
-        return _product(V, self.B.T, self.scale / self.inner, added)
-
-    def down(self, U: Tensor, added: Tensor | None) -> Tensor:
-        """added + scale * U A'"""
+    def times(
+        self, v: Tensor, up: bool, bias: Tensor | None = None, U: Tensor | None = None
+    ) -> Tensor:
+        """The product of v and W + dW, `up` from d features to D or down, so y of x or dx of dy.
+        U = v B if that is known."""
+        turned = (lambda M: M) if up == self.expand else torch.t
+        if self.forms and self.merges:
+            return F.linear(v, turned(self.formed()), bias)
+        added = None if self.weight is None else F.linear(v, turned(self.weight), bias)
+        if self.forms:
+            return _product(v, turned(self.formed()).T, 1.0, added)
+        if up:
+            V = _product(v, self.scaled().T, self.inner / self.factor)
+            return _product(V, self.B.T, self.scale / self.inner, added)
+        U = v @ self.B if U is None else U
         return _product(U, self.scaled(), self.scale / self.factor, added)
-
-    def output(self, bias: Tensor | None) -> Tensor:
-        if self.forms and self.merges:
-            return F.linear(self.x, self.formed(), bias)
-        y = None if self.weight is None else F.linear(self.x, self.weight, bias)
-        if self.forms:
-            return _product(self.x, self.formed().T, 1.0, y)
-        return self.up(self.x, y) if self.expand else self.down(self.x @ self.B, y)
-
-    def of_x(self, dy: Tensor, U: Tensor | None) -> Tensor:
-        """dx; U = dy B if that is known."""
-        if self.forms and self.merges:
-            return dy @ self.formed()
-        dx = None if self.weight is None else dy @ self.weight
-        if self.forms:
-            return _product(dy, self.formed(), 1.0, dx)
-        return self.up(dy, dx) if U is None else self.down(U, dx)
 
     def of_diagonals(self, dy: Tensor, U: Tensor | None) -> tuple[Tensor, Tensor]:
         """dlam and dgam from the gradient of A' (K, d): from U, or from dy^T x if that takes fewer
@@ -185,7 +171,8 @@ def _product(left: Tensor, right: Tensor, alpha: float, added: Tensor | None = N
 
 
 def _dense_linear(x, weight, bias, lam, gam, A, B, expand, scale):
-    y = _Products(x, weight, bias, lam, gam, A, B, expand, scale).output(bias)
+    p = _Products(x, weight, bias, lam, gam, A, B, expand, scale)
+    y = p.times(p.x, expand, bias)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -193,7 +180,7 @@ def _dense_linear_backward(dy, x, weight, lam, gam, A, B, expand, scale, need_x,
     p = _Products(x, weight, None, lam, gam, A, B, expand, scale, dy)
     flat = dy.reshape(-1, dy.shape[-1])
     U = flat @ B if expand and not p.forms else None
-    dx = p.of_x(flat, U).view(x.shape) if need_x else None
+    dx = p.times(flat, not expand, U=U).view(x.shape) if need_x else None
     return dx, *(p.of_diagonals(flat, U) if need_diagonals else (None, None))
 
 
@@ -211,7 +198,7 @@ torch.library.impl("randlora::dense_linear_backward", "default", _dense_linear_b
 
 
 @fake
-def dense_linear(x, weight, bias, lam, gam, A, B, expand, scale):
+def dense_linear(x, A, B, expand, **_):
     return x.new_empty((*x.shape[:-1], B.shape[0] if expand else A.shape[1]))
 
 

@@ -31,7 +31,7 @@ def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> dict[str
 
 
 @fake
-def hadamard_linear(x, weight, bias, lam, gam, s, row, col, expand, scale):
+def hadamard_linear(x, s, row, expand, **_):
     return x.new_empty((*x.shape[:-1], (row if expand else s).shape[0]))
 
 
@@ -59,15 +59,10 @@ class Weight(Operator):
 
 
 @fake
-def hadamard_weight(weight, lam, gam, s, row, col, expand, scale):
+def hadamard_weight(weight, lam, s, row, expand, **_):
     D, d = row.shape[-1], s.shape[-1]
     sizes = *lam.shape[:-2], *((D, d) if expand else (d, D))
     return (lam if weight is None else weight).new_empty(sizes)
-
-
-@fake
-def hadamard_weight_backward(grad, lam, gam, s, row, col, expand, scale):
-    return lam.new_empty(lam.shape), gam.new_empty(gam.shape)
 
 
 weight = entry("hadamard_weight", Weight)
@@ -76,102 +71,85 @@ weight = entry("hadamard_weight", Weight)
 # ---- plain torch ---------------------------------------------------------------------------
 
 
-class _Plain:
-    """The steps between x (T, d), its class products, and y (T, D). Checks what
-    csrc/torch/hadamard.cpp checks."""
-
-    def __init__(self, x, weight, bias, lam, gam, s, row, col, expand, scale, dy=None):
-        self.d, self.D = len(s), len(row)
-        r = len(lam) if lam.dim() else 0
-        check_plain(x, weight, bias, lam, gam, r, self.d, self.D, expand, dy)
-        self.r, self.n = lam.shape
-        for name, t, count in (("s", s, self.d), ("row", row, self.D), ("col", col, lam.numel())):
-            if tuple(t.shape) != (count,) or t.dtype != torch.float32:
-                raise RuntimeError(
-                    f"randlora: {name} must be ({count}) float32, got {tuple(t.shape)} {t.dtype}"
-                )
-        self.expand, self.scale = expand, scale
-        self.wide = torch.promote_types(x.dtype, torch.float32)
-        # As ClassOf in csrc/core/hadamard.h: the range of float16 is too small.
-        self.of_classes = self.wide if x.dtype == torch.float16 else x.dtype
-        self.classes = -(-self.d // self.n)
-        self.N = 1 << (self.r * self.n - 1).bit_length()
-        self.rows = torch.arange(self.D, device=row.device) % self.N
-        self.s, self.row, self.col = (t.to(self.wide) for t in (s, row, col))
-        self.lam = lam.to(self.wide) * self.col.view(self.r, self.n)
-        self.blocks = self.by_class(gam.to(self.wide) * self.s).movedim(1, 0)  # (classes, n, n)
-
-    def by_class(self, x: Tensor) -> Tensor:
-        """(T, d) as (T, classes, n) in the class dtype; columns that are missing are zero."""
-        missing = self.classes * self.n - self.d
-        return F.pad(x.to(self.of_classes), (0, missing)).unflatten(-1, (self.classes, self.n))
-
-    def columns(self, x: Tensor) -> Tensor:
-        """The inverse of `by_class`, in the compute type."""
-        return x.flatten(-2)[..., : self.d].to(self.wide)
-
-    def mix(self, z: Tensor, to_classes: bool = False) -> Tensor:
-        """Between the rank indices (T, r, n) and the classes (T, classes, n)."""
-        j, m = (torch.arange(count, device=z.device) for count in (self.r, self.classes))
-        H = sylvester(j, m).to(self.wide)
-        return torch.einsum("jm,tji->tmi" if to_classes else "jm,tmi->tji", H, z)
-
-    def transform(self, v: Tensor) -> Tensor:
-        """v (T, N) @ H, as two small products."""
-        low = 1 << (self.N.bit_length() - 1) // 2
-        one, other = (torch.arange(size, device=v.device) for size in (self.N // low, low))
-        left, right = (sylvester(i, i).to(v.dtype) for i in (one, other))
-        return (left @ v.unflatten(-1, (self.N // low, low)) @ right).flatten(-2)
-
-    def inner(self, x: Tensor) -> Tensor:
-        return torch.einsum("tmk,mik->tmi", self.by_class(x), self.blocks).to(self.wide)
-
-    def outer(self, w: Tensor) -> Tensor:
-        return self.columns(torch.einsum("tmi,mik->tmk", w, self.blocks)) * self.scale
-
-    def up(self, z: Tensor) -> Tensor:
-        v = (self.mix(z) * self.lam).flatten(1)
-        sums = self.transform(F.pad(v, (0, self.N - v.shape[1])))[:, self.rows]
-        return sums * self.row * self.scale
-
-    def u(self, y: Tensor) -> Tensor:
-        folded = y.new_zeros(len(y), self.N, dtype=self.wide)
-        folded = folded.index_add(1, self.rows, y.to(self.wide) * self.row)
-        return self.transform(folded)[:, : self.r * self.n].unflatten(-1, (self.r, self.n))
-
-    def w(self, u: Tensor) -> Tensor:
-        return self.mix(u * self.lam, to_classes=True).to(self.of_classes)
-
-    def diagonals(self, x: Tensor, z: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        dlam = (u * self.mix(z)).sum(0) * self.col.view(self.r, self.n)
-        P = torch.einsum("tmi,tmk->imk", w, self.by_class(x))
-        return dlam * self.scale, self.columns(P) * self.s * self.scale
-
-
 def _plain_linear(x, weight, bias, lam, gam, s, row, col, expand, scale):
-    p = _Plain(x, weight, bias, lam, gam, s, row, col, expand, scale)
+    _check(x, weight, bias, lam, gam, s, row, col, expand)
     flat = x.reshape(-1, x.shape[-1])
-    y = 0 if weight is None else F.linear(flat, weight, bias)
-    y = y + (p.up(p.inner(flat)) if expand else p.outer(p.w(p.u(flat))))
-    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+    y, *_ = _plain_product(flat, None, expand, lam, gam, s, row, col, scale)
+    y = y if weight is None else y + F.linear(flat, weight, bias)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
 def _plain_linear_backward(
     dy, x, weight, lam, gam, s, row, col, expand, scale, need_x, need_diagonals
 ):
-    p = _Plain(x, weight, None, lam, gam, s, row, col, expand, scale, dy)
-    flat, dflat = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    small, large = (flat, dflat) if expand else (dflat, flat)
-    z, u = p.inner(small), p.u(large)
-    w = p.w(u)
-    dx = dlam = dgam = None
-    if need_x:
-        base = 0 if weight is None else dflat @ weight
-        dx = ((p.outer(w) if expand else p.up(z)) + base).to(x.dtype).view(x.shape)
-    if need_diagonals:
-        dlam, dgam = p.diagonals(small, z, u, w)
-        dlam, dgam = dlam.to(lam.dtype), dgam.to(gam.dtype)
-    return dx, dlam, dgam
+    _check(x, weight, None, lam, gam, s, row, col, expand, dy)
+    flat, other = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    other = other if need_diagonals else None
+    dx, *of_diagonals = _plain_product(flat, other, not expand, lam, gam, s, row, col, scale)
+    dx = dx if weight is None else dx + flat @ weight
+    return dx.to(x.dtype).view(x.shape) if need_x else None, *of_diagonals
+
+
+def _check(x, weight, bias, lam, gam, s, row, col, expand, dy=None) -> None:
+    """Checks what csrc/torch/hadamard.cpp checks."""
+    check_plain(x, weight, bias, lam, gam, lam.shape[:1].numel(), len(s), len(row), expand, dy)
+    for name, t, count in (("s", s, len(s)), ("row", row, len(row)), ("col", col, lam.numel())):
+        if tuple(t.shape) != (count,) or t.dtype != torch.float32:
+            raise RuntimeError(
+                f"randlora: {name} must be ({count}) float32, got {tuple(t.shape)} {t.dtype}"
+            )
+
+
+def _plain_product(given, other, up, lam, gam, s, row, col, scale):
+    """As Product::compute of csrc/torch/hadamard.cpp: the product of `given` with dW, `up` from
+    (T, d) to (T, D) or down, and the gradients of lambda and gamma if `other` has the other size.
+    """
+    wide = torch.promote_types(given.dtype, torch.float32)
+    # As ClassOf in csrc/core/hadamard.h: the range of float16 is too small.
+    of_classes = wide if given.dtype == torch.float16 else given.dtype
+    (r, n), d = lam.shape, len(s)
+    classes, N = -(-d // n), 1 << (r * n - 1).bit_length()
+    j, m, o = (torch.arange(size, device=s.device) for size in (r, classes, len(row)))
+    H, rows, row = sylvester(j, m).to(wide), o % N, row.to(wide)
+
+    def by_class(t: Tensor) -> Tensor:
+        """(T, d) as (T, classes, n); columns that are missing are zero."""
+        return F.pad(t.to(of_classes), (0, classes * n - d)).unflatten(1, (classes, n))
+
+    def by_column(t: Tensor) -> Tensor:
+        """The inverse, in the compute type."""
+        return F.pad(t.flatten(1), (0, d - classes * n)).to(wide)
+
+    # Lambda and gamma have these factors, and so their gradients.
+    of_lam, of_gam = col.view(r, n) * scale, s
+    factors, blocks = lam.to(wide) * of_lam, by_class(gam.to(wide) * of_gam)
+    small, large = (given, other) if up else (other, given)
+    if small is not None:
+        z = torch.einsum("tmk,imk->tmi", by_class(small), blocks).to(wide)
+        z = torch.einsum("jm,tmi->tji", H, z)
+    if large is not None:
+        sums = row.new_zeros(len(large), N).index_add(1, rows, large * row)
+        u = _transform(sums)[:, : r * n].view(-1, r, n)
+        w = torch.einsum("jm,tji->tmi", H, u * factors).to(of_classes)
+    if up:
+        v = F.pad((z * factors).flatten(1), (0, N - r * n))
+        product = _transform(v)[:, rows] * row
+    else:
+        product = by_column(torch.einsum("tmi,imk->tmk", w, blocks))
+    if other is None:
+        return product, None, None
+    P = torch.einsum("tmi,tmk->imk", w, by_class(small))
+    dlam, dgam = (u * z).sum(0) * of_lam, by_column(P) * of_gam
+    return product, dlam.to(lam.dtype), dgam.to(gam.dtype)
+
+
+def _transform(v: Tensor) -> Tensor:
+    """v (T, N) @ H, as two small products."""
+    N = v.shape[1]
+    low = 1 << (N.bit_length() - 1) // 2
+    one, other = (torch.arange(size, device=v.device) for size in (N // low, low))
+    left, right = (sylvester(i, i).to(v.dtype) for i in (one, other))
+    return (left @ v.unflatten(1, (N // low, low)) @ right).flatten(1)
 
 
 def _each(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:

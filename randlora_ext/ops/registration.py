@@ -5,7 +5,7 @@ Eager code and torch.func call an operator's autograd Function; torch.compile an
 lambda and gamma; nothing of size (K, d), (T, K) or (D, d).
 """
 
-import math
+import itertools
 import sys
 from collections.abc import Callable, Collection
 from functools import partial
@@ -22,22 +22,32 @@ _ops = torch.ops.randlora
 # ---- fake kernels: the shapes, dtypes and devices of results, for torch.compile ------------------
 
 
-def fake(function: Callable) -> Callable:
-    """Registers the fake kernel of the operator that has the function's name.
+def fake(function: Callable, operator: str = "") -> Callable:
+    """Registers the fake kernel of `operator`, or of the one that has the function's name. It gets
+    the operator's arguments by their names.
 
     It repeats the check of csrc/torch/check.cpp that calls with a meta tensor never reach.
     """
-    names = _argument_names(function.__name__)
+    operator = operator or function.__name__
+    names = _argument_names(operator)
 
     def checked(*args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
         on = {name: str(t.device) for name, t in given.items() if isinstance(t, Tensor)}
         if len({*on.values()}) > 1:
             raise RuntimeError(f"randlora: arguments must be on one device, got {on}")
-        return function(*args, **kwargs)
+        return function(**given)
 
-    torch.library.register_fake(f"randlora::{function.__name__}")(checked)
+    torch.library.register_fake(f"randlora::{operator}")(checked)
     return function
+
+
+def _fake_backward(lam, gam, x=None, need_x=None, need_diagonals=True, **_):
+    """Of every backward operator; those of linear layers return dx, too, and None if not needed."""
+    like = (lam, gam) if need_diagonals else (None, None)
+    if need_x is not None:
+        like = x if need_x else None, *like
+    return tuple(None if t is None else t.new_empty(t.shape) for t in like)
 
 
 def _argument_names(operator: str) -> list[str]:
@@ -61,52 +71,38 @@ def autocast(device_type: str, *values: Tensor | None) -> list[Tensor | None]:
     ]
 
 
-def _without_autocast(device_type: str, op, *inputs):
-    # The context manager torch.autocast takes 10 us.
-    torch.set_autocast_enabled(device_type, False)
-    try:
-        return op(*inputs)
-    finally:
-        torch.set_autocast_enabled(device_type, True)
-
-
 def _register_autocast(name: str, cast: Collection[str]) -> None:
     """Casts the arguments `cast`, as torch those of F.linear; inside autocast is off, since the
     kernels read what torch's GEMM returns in the dtype of x. torch.library.register_autocast would
     cast lambda and gamma as well, and always to one dtype."""
-    is_cast = [each in cast for each in _argument_names(name)]
-    forward = getattr(_ops, name).default
-    backward = getattr(_ops, f"{name}_backward").default
+    op, is_cast = getattr(_ops, name).default, [each in cast for each in _argument_names(name)]
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def casting(*inputs, device_type=device_type):
             pairs = zip(inputs, is_cast, strict=True)
-            inputs = (autocast(device_type, v)[0] if which else v for v, which in pairs)
-            return _without_autocast(device_type, forward, *inputs)
+            inputs = [autocast(device_type, v)[0] if which else v for v, which in pairs]
+            torch.set_autocast_enabled(device_type, False)  # torch.autocast would take 10 us
+            try:
+                return op(*inputs)
+            finally:
+                torch.set_autocast_enabled(device_type, True)
 
         torch.library.impl(f"randlora::{name}", key, casting)
-        # Keeps the dtypes of the forward.
-        without = partial(_without_autocast, device_type, backward)
-        torch.library.impl(f"randlora::{name}_backward", key, without)
 
 
 # ---- vmap: one call per element ------------------------------------------------------------------
 
 
-def _element(value, dim, index: int):
-    if dim is None:
-        return value
-    if value.shape[dim] == 0:  # an empty batch still needs the shapes of the results
-        return value.new_zeros(value.movedim(dim, 0).shape[1:])
-    return value.select(dim, index)
-
-
 def _vmap(op, info, in_dims: tuple, *inputs) -> tuple:
     """The rule that torch.library.register_vmap asks for."""
-    results = [
-        op(*(_element(value, dim, i) for value, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(max(info.batch_size, 1))
-    ]
+
+    def elements(value, dim):
+        if dim is None:
+            return itertools.repeat(value)
+        # An empty batch still needs the shapes of the results.
+        return value.unbind(dim) or [value.new_zeros(value.movedim(dim, 0).shape[1:])]
+
+    results = [op(*each) for each in zip(*map(elements, inputs, in_dims), strict=False)]
 
     def stack(parts):
         return None if parts[0] is None else torch.stack(parts)[: info.batch_size]
@@ -130,12 +126,21 @@ class Operator(Function):
     generate_vmap_rule = True
 
 
-class _RefuseTwice(Operator):
-    """Hands gradients on. Without it a second derivative would silently be that of a constant."""
+def _below_autograd(op, *inputs):
+    # So that autograd does not act again; nothing public does this.
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
 
-    @staticmethod
-    def forward(gradients, *inputs):
-        return tuple(None if g is None else g.view_as(g) for g in gradients)
+
+def _differentiable(function: type[Function], *inputs):
+    # It is off in compiled code and in backward, but for create_graph=True and torch.func.
+    return (function.apply if torch.is_grad_enabled() else function.forward)(*inputs)
+
+
+class _Backward(Operator):
+    """Without it a second derivative would silently be that of a constant."""
+
+    forward = staticmethod(_below_autograd)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -146,36 +151,24 @@ class _RefuseTwice(Operator):
         raise RuntimeError("randlora operators cannot be differentiated twice")
 
 
-def gradients(op, *inputs):
-    """Calls the backward operator `op`; differentiating its results raises."""
-    with torch._C._AutoDispatchBelowAutograd():
-        results = op(*inputs)
-    if torch.is_grad_enabled():  # create_graph=True, or a torch.func transform around this one
-        tensors = [t for t in inputs if isinstance(t, Tensor)]
-        return _RefuseTwice.apply(results, *tensors)
-    return results
+# Calls a backward operator; differentiating its results raises.
+gradients = partial(_differentiable, _Backward)
 
 
 def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Callable:
-    """Registers gradient, vmap and autocast, of the arguments `cast`, of the operator `name`;
-    returns what eager code calls, with the arguments that describe the bases by name, in the
-    operator's order."""
+    """Registers gradient and its fake kernel, vmap and autocast, of the arguments `cast`, of the
+    operator `name`; returns what eager code calls, with the arguments that describe the bases by
+    name, in the operator's order."""
     op = getattr(_ops, name)
-
-    def forward(*inputs):
-        # So that autograd does not act again; nothing public does this.
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.default(*inputs)
-
-    def differentiable(*inputs):  # compiled code calls the operator without gradients, too
-        return function.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
-
+    forward = partial(_below_autograd, op.default)
     function.forward = staticmethod(forward)  # type: ignore[method-assign]
-    torch.library.impl(f"randlora::{name}", "Autograd", differentiable)
-    for each in (name, f"{name}_backward"):
+    torch.library.impl(f"randlora::{name}", "Autograd", partial(_differentiable, function))
+    fake(_fake_backward, f"{name}_backward")
+    # Backward keeps the dtypes of forward.
+    for each, its_cast in ((name, cast), (f"{name}_backward", ())):
         rule = partial(_vmap, getattr(_ops, each).default)
         torch.library.register_vmap(f"randlora::{each}", rule)
-    _register_autocast(name, cast)
+        _register_autocast(each, its_cast)
     # Function.apply binds default arguments by inspect.signature if there is a setup_context: 50 us
     # a call, a tenth of a training step of 16 tokens. This is the C++ method under it.
     apply_eager = super(Function, function).apply  # type: ignore[misc]
@@ -186,9 +179,10 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
                 torch._dynamo.graph_break(
                     "randlora_ext runs uncompiled under torch.func transforms"
                 )
-            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it is slow
-                return torch.compiler.disable(function.apply)(*inputs, *bases.values())
-            return function.apply(*inputs, *bases.values())
+            # Where it is not imported nothing is compiled, and importing it is slow.
+            imported = "torch._dynamo" in sys.modules
+            apply = torch.compiler.disable(function.apply) if imported else function.apply
+            return apply(*inputs, *bases.values())
         if torch.compiler.is_compiling():
             return op(*inputs, **bases)
         return apply_eager(*inputs, *bases.values())
@@ -215,19 +209,10 @@ def linear_entry(name: str) -> Callable:
             need_x, need_weight, need_bias, need_lam, need_gam, *_ = ctx.needs_input_grad
             inputs = dy, x, weight, lam, gam, *ctx.basis, need_x, need_lam or need_gam
             dx, dlam, dgam = gradients(backward_op, *inputs)
-            dweight = dbias = None
-            if need_weight or need_bias:  # they may train beside the adapter (PEFT's bias="all")
-                tokens = math.prod(dy.shape[:-1])  # vmap over nothing could not tell what -1 is
-                flat = dy.reshape(tokens, dy.shape[-1])
-                dweight = flat.T @ x.reshape(tokens, x.shape[-1]) if need_weight else None
-                dbias = flat.sum(0) if need_bias else None
+            # They may train beside the adapter (PEFT's bias="all").
+            tokens = [*range(dy.dim() - 1)]
+            dweight = torch.tensordot(dy, x, (tokens, tokens)) if need_weight else None
+            dbias = torch.einsum("...o->o", dy) if need_bias else None
             return dx, dweight, dbias, dlam, dgam, *of_basis
 
-    def fake_backward(dy, x, weight, lam, gam, *rest):
-        *_, need_x, need_diagonals = rest
-        wanted = ((x, need_x), (lam, need_diagonals), (gam, need_diagonals))
-        return tuple(t.new_empty(t.shape) if need else None for t, need in wanted)
-
-    fake_backward.__name__ = f"{name}_backward"
-    fake(fake_backward)
     return entry(name, Linear, cast=("x", "weight", "bias", "B"))

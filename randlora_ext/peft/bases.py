@@ -172,9 +172,9 @@ class PackedBufferDict(MutableMapping, BufferDict):
                 if key in self._bases:  # PEFT moves bases with a weight; these would be lost
                     return
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
-            with suppress(ValueError):  # not ternary: layers multiply by it as it is
-                planes, value = pack_dense("the basis", basis.detach().reshape(len(basis), -1))
-                basis = BasisTensor(planes, value, basis.shape, basis.dtype, basis.device)
+            # Layers multiply by one that is not ternary as it is.
+            if packed := pack_dense(basis.detach().reshape(len(basis), -1)):
+                basis = BasisTensor(*packed, basis.shape, basis.dtype, basis.device)
         self._bases[key] = basis
         self._changed()
 

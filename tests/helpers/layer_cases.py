@@ -138,7 +138,7 @@ def dense_basis(in_features: int, out_features: int, r: int, dtype: torch.dtype)
 
 def imported_basis(A: Tensor, B: Tensor, in_features: int, out_features: int) -> Basis:
     """Of ternary matrices A (r, d) and B (D, K), packed as PEFT's are."""
-    (a, a_value), (b, b_value) = pack_dense("A", A), pack_dense("B", B)
+    (a, a_value), (b, b_value) = pack_dense(A), pack_dense(B)
     matrices = ImportedMatrices(a, b, B.shape[1], a_value, b_value)
     return Basis.of(in_features, out_features, len(A), matrices)
 
