@@ -42,6 +42,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
     peft_config: dict[str, peft.RandLoraConfig]
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
+    _sizes: tuple[int, int] | None = None  # (D, d) of the bases that the next layer needs
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
@@ -58,41 +59,23 @@ class AcceleratedRandLoraModel(RandLoraModel):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
-        """Ours before anything is drawn, and PEFT's, of one key and ``save_projection`` among
-        adapters on PEFT's bases alone."""
+        """Also PEFT's, of one key and ``save_projection`` among adapters on PEFT's bases alone."""
         check_r(config.r)  # stock PEFT's configuration does not
-        self._check_targets(config)
         _warn_of_scaling(config)
-        everyone, wanted = self.peft_config, _target_parameters(config)
-        for name, other in everyone.items():
+        wanted = _target_parameters(config)
+        for name, other in self.peft_config.items():
             if wanted and (others := _target_parameters(other)) not in ([], wanted):
                 raise ValueError(
                     f"target_parameters must be {others}, those of adapter {name!r}, got {wanted}: "
                     "the names of saved tensors depend on the order of nested layers"
                 )
-        self.peft_config = {
-            name: other
-            for name, other in everyone.items()
-            if not isinstance(other.projection_prng_key, str)
-        }
-        try:
-            if any(other is config for other in self.peft_config.values()):
-                super()._check_new_adapter_config(config)
-        finally:
-            self.peft_config = everyone
         BaseTuner._check_new_adapter_config(self, config)
-
-    def inject_adapter(self, model, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # The bases of an adapter of that name, or of one that could not be added, are not its.
-        both = self.randlora_A, self.randlora_B
-        old = [bases.pop(adapter_name, None) for bases in both]
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            for bases, basis in zip(both, old, strict=True):
-                if basis is not None:
-                    bases[adapter_name] = basis
-            raise
+        if not isinstance(config.projection_prng_key, str):
+            drawn: Any = object.__new__(RandLoraModel)
+            all_configs = self.peft_config.items()
+            of_peft = {n: c for n, c in all_configs if not isinstance(c.projection_prng_key, str)}
+            drawn.peft_config = of_peft
+            drawn._check_new_adapter_config(config)
 
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.
@@ -101,8 +84,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
 
     def _create_and_replace(self, config, adapter_name, *args, **kwargs) -> None:
-        if adapter_name not in self.randlora_A:  # this is its first layer
-            self._add_bases(config, adapter_name)
+        if self._sizes is not None:  # this is the adapter's first layer
+            self._add_bases(config, adapter_name, *self._sizes)
+            self._sizes = None
             guard(self.model)
             refuse_lora_files(self.model)
         if "parameter_name" in kwargs:
@@ -135,59 +119,56 @@ class AcceleratedRandLoraModel(RandLoraModel):
         only_parameters = config.target_modules is None and _target_parameters(config) and not known
         return config if only_parameters else super()._prepare_adapter_config(config, model_config)
 
-    def _check_targets(self, config: peft.RandLoraConfig) -> None:
-        targets, parameters = self._target_sizes(config), self._parameter_sizes(config)
+    def _prepare_model(self, config, model) -> None:
+        """Checks the targets before anything is drawn or replaced."""
+        parameters = self._parameter_sizes(config)
+        config = _maybe_include_all_linear_layers(config, model)
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if self._check_target_module_exists(config, name) and _is_linear(module)
+        }
+        if not targets and (config.target_modules or not parameters):
+            names = [name for name, module in model.named_modules() if _is_linear(module)]
+            linear = [name for name in names if not name.endswith(".base_layer")]
+            raise ValueError(
+                f"target_modules {config.target_modules!r} matches no linear layer of "
+                f"{type(model).__name__}; its linear layers are called {first(linear)}"
+            )
         if parameters:  # in the order of nesting, innermost first, which `randlora merge` reads
             names = [f".{name}" for name in parameters]
             place = {t: [n.endswith(f".{t}") for n in names] for t in config.target_parameters}
             config.target_parameters = sorted(place, key=lambda t: place[t], reverse=True)
-        for name in targets:
-            check_no_plan(self.model, name, f"target {name!r}")
-            if not isinstance(module := self.model.get_submodule(name), RandLoraLayer):
+        for name, module in targets.items():
+            check_no_plan(model, name, f"target {name!r}")
+            if not isinstance(module, RandLoraLayer):
                 check_whole(module, f"target {name!r}")
             # PEFT leaves out what lies inside its own layers.
-            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
-                check_not_nested(self.model, name, f"target {name!r}")
-        both = targets | parameters
-        if both and config.r > (d := largest(both.values())[1]):
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
+                check_not_nested(model, name, f"target {name!r}")
+        self._sizes = largest([*map(features, targets.values()), *parameters.values()])
+        if config.r > (d := self._sizes[1]):
             warnings.warn(more_than_d(config.r, d), stacklevel=2)
-        if not targets and not (parameters and not config.target_modules):
-            names = [name for name, module in self.model.named_modules() if _is_linear(module)]
-            linear = [name for name in names if not name.endswith(".base_layer")]
-            raise ValueError(
-                f"target_modules {config.target_modules!r} matches no linear layer of "
-                f"{type(self.model).__name__}; its linear layers are called {first(linear)}"
-            )
 
-    def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
+    def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int) -> None:
         """Finds the adapter's bases among those of other adapters, or makes them."""
-        D, d = largest((self._target_sizes(config) | self._parameter_sizes(config)).values())
-        made = self._alike(config, D, d) or new_bases(config, D, d)
+        made = self._alike(config, adapter_name, D, d) or new_bases(config, D, d)
         for bases, matrix in zip((self.randlora_A, self.randlora_B), made, strict=True):
             bases[adapter_name] = matrix
             if generator_of(matrix) is None:  # PEFT's check wants the same for all
                 bases.persistent = config.save_projection
 
-    def _alike(self, config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor] | None:
+    def _alike(
+        self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int
+    ) -> tuple[Tensor, Tensor] | None:
         """The bases that an added adapter shares, as in stock PEFT, whatever their flags."""
-        for i, (name, A) in enumerate(self.randlora_A.items()):
-            other, B = self.peft_config[name], self.randlora_B[name]
+        for i, name in enumerate(name for name in self.randlora_A if name != adapter_name):
+            other, A, B = self.peft_config[name], self.randlora_A[name], self.randlora_B[name]
             same = (other.r, other.projection_prng_key) == (config.r, config.projection_prng_key)
             sizes = A.shape[-1], B.shape[0]
             if same and (sizes == (d, D) or (i == 0 and sizes[0] >= d and sizes[1] >= D)):
                 return A, B
         return None
-
-    def _target_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of the targets by their names."""
-        # The user may have left the targets to PEFT.
-        config = self._prepare_adapter_config(config, self.get_model_config(self.model))
-        config = _maybe_include_all_linear_layers(config, self.model)
-        return {
-            name: features(module)
-            for name, module in self.model.named_modules()
-            if self._check_target_module_exists(config, name) and _is_linear(module)
-        }
 
     def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the ``target_parameters`` by their names."""
