@@ -192,13 +192,11 @@ def record_configurations(folder: Path) -> None:
     for config in folder.rglob(CONFIG_NAME):
         tensors = config.with_name(SAFETENSORS_WEIGHTS_NAME)
         if tensors.exists():
-            fields = json.loads(config.read_text())
-            text = json.dumps({name: fields.get(name) for name in _RECORDED})
             new, held = tensors.with_suffix(".recorded"), load_file(tensors)
             ones = [key for key in held if key.endswith(INPUT_SCALE) and no_scale(held[key])]
             for key in ones:  # of PEFT 0.20
                 del held[key]
-            save_file(held, new, metadata={"format": "pt", _METADATA: text})
+            save_file(held, new, metadata={"format": "pt", _METADATA: config.read_text()})
             os.replace(new, tensors)
 
 
@@ -224,7 +222,6 @@ class OneSave(str):
     """A folder with the files of one save, shown to users as the one `of` which they are."""
 
     of: str
-    recorded: dict  # by its tensors
 
     def __repr__(self) -> str:
         return repr(self.of)
@@ -253,12 +250,14 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
                 with suppress(FileNotFoundError):
                     file = held.enter_context(open(place / link.name, "rb"))
                     link.symlink_to(f"/proc/self/fd/{file.fileno()}")
-            recorded = dict.fromkeys(_RECORDED) | _fields_in(_recorded_in(tensors) or "")
-            own = _fields_in(config.read_text()) if config.exists() else recorded
+            text = _recorded_in(tensors) or ""
+            if not config.exists():
+                config.write_text(text)
+            recorded, own = _fields_in(text), _fields_in(config.read_text())
             different = [
-                f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
+                f"{name} is {recorded.get(name)!r}, not {own.get(name)!r}"
                 for name in _RECORDED
-                if recorded[name] != own.get(name)
+                if recorded.get(name) != own.get(name)
             ]
             if not different:
                 break
@@ -272,5 +271,5 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
             )
         hub.pop("subfolder", None)
         save = OneSave(temporary)
-        save.of, save.recorded = str(place), recorded
+        save.of = str(place)
         yield save

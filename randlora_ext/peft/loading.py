@@ -14,7 +14,7 @@ from peft.utils.save_and_load import load_peft_weights
 from ..nn.linear import check_alpha
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 from .bases import BASIS_NAMES
-from .config import PEFT_TYPES, OneSave, one_save, other_bases
+from .config import PEFT_TYPES, one_save, other_bases
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
@@ -97,7 +97,7 @@ def check_load_over(model: PeftModel, folder: str, adapter_name: str, hub: dict)
     """ValueError if tensors that ``PeftModel.load_adapter`` writes into an adapter belong to other
     bases, and do not bring these; a warning if alpha differs.
     """
-    saved = folder.recorded if isinstance(folder, OneSave) else _saved_fields(folder, **hub)
+    saved = _saved_fields(folder, **hub)
     config = model.peft_config[adapter_name]
     saves_bases = adapter_name in model.base_model.randlora_A.saved()
     if not (saves_bases and saved["save_projection"]):

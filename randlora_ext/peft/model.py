@@ -48,8 +48,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
         kwargs |= {"loaded_in_8bit": False, "loaded_in_4bit": False}  # PEFT has a class for each
         refused = quantized.backend_of(target) and not isinstance(target, nn.Linear)
-        make = quantized.wrap if refused else RandLoraModel._create_new_module
-        return accelerate_layer(make(config, A, B, adapter_name, target, **kwargs))
+        accepted = quantized.linear_like(target) if refused else target
+        layer = RandLoraModel._create_new_module(config, A, B, adapter_name, accepted, **kwargs)
+        layer.base_layer = target
+        return accelerate_layer(layer)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # Where PEFT would set the weight of what it unloads.

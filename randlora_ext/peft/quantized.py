@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft.tuners.randlora.layer import RandLoraLayer
-from peft.tuners.randlora.model import RandLoraModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -91,11 +90,9 @@ def _stand_in(base: Any) -> Tensor:
     return torch.empty(0, dtype=dtype, device=tensors[0].device)
 
 
-def wrap(config: Any, A: Any, B: Any, name: str, base: Any, **kwargs: Any) -> Any:
-    """PEFT's layer around `base`, made from a linear layer of its sizes that takes no memory."""
+def linear_like(base: Any) -> nn.Linear:
+    """What PEFT takes in the place of `base`: a layer of its sizes that takes no memory."""
     like = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     zero = _stand_in(base).new_zeros(())
     like.weight = nn.Parameter(zero.expand(base.out_features, base.in_features), False)
-    layer = RandLoraModel._create_new_module(config, A, B, name, like, **kwargs)
-    layer.base_layer = base
-    return layer
+    return like
