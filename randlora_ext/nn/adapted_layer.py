@@ -115,7 +115,7 @@ class AdaptedLayer(KeepsWeight):
         base = self._modules["base_layer"]  # nn.Module's __getattr__ takes half a microsecond
         if len(names) == 1 and not args and not kwargs:
             name = names[0]
-            if not self._dropped(name) and not self._widens(name, x):
+            if not self._dropped(name) and self._cast(name, x) is x:
                 if (weight := plain_weight(base, x)) is not None:
                     return self._part(name, x, weight, base.bias)
         if names:
@@ -134,12 +134,8 @@ class AdaptedLayer(KeepsWeight):
         basis = self.basis_of(name, device)
         return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
 
-    def _widens(self, name: str, x: Tensor) -> bool:
-        """Whether the adapter multiplies in a wider dtype than the base layer."""
-        return False
-
     def _cast(self, name: str, x: Tensor) -> Tensor:
-        """x as the adapter alone takes it."""
+        """x as the adapter takes it, in a wider dtype perhaps than the base layer."""
         return x
 
     def _dropped(self, name: str) -> float:

@@ -111,15 +111,9 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         super()._use_basis(adapter, basis)
         self.bases.pop(adapter, None)  # `_find` makes the same
 
-    def _widens(self, name: str, x: Tensor) -> bool:
-        return self.float32_products and self._is_dense_in_16_bits(name, x)
-
     def _cast(self, name: str, x: Tensor) -> Tensor:
-        keeps = not self.float32_products and self._is_dense_in_16_bits(name, x)
-        return x if keeps else x.to(self._dtype_of(name, x.device))
-
-    def _is_dense_in_16_bits(self, name: str, x: Tensor) -> bool:
-        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
+        widens = self.float32_products and x.dtype.itemsize == 2
+        return x.float() if widens and self.basis_of(name, x.device).kind == "dense" else x
 
     def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
         lam, gam = self.randlora_lambda[adapter].dtype, self.randlora_gamma[adapter].dtype
