@@ -78,9 +78,6 @@ class RandLoraConfig(peft.RandLoraConfig):
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         generated = description_of(vars(self))
-        if self.target_parameters:
-            kind = generated.kind if generated else self.basis
-            check_options(self.target_parameters, kind, self.density, self.randlora_dropout)
         if generated is not None:
             self.save_projection = True  # else PEFT warns that bases may be lost
         super().__post_init__()
@@ -88,18 +85,20 @@ class RandLoraConfig(peft.RandLoraConfig):
             self.basis, self.density = generated.kind, generated.density
             key: Any = generated.key()
             self.projection_prng_key, self.save_projection = key, False
-        enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
-        if isinstance(self.projection_prng_key, str) and not enabled:
+        if self.target_parameters:
+            check_options(self.target_parameters, self.basis, self.density, self.randlora_dropout)
+        if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig:
+            return
+        if generated is not None:
             raise RuntimeError(
                 f"basis={self.basis!r} needs "
                 "randlora_ext.peft.enable() to be called first; stock PEFT has no such bases"
             )
-        if not enabled:
-            warnings.warn(
-                "randlora_ext.peft.enable() has not been called: until it is, a model of this "
-                "configuration has PEFT's own layers, without our kernels",
-                stacklevel=3,  # where the configuration is made
-            )
+        warnings.warn(
+            "randlora_ext.peft.enable() has not been called: until it is, a model of this "
+            "configuration has PEFT's own layers, without our kernels",
+            stacklevel=3,  # where the configuration is made
+        )
 
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
@@ -210,11 +209,11 @@ def _recorded_in(tensors: Path) -> str | None:
 
 
 def _fields_in(text: str) -> dict:
-    """Those of a JSON object; none of anything else."""
+    """Those of a JSON object, with lists in order, since PEFT saves sets; none of anything else."""
     with suppress(ValueError, RecursionError):
         fields = json.loads(text)
         if isinstance(fields, dict):
-            return fields
+            return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in fields.items()}
     return {}
 
 

@@ -153,13 +153,10 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
     def __init__(
         self, base_layer: Any, parameter_name: str, A: Any, B: Any, adapter_name: str, config: Any
     ) -> None:
-        nn.Module.__init__(self)
-        RandLoraLayer.__init__(self, self._set_sizes(base_layer, parameter_name))
-        self.base_layer = base_layer
-        self.fan_in_fan_out = False
         self.bases, self.input_scales = {}, {}
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, A, B, config.r, config=config)
+        like = self._set_sizes(base_layer, parameter_name)
+        super().__init__(like, A, B, adapter_name, config, config.r)
+        self.base_layer = base_layer
 
     def update_layer(self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any):
         super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
