@@ -8,7 +8,7 @@ import peft
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
-from torch import Tensor, nn
+from torch import nn
 
 from ..basis.description import check_r
 from ..nn.apply import check_not_nested
@@ -153,24 +153,20 @@ class AcceleratedRandLoraModel(RandLoraModel):
             warnings.warn(more_than_d(config.r, d), stacklevel=2)
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int) -> None:
-        """Finds the adapter's bases among those of other adapters, or makes them."""
-        made = self._alike(config, adapter_name, D, d) or new_bases(config, D, d)
-        for bases, matrix in zip((self.randlora_A, self.randlora_B), made, strict=True):
-            bases[adapter_name] = matrix
-            if generator_of(matrix) is None:  # PEFT's check wants the same for all
-                bases.persistent = config.save_projection
-
-    def _alike(
-        self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int
-    ) -> tuple[Tensor, Tensor] | None:
-        """The bases that an added adapter shares, as in stock PEFT, whatever their flags."""
+        """Takes those of another adapter, as stock PEFT does whatever their flags, or makes new
+        ones."""
         for i, name in enumerate(name for name in self.randlora_A if name != adapter_name):
             other, A, B = self.peft_config[name], self.randlora_A[name], self.randlora_B[name]
             same = (other.r, other.projection_prng_key) == (config.r, config.projection_prng_key)
             sizes = A.shape[-1], B.shape[0]
             if same and (sizes == (d, D) or (i == 0 and sizes[0] >= d and sizes[1] >= D)):
-                return A, B
-        return None
+                break
+        else:
+            A, B = new_bases(config, D, d)
+        for bases, matrix in ((self.randlora_A, A), (self.randlora_B, B)):
+            bases[adapter_name] = matrix
+            if generator_of(matrix) is None:  # PEFT's check wants the same for all
+                bases.persistent = config.save_projection
 
     def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the ``target_parameters`` by their names."""
