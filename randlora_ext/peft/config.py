@@ -201,11 +201,10 @@ def record_configurations(folder: Path) -> None:
 
 def _recorded_in(tensors: Path) -> str | None:
     """What `record_configurations` wrote; None for other files."""
-    try:
-        with safe_open(tensors, "pt") as file:
-            return (file.metadata() or {}).get(_METADATA)
-    except (OSError, SafetensorError):  # whoever reads the tensors reports more
-        return None
+    # Whoever reads the tensors reports more.
+    with suppress(OSError, SafetensorError), safe_open(tensors, "pt") as file:
+        return (file.metadata() or {}).get(_METADATA)
+    return None
 
 
 def _fields_in(text: str) -> dict:

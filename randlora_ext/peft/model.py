@@ -111,8 +111,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
             return
         wrapper = ParamWrapper(target, parameter_name, A, B, adapter_name, config)
         wrapper.path = current_key
-        if adapter_name not in self.active_adapters:
-            wrapper.requires_grad_(False)
         self._replace_module(parent, target_name, wrapper, target)
 
     def _prepare_adapter_config(self, config, model_config):
@@ -153,8 +151,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             warnings.warn(more_than_d(config.r, d), stacklevel=2)
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int) -> None:
-        """Takes those of another adapter, as stock PEFT does whatever their flags, or makes new
-        ones."""
+        """Takes another adapter's, whatever their flags, as stock PEFT does, or makes new ones."""
         for i, name in enumerate(name for name in self.randlora_A if name != adapter_name):
             other, A, B = self.peft_config[name], self.randlora_A[name], self.randlora_B[name]
             same = (other.r, other.projection_prng_key) == (config.r, config.projection_prng_key)
