@@ -31,11 +31,12 @@ class AdaptedLayer(KeepsWeight):
     experts: tuple[int, ...] = ()  # how many, if the weight is a stack
     fan_in_fan_out: bool
     scaling: dict[str, float]
+    bases: dict[str, Basis]
     input_scales: dict[str, Tensor]
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
         """The basis by which the adapter multiplies on that device."""
-        raise NotImplementedError
+        return self.bases[adapter]
 
     def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
         """The dtype of dW and of its factors."""
@@ -72,6 +73,7 @@ class AdaptedLayer(KeepsWeight):
 
     def _use_basis(self, adapter: str, basis: Basis) -> None:
         """`basis_of` gives the adapter this one from now on."""
+        self.bases[adapter] = basis
         self.input_scales.pop(adapter, None)
         if basis.input_scale is not None:
             self.input_scales[adapter] = basis.input_scale
