@@ -54,11 +54,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
         return accelerate_layer(layer)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        # Where PEFT would set the weight of what it unloads.
-        if quantized.backend_of(new_module) or isinstance(child, ParamWrapper):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        # PEFT would also set the weight of what it unloads, which not every base layer has.
+        setattr(parent, child_name, new_module)
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
         """Also PEFT's, of one key and ``save_projection`` among adapters on PEFT's bases alone."""
@@ -85,33 +82,29 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name in BASIS_NAMES:
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
 
-    def _create_and_replace(self, config, adapter_name, *args, **kwargs) -> None:
+    def _create_and_replace(
+        self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
         if self._sizes is not None:  # this is the adapter's first layer
             self._add_bases(config, adapter_name, *self._sizes)
             self._sizes = None
             guard(self.model)
             refuse_lora_files(self.model)
-        if "parameter_name" in kwargs:
-            return self._wrap_parameter(config, adapter_name, *args, **kwargs)
-        path = kwargs["current_key"]
-        try:
-            check_is_called(self.model, path, f"module {path!r}")
-        except ValueError as error:  # not raised: files of stock PEFT must load
-            warnings.warn(str(error), stacklevel=2)
-        super()._create_and_replace(config, adapter_name, *args, **kwargs)
-        self.model.get_submodule(path).path = path
-        disable_nested_tensors(self.model, path)
-
-    def _wrap_parameter(
-        self, config, adapter_name, target, target_name, parent, current_key, parameter_name
-    ) -> None:
-        A, B = self.randlora_A, self.randlora_B
-        if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+        A, B, place = self.randlora_A, self.randlora_B, (target_name, parent, current_key)
+        if parameter_name is None:
+            try:
+                check_is_called(self.model, current_key, f"module {current_key!r}")
+            except ValueError as error:  # not raised: files of stock PEFT must load
+                warnings.warn(str(error), stacklevel=2)
+            super()._create_and_replace(config, adapter_name, target, *place)
+            disable_nested_tensors(self.model, current_key)
+        elif isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
             target.update_layer(adapter_name, A, B, config.r, config=config)
             return
-        wrapper = ParamWrapper(target, parameter_name, A, B, adapter_name, config)
-        wrapper.path = current_key
-        self._replace_module(parent, target_name, wrapper, target)
+        else:
+            wrapper = ParamWrapper(target, parameter_name, A, B, adapter_name, config)
+            setattr(parent, target_name, wrapper)
+        getattr(parent, target_name).path = current_key
 
     def _prepare_adapter_config(self, config, model_config):
         # As PEFT's LoRA: the model's usual modules, or none of a model that PEFT does not know.
