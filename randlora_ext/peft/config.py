@@ -231,8 +231,8 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
 
     Saving replaces files and writes into none, so an open file stays as it is, and its path under
     /proc reads it again and again. Folders that we have not saved are given back, as are those of
-    the hub. `hub` has PEFT's arguments for reading beside the folder; if the folder shown is the
-    subfolder, that is taken out of it.
+    the hub. A missing configuration is that in the tensors' header. `hub` has PEFT's arguments for
+    reading beside the folder; if the folder shown is the subfolder, that is taken out of it.
 
     Raises ValueError if configuration and tensors are not from one save.
     """

@@ -90,12 +90,13 @@ class AcceleratedRandLoraModel(RandLoraModel):
             self._sizes = None
             guard(self.model)
             refuse_lora_files(self.model)
-        A, B, place = self.randlora_A, self.randlora_B, (target_name, parent, current_key)
+        A, B = self.randlora_A, self.randlora_B
         if parameter_name is None:
             try:
                 check_is_called(self.model, current_key, f"module {current_key!r}")
             except ValueError as error:  # not raised: files of stock PEFT must load
                 warnings.warn(str(error), stacklevel=2)
+            place = target_name, parent, current_key
             super()._create_and_replace(config, adapter_name, target, *place)
             disable_nested_tensors(self.model, current_key)
         elif isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
