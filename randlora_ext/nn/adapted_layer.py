@@ -31,11 +31,12 @@ class AdaptedLayer(KeepsWeight):
     experts: tuple[int, ...] = ()  # how many, if the weight is a stack
     fan_in_fan_out: bool
     scaling: dict[str, float]
+    bases: dict[str, Basis]
     input_scales: dict[str, Tensor]
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
         """The basis by which the adapter multiplies on that device."""
-        raise NotImplementedError
+        return self.bases[adapter]
 
     def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
         """The dtype of dW and of its factors."""
@@ -77,6 +78,7 @@ class AdaptedLayer(KeepsWeight):
 
     def _use_basis(self, adapter: str, basis: Basis) -> None:
         """`basis_of` gives the adapter this one from now on."""
+        self.bases[adapter] = basis
         self.input_scales.pop(adapter, None)
         if basis.input_scale is not None:
             self.input_scales[adapter] = basis.input_scale
@@ -120,7 +122,7 @@ class AdaptedLayer(KeepsWeight):
         base = self._modules["base_layer"]  # nn.Module's __getattr__ takes half a microsecond
         if len(names) == 1 and not args and not kwargs:
             name = names[0]
-            if not self._dropped(name) and not self._widens(name, x):
+            if not self._dropped(name) and self._cast(name, x) is x:
                 if (weight := plain_weight(base, x)) is not None:
                     return self._part(name, x, weight, base.bias)
         if names:
@@ -139,12 +141,8 @@ class AdaptedLayer(KeepsWeight):
         basis = self.basis_of(name, device)
         return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
 
-    def _widens(self, name: str, x: Tensor) -> bool:
-        """Whether the adapter multiplies in a wider dtype than the base layer."""
-        return False
-
     def _cast(self, name: str, x: Tensor) -> Tensor:
-        """x as the adapter alone takes it."""
+        """x as the adapter takes it, in a wider dtype perhaps than the base layer."""
         return x
 
     def _dropped(self, name: str) -> float:

@@ -78,8 +78,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.fan_in_fan_out = is_conv1d(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.bases: dict[str, Basis] = {}
-        self.input_scales = {}
+        self.bases, self.input_scales = {}, {}
         self.merged_adapters = []
         self.active_adapters: list[str] = [adapter_name]
         self.disabled = False
@@ -160,13 +159,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         for diagonals in (self.randlora_lambda, self.randlora_gamma):
             for name, parameter in diagonals.items():
                 parameter.requires_grad_(name in self.active_adapters and not self.disabled)
-
-    def basis_of(self, adapter: str, device: torch.device) -> Basis:
-        return self.bases[adapter]
-
-    def _use_basis(self, adapter: str, basis: Basis) -> None:
-        super()._use_basis(adapter, basis)
-        self.bases[adapter] = basis
 
     def forward(self, x: Tensor) -> Tensor:
         return self._adapted(self._names(), x)

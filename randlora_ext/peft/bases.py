@@ -211,10 +211,9 @@ class PackedBufferDict(MutableMapping, BufferDict):
     ) -> None:
         # The model reports missing bases, so layers that share the dictionary report none.
         own = self.saved(prefix)
-        for key, basis in own.items():
-            if key not in state_dict:
-                continue
-            if error := misfit(key, saved := state_dict[key], basis):
+        for key in own.keys() & state_dict.keys():
+            saved, basis = state_dict[key], own[key]
+            if error := misfit(key, saved, basis):
                 error_msgs.append(error)
             else:
                 moved = saved.to(dtype=basis.dtype, device=basis.device, copy=True)

@@ -78,9 +78,6 @@ class RandLoraConfig(peft.RandLoraConfig):
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
         generated = description_of(vars(self))
-        if self.target_parameters:
-            kind = generated.kind if generated else self.basis
-            check_options(self.target_parameters, kind, self.density, self.randlora_dropout)
         if generated is not None:
             self.save_projection = True  # else PEFT warns that bases may be lost
         super().__post_init__()
@@ -88,18 +85,20 @@ class RandLoraConfig(peft.RandLoraConfig):
             self.basis, self.density = generated.kind, generated.density
             key: Any = generated.key()
             self.projection_prng_key, self.save_projection = key, False
-        enabled = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig
-        if isinstance(self.projection_prng_key, str) and not enabled:
+        if self.target_parameters:
+            check_options(self.target_parameters, self.basis, self.density, self.randlora_dropout)
+        if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig:
+            return
+        if generated is not None:
             raise RuntimeError(
                 f"basis={self.basis!r} needs "
                 "randlora_ext.peft.enable() to be called first; stock PEFT has no such bases"
             )
-        if not enabled:
-            warnings.warn(
-                "randlora_ext.peft.enable() has not been called: until it is, a model of this "
-                "configuration has PEFT's own layers, without our kernels",
-                stacklevel=3,  # where the configuration is made
-            )
+        warnings.warn(
+            "randlora_ext.peft.enable() has not been called: until it is, a model of this "
+            "configuration has PEFT's own layers, without our kernels",
+            stacklevel=3,  # where the configuration is made
+        )
 
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
@@ -192,31 +191,28 @@ def record_configurations(folder: Path) -> None:
     for config in folder.rglob(CONFIG_NAME):
         tensors = config.with_name(SAFETENSORS_WEIGHTS_NAME)
         if tensors.exists():
-            fields = json.loads(config.read_text())
-            text = json.dumps({name: fields.get(name) for name in _RECORDED})
             new, held = tensors.with_suffix(".recorded"), load_file(tensors)
             ones = [key for key in held if key.endswith(INPUT_SCALE) and no_scale(held[key])]
             for key in ones:  # of PEFT 0.20
                 del held[key]
-            save_file(held, new, metadata={"format": "pt", _METADATA: text})
+            save_file(held, new, metadata={"format": "pt", _METADATA: config.read_text()})
             os.replace(new, tensors)
 
 
 def _recorded_in(tensors: Path) -> str | None:
     """What `record_configurations` wrote; None for other files."""
-    try:
-        with safe_open(tensors, "pt") as file:
-            return (file.metadata() or {}).get(_METADATA)
-    except (OSError, SafetensorError):  # whoever reads the tensors reports more
-        return None
+    # Whoever reads the tensors reports more.
+    with suppress(OSError, SafetensorError), safe_open(tensors, "pt") as file:
+        return (file.metadata() or {}).get(_METADATA)
+    return None
 
 
 def _fields_in(text: str) -> dict:
-    """Those of a JSON object; none of anything else."""
+    """Those of a JSON object, with lists in order, since PEFT saves sets; none of anything else."""
     with suppress(ValueError, RecursionError):
         fields = json.loads(text)
         if isinstance(fields, dict):
-            return fields
+            return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in fields.items()}
     return {}
 
 
@@ -224,7 +220,6 @@ class OneSave(str):
     """A folder with the files of one save, shown to users as the one `of` which they are."""
 
     of: str
-    recorded: dict  # by its tensors
 
     def __repr__(self) -> str:
         return repr(self.of)
@@ -236,8 +231,8 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
 
     Saving replaces files and writes into none, so an open file stays as it is, and its path under
     /proc reads it again and again. Folders that we have not saved are given back, as are those of
-    the hub. `hub` has PEFT's arguments for reading beside the folder; if the folder shown is the
-    subfolder, that is taken out of it.
+    the hub. A missing configuration is that in the tensors' header. `hub` has PEFT's arguments for
+    reading beside the folder; if the folder shown is the subfolder, that is taken out of it.
 
     Raises ValueError if configuration and tensors are not from one save.
     """
@@ -253,12 +248,14 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
                 with suppress(FileNotFoundError):
                     file = held.enter_context(open(place / link.name, "rb"))
                     link.symlink_to(f"/proc/self/fd/{file.fileno()}")
-            recorded = dict.fromkeys(_RECORDED) | _fields_in(_recorded_in(tensors) or "")
-            own = _fields_in(config.read_text()) if config.exists() else recorded
+            text = _recorded_in(tensors) or ""
+            if not config.exists():
+                config.write_text(text)
+            recorded, own = _fields_in(text), _fields_in(config.read_text())
             different = [
-                f"{name} is {recorded[name]!r}, not {own.get(name)!r}"
+                f"{name} is {recorded.get(name)!r}, not {own.get(name)!r}"
                 for name in _RECORDED
-                if recorded[name] != own.get(name)
+                if recorded.get(name) != own.get(name)
             ]
             if not different:
                 break
@@ -272,5 +269,5 @@ def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
             )
         hub.pop("subfolder", None)
         save = OneSave(temporary)
-        save.of, save.recorded = str(place), recorded
+        save.of = str(place)
         yield save

@@ -32,7 +32,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
-    bases: dict[str, tuple[tuple, Basis]]  # with what each was made of
+    _found: tuple | None = None  # what `bases` are made of
     disabled = Linear.disable_adapters
     # Of these PEFT deletes an adapter's entries with it.
     other_param_names = (*Linear.other_param_names, "bases", "input_scales")
@@ -78,48 +78,38 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         key = device.type, held["randlora_A"].token, held["randlora_B"].token
         if torch.compiler.is_dynamo_compiling():
             self._find_while_tracing(*key)
-            return self.bases[adapter][1]
+            return self.bases[adapter]
         found = self.bases.get(adapter)
-        return found[1] if found and found[0] == key else self._find(adapter, device.type)
+        return found if found and self._found == key else self._find(adapter, key)
 
-    def _find(self, adapter: str, device_type: str) -> Basis:
-        A, B = self.randlora_A, self.randlora_B
+    def _find(self, adapter: str, key: tuple) -> Basis:
+        A, B, device_type = self.randlora_A[adapter], self.randlora_B[adapter], key[0]
         served = device_type == "meta" or serve(device_type)
-        sizes = self.in_features, self.out_features, self.r[adapter]
-        basis = layer_basis(A[adapter], B[adapter], *sizes, served)
+        basis = layer_basis(A, B, self.in_features, self.out_features, self.r[adapter], served)
         if adapter in self.input_scales:
             basis = basis.with_input_scale(self.input_scales[adapter], self.experts)
-        if not served and basis.kind == "dense" and isinstance(A[adapter], BasisTensor):
+        if not served and basis.kind == "dense" and isinstance(A, BasisTensor):
             warnings.warn(
                 "RandLoRA layers multiply by dense bases: there are no randlora_ext kernels for "
                 f"device type {device_type!r}",
                 stacklevel=2,
             )
-        self.bases[adapter] = (device_type, A.token, B.token), basis
+        if self._found != key:
+            self.bases.clear()
+        self._found, self.bases[adapter] = key, basis
         return basis
 
     @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
     def _find_while_tracing(self, device_type: str, *tokens: int) -> None:
         for adapter in self.randlora_lambda:  # all, since Dynamo looks into `bases` only once
-            if self.bases.get(adapter, (None,))[0] != (device_type, *tokens):
-                self._find(adapter, device_type)
+            self.basis_of(adapter, torch.device(device_type))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"bases": {}}  # found again
 
-    def _use_basis(self, adapter: str, basis: Basis) -> None:
-        super()._use_basis(adapter, basis)
-        self.bases.pop(adapter, None)  # `_find` makes the same
-
-    def _widens(self, name: str, x: Tensor) -> bool:
-        return self.float32_products and self._is_dense_in_16_bits(name, x)
-
     def _cast(self, name: str, x: Tensor) -> Tensor:
-        keeps = not self.float32_products and self._is_dense_in_16_bits(name, x)
-        return x if keeps else x.to(self._dtype_of(name, x.device))
-
-    def _is_dense_in_16_bits(self, name: str, x: Tensor) -> bool:
-        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
+        widens = self.float32_products and x.dtype.itemsize == 2
+        return x.float() if widens and self.basis_of(name, x.device).kind == "dense" else x
 
     def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
         lam, gam = self.randlora_lambda[adapter].dtype, self.randlora_gamma[adapter].dtype
@@ -159,13 +149,10 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
     def __init__(
         self, base_layer: Any, parameter_name: str, A: Any, B: Any, adapter_name: str, config: Any
     ) -> None:
-        nn.Module.__init__(self)
-        RandLoraLayer.__init__(self, self._set_sizes(base_layer, parameter_name))
-        self.base_layer = base_layer
-        self.fan_in_fan_out = False
         self.bases, self.input_scales = {}, {}
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, A, B, config.r, config=config)
+        like = self._set_sizes(base_layer, parameter_name)
+        super().__init__(like, A, B, adapter_name, config, config.r)
+        self.base_layer = base_layer
 
     def update_layer(self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any):
         super().update_layer(adapter_name, A, B, r, config=config, **kwargs)

@@ -11,10 +11,11 @@ import torch
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
 
+from ..nn.base_layer import first
 from ..nn.linear import check_alpha
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 from .bases import BASIS_NAMES
-from .config import PEFT_TYPES, OneSave, one_save, other_bases
+from .config import PEFT_TYPES, one_save, other_bases
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
@@ -52,7 +53,7 @@ def hotswap_adapter(
         )
     layers = layers_with(model, adapter_name).values()
     with one_save(model_name_or_path, kwargs) as place:
-        fields = _saved_fields(place, **kwargs)
+        fields = _SavedFields.from_pretrained(place, **kwargs)
         saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
     check_alpha("randlora_alpha", fields["randlora_alpha"])
     errors = _hotswap_errors(model, adapter_name, fields, saved)
@@ -97,7 +98,7 @@ def check_load_over(model: PeftModel, folder: str, adapter_name: str, hub: dict)
     """ValueError if tensors that ``PeftModel.load_adapter`` writes into an adapter belong to other
     bases, and do not bring these; a warning if alpha differs.
     """
-    saved = folder.recorded if isinstance(folder, OneSave) else _saved_fields(folder, **hub)
+    saved = _SavedFields.from_pretrained(folder, **hub)
     config = model.peft_config[adapter_name]
     saves_bases = adapter_name in model.base_model.randlora_A.saved()
     if not (saves_bases and saved["save_projection"]):
@@ -121,23 +122,17 @@ def warn_of_misfits(folder: str, adapter_name: str, result: Any) -> None:
         if ours := [key for key in keys if any(f".{name}" in key for name in DIAGONALS)]:
             warnings.warn(
                 f"the file of {folder!r} fits adapter {adapter_name!r} only in part: "
-                f"{len(ours)} {told}: {', '.join(ours[:10])}{', ...' * (len(ours) > 10)}",
+                f"{len(ours)} {told}: {first(ours)}",
                 stacklevel=4,
             )
 
 
-class _Fields(peft.PeftConfig):
-    """Finds and reads adapter_config.json as PEFT does, but makes no configuration of it."""
-
-    @classmethod
-    def from_peft_type(cls, **fields):
-        return fields
-
-
-def _saved_fields(folder: str, **hub) -> dict:
-    """The fields of an adapter's configuration as they are in the file, and PEFT's defaults.
+class _SavedFields(peft.PeftConfig):
+    """Its `from_pretrained` gives the fields in a saved adapter_config.json, and PEFT's defaults.
 
     Not an object: without `enable`, PEFT would make its own, which lacks ``density``.
     """
-    defaults = {field.name: field.default for field in dataclass_fields(peft.RandLoraConfig)}
-    return defaults | _Fields.from_pretrained(folder, **hub)
+
+    @classmethod
+    def from_peft_type(cls, **fields):
+        return {each.name: each.default for each in dataclass_fields(peft.RandLoraConfig)} | fields

@@ -8,7 +8,7 @@ import peft
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
-from torch import Tensor, nn
+from torch import nn
 
 from ..basis.description import check_r
 from ..nn.apply import check_not_nested
@@ -42,57 +42,39 @@ class AcceleratedRandLoraModel(RandLoraModel):
     peft_config: dict[str, peft.RandLoraConfig]
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
+    _sizes: tuple[int, int] | None = None  # (D, d) of the bases that the next layer needs
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
         kwargs |= {"loaded_in_8bit": False, "loaded_in_4bit": False}  # PEFT has a class for each
         refused = quantized.backend_of(target) and not isinstance(target, nn.Linear)
-        make = quantized.wrap if refused else RandLoraModel._create_new_module
-        return accelerate_layer(make(config, A, B, adapter_name, target, **kwargs))
+        accepted = quantized.linear_like(target) if refused else target
+        layer = RandLoraModel._create_new_module(config, A, B, adapter_name, accepted, **kwargs)
+        layer.base_layer = target
+        return accelerate_layer(layer)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        # Where PEFT would set the weight of what it unloads.
-        if quantized.backend_of(new_module) or isinstance(child, ParamWrapper):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        # PEFT would also set the weight of what it unloads, which not every base layer has.
+        setattr(parent, child_name, new_module)
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
-        """Ours before anything is drawn, and PEFT's, of one key and ``save_projection`` among
-        adapters on PEFT's bases alone."""
+        """Also PEFT's, of one key and ``save_projection`` among adapters on PEFT's bases alone."""
         check_r(config.r)  # stock PEFT's configuration does not
-        self._check_targets(config)
         _warn_of_scaling(config)
-        everyone, wanted = self.peft_config, _target_parameters(config)
-        for name, other in everyone.items():
+        wanted = _target_parameters(config)
+        for name, other in self.peft_config.items():
             if wanted and (others := _target_parameters(other)) not in ([], wanted):
                 raise ValueError(
                     f"target_parameters must be {others}, those of adapter {name!r}, got {wanted}: "
                     "the names of saved tensors depend on the order of nested layers"
                 )
-        self.peft_config = {
-            name: other
-            for name, other in everyone.items()
-            if not isinstance(other.projection_prng_key, str)
-        }
-        try:
-            if any(other is config for other in self.peft_config.values()):
-                super()._check_new_adapter_config(config)
-        finally:
-            self.peft_config = everyone
         BaseTuner._check_new_adapter_config(self, config)
-
-    def inject_adapter(self, model, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # The bases of an adapter of that name, or of one that could not be added, are not its.
-        both = self.randlora_A, self.randlora_B
-        old = [bases.pop(adapter_name, None) for bases in both]
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            for bases, basis in zip(both, old, strict=True):
-                if basis is not None:
-                    bases[adapter_name] = basis
-            raise
+        if not isinstance(config.projection_prng_key, str):
+            drawn: Any = object.__new__(RandLoraModel)
+            all_configs = self.peft_config.items()
+            of_peft = {n: c for n, c in all_configs if not isinstance(c.projection_prng_key, str)}
+            drawn.peft_config = of_peft
+            drawn._check_new_adapter_config(config)
 
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.
@@ -100,34 +82,30 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name in BASIS_NAMES:
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
 
-    def _create_and_replace(self, config, adapter_name, *args, **kwargs) -> None:
-        if adapter_name not in self.randlora_A:  # this is its first layer
-            self._add_bases(config, adapter_name)
+    def _create_and_replace(
+        self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ) -> None:
+        if self._sizes is not None:  # this is the adapter's first layer
+            self._add_bases(config, adapter_name, *self._sizes)
+            self._sizes = None
             guard(self.model)
             refuse_lora_files(self.model)
-        if "parameter_name" in kwargs:
-            return self._wrap_parameter(config, adapter_name, *args, **kwargs)
-        path = kwargs["current_key"]
-        try:
-            check_is_called(self.model, path, f"module {path!r}")
-        except ValueError as error:  # not raised: files of stock PEFT must load
-            warnings.warn(str(error), stacklevel=2)
-        super()._create_and_replace(config, adapter_name, *args, **kwargs)
-        self.model.get_submodule(path).path = path
-        disable_nested_tensors(self.model, path)
-
-    def _wrap_parameter(
-        self, config, adapter_name, target, target_name, parent, current_key, parameter_name
-    ) -> None:
         A, B = self.randlora_A, self.randlora_B
-        if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+        if parameter_name is None:
+            try:
+                check_is_called(self.model, current_key, f"module {current_key!r}")
+            except ValueError as error:  # not raised: files of stock PEFT must load
+                warnings.warn(str(error), stacklevel=2)
+            place = target_name, parent, current_key
+            super()._create_and_replace(config, adapter_name, target, *place)
+            disable_nested_tensors(self.model, current_key)
+        elif isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
             target.update_layer(adapter_name, A, B, config.r, config=config)
             return
-        wrapper = ParamWrapper(target, parameter_name, A, B, adapter_name, config)
-        wrapper.path = current_key
-        if adapter_name not in self.active_adapters:
-            wrapper.requires_grad_(False)
-        self._replace_module(parent, target_name, wrapper, target)
+        else:
+            wrapper = ParamWrapper(target, parameter_name, A, B, adapter_name, config)
+            setattr(parent, target_name, wrapper)
+        getattr(parent, target_name).path = current_key
 
     def _prepare_adapter_config(self, config, model_config):
         # As PEFT's LoRA: the model's usual modules, or none of a model that PEFT does not know.
@@ -135,59 +113,51 @@ class AcceleratedRandLoraModel(RandLoraModel):
         only_parameters = config.target_modules is None and _target_parameters(config) and not known
         return config if only_parameters else super()._prepare_adapter_config(config, model_config)
 
-    def _check_targets(self, config: peft.RandLoraConfig) -> None:
-        targets, parameters = self._target_sizes(config), self._parameter_sizes(config)
+    def _prepare_model(self, config, model) -> None:
+        """Checks the targets before anything is drawn or replaced."""
+        parameters = self._parameter_sizes(config)
+        config = _maybe_include_all_linear_layers(config, model)
+        targets = {
+            name: module
+            for name, module in model.named_modules()
+            if self._check_target_module_exists(config, name) and _is_linear(module)
+        }
+        if not targets and (config.target_modules or not parameters):
+            names = [name for name, module in model.named_modules() if _is_linear(module)]
+            linear = [name for name in names if not name.endswith(".base_layer")]
+            raise ValueError(
+                f"target_modules {config.target_modules!r} matches no linear layer of "
+                f"{type(model).__name__}; its linear layers are called {first(linear)}"
+            )
         if parameters:  # in the order of nesting, innermost first, which `randlora merge` reads
             names = [f".{name}" for name in parameters]
             place = {t: [n.endswith(f".{t}") for n in names] for t in config.target_parameters}
             config.target_parameters = sorted(place, key=lambda t: place[t], reverse=True)
-        for name in targets:
-            check_no_plan(self.model, name, f"target {name!r}")
-            if not isinstance(module := self.model.get_submodule(name), RandLoraLayer):
+        for name, module in targets.items():
+            check_no_plan(model, name, f"target {name!r}")
+            if not isinstance(module, RandLoraLayer):
                 check_whole(module, f"target {name!r}")
             # PEFT leaves out what lies inside its own layers.
-            if isinstance(self.model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
-                check_not_nested(self.model, name, f"target {name!r}")
-        both = targets | parameters
-        if both and config.r > (d := largest(both.values())[1]):
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
+                check_not_nested(model, name, f"target {name!r}")
+        self._sizes = largest([*map(features, targets.values()), *parameters.values()])
+        if config.r > (d := self._sizes[1]):
             warnings.warn(more_than_d(config.r, d), stacklevel=2)
-        if not targets and not (parameters and not config.target_modules):
-            names = [name for name, module in self.model.named_modules() if _is_linear(module)]
-            linear = [name for name in names if not name.endswith(".base_layer")]
-            raise ValueError(
-                f"target_modules {config.target_modules!r} matches no linear layer of "
-                f"{type(self.model).__name__}; its linear layers are called {first(linear)}"
-            )
 
-    def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
-        """Finds the adapter's bases among those of other adapters, or makes them."""
-        D, d = largest((self._target_sizes(config) | self._parameter_sizes(config)).values())
-        made = self._alike(config, D, d) or new_bases(config, D, d)
-        for bases, matrix in zip((self.randlora_A, self.randlora_B), made, strict=True):
-            bases[adapter_name] = matrix
-            if generator_of(matrix) is None:  # PEFT's check wants the same for all
-                bases.persistent = config.save_projection
-
-    def _alike(self, config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor] | None:
-        """The bases that an added adapter shares, as in stock PEFT, whatever their flags."""
-        for i, (name, A) in enumerate(self.randlora_A.items()):
-            other, B = self.peft_config[name], self.randlora_B[name]
+    def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int) -> None:
+        """Takes another adapter's, whatever their flags, as stock PEFT does, or makes new ones."""
+        for i, name in enumerate(name for name in self.randlora_A if name != adapter_name):
+            other, A, B = self.peft_config[name], self.randlora_A[name], self.randlora_B[name]
             same = (other.r, other.projection_prng_key) == (config.r, config.projection_prng_key)
             sizes = A.shape[-1], B.shape[0]
             if same and (sizes == (d, D) or (i == 0 and sizes[0] >= d and sizes[1] >= D)):
-                return A, B
-        return None
-
-    def _target_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of the targets by their names."""
-        # The user may have left the targets to PEFT.
-        config = self._prepare_adapter_config(config, self.get_model_config(self.model))
-        config = _maybe_include_all_linear_layers(config, self.model)
-        return {
-            name: features(module)
-            for name, module in self.model.named_modules()
-            if self._check_target_module_exists(config, name) and _is_linear(module)
-        }
+                break
+        else:
+            A, B = new_bases(config, D, d)
+        for bases, matrix in ((self.randlora_A, A), (self.randlora_B, B)):
+            bases[adapter_name] = matrix
+            if generator_of(matrix) is None:  # PEFT's check wants the same for all
+                bases.persistent = config.save_projection
 
     def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the ``target_parameters`` by their names."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft.tuners.randlora.layer import RandLoraLayer
-from peft.tuners.randlora.model import RandLoraModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -25,15 +24,12 @@ from .layer import AcceleratedLinear
 
 def backend_of(base: nn.Module) -> Any:
     """PEFT's backend for a quantized layer; None for others, also an nn.Linear of torchao."""
+    bnb = sys.modules.get("bitsandbytes")  # without it nothing can be its layer
+    of_bnb = bnb and isinstance(base, (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit))
     # PEFT 0.20 fails on any other layer beside a newer torchao, so it is not asked needlessly.
     others = nn.Linear, RandLoraLayer, ModulesToSaveWrapper
     other = isinstance(base, others) or is_conv1d(base) or not hasattr(base, "in_features")
-    return resolve_quantization_backend(base) if _is_bitsandbytes(base) or not other else None
-
-
-def _is_bitsandbytes(base: nn.Module) -> bool:
-    bnb = sys.modules.get("bitsandbytes")  # without it nothing can be its layer
-    return bnb is not None and isinstance(base, (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit))
+    return resolve_quantization_backend(base) if of_bnb or not other else None
 
 
 class QuantizedLinear(AcceleratedLinear):
@@ -91,11 +87,9 @@ def _stand_in(base: Any) -> Tensor:
     return torch.empty(0, dtype=dtype, device=tensors[0].device)
 
 
-def wrap(config: Any, A: Any, B: Any, name: str, base: Any, **kwargs: Any) -> Any:
-    """PEFT's layer around `base`, made from a linear layer of its sizes that takes no memory."""
+def linear_like(base: Any) -> nn.Linear:
+    """What PEFT takes in the place of `base`: a layer of its sizes that takes no memory."""
     like = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
     zero = _stand_in(base).new_zeros(())
     like.weight = nn.Parameter(zero.expand(base.out_features, base.in_features), False)
-    layer = RandLoraModel._create_new_module(config, A, B, name, like, **kwargs)
-    layer.base_layer = base
-    return layer
+    return like

@@ -245,4 +245,4 @@ def test_a_second_adapter_of_the_same_name_has_its_own_bases(second):
     with pytest.raises(ValueError, match="matches no linear layer"):
         model.base_model.peft_config["default"].target_modules = {"none"}
         model.base_model.inject_adapter(model.base_model.model, "default")
-    assert [*model.base_model.randlora_A] == ["two", "default"]
+    assert [*model.base_model.randlora_A] == ["default", "two"]

@@ -134,6 +134,7 @@ def test_a_file_without_a_configuration(tmp_path, x):
     model = made(**KEY_ALONE)
     model.load_adapter(tmp_path / "sub", "default", subfolder="folder")
     assert torch.equal(model(x), theirs(x))
+    assert torch.equal(opened(tmp_path / "sub/folder")(x), theirs(x))
     other = made(**KEY_ALONE, projection_prng_key=9)
     with pytest.raises(ValueError, match="projection_prng_key=0, not .*=9"):
         other.load_adapter(tmp_path / "sub", "default", subfolder="folder")

@@ -20,6 +20,7 @@ from peft_helpers import (
     assert_close,
     config,
     deltas,
+    edit,
     layers,
     made,
     opened,
@@ -170,6 +171,13 @@ def test_tensors_of_another_save(tmp_path, old, new, message, x):
         with pytest.raises(ValueError, match=f"adapter_config.json does not belong .*{message}"):
             door()
     assert torch.equal(base(x), Deep()(x)) and torch.equal(running(x), before)
+
+
+def test_peft_saves_targets_in_any_order(tmp_path, x):
+    model, file = made(sparse=True), tmp_path / "adapter_config.json"
+    model.save_pretrained(tmp_path)
+    edit(file, target_modules=json.loads(file.read_text())["target_modules"][::-1])
+    assert torch.equal(opened(tmp_path)(x), model(x))
 
 
 def test_the_scratch_folder_of_a_living_process_stays(tmp_path):
