@@ -29,7 +29,7 @@ from .bases import BASIS_NAMES, PackedBufferDict
 from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, one_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
-from .model import AcceleratedRandLoraModel, accelerate_layer, change_class
+from .model import AcceleratedRandLoraModel, accelerate_layer
 from .quantized import backend_of
 from .saving import refuse_lora_files, save_together
 
@@ -90,8 +90,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:
         raise ValueError(f"model holds no RandLoRA layer of PEFT: {type(model).__qualname__}")
-    stock = [layer for layer in layers if not isinstance(layer, AcceleratedLinear)]
-    if any(layer.merged and backend_of(layer.get_base_layer()) for layer in stock):
+    merged = [each for each in layers if each.merged and not isinstance(each, AcceleratedLinear)]
+    if any(backend_of(layer.get_base_layer()) for layer in merged):
         raise ValueError(
             "model has quantized layers merged by stock PEFT; call unmerge_adapter() first"
         )
@@ -108,7 +108,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     for layer in layers:
         accelerate_layer(layer)
     for tuner in tuners:
-        change_class(tuner, AcceleratedRandLoraModel)
+        tuner.__class__ = AcceleratedRandLoraModel
         guard(tuner.model)
     refuse_lora_files(model)
     _patch()

@@ -1,6 +1,5 @@
 """PEFT's bases A and B: how they are drawn, what stands for them, and one layer's basis."""
 
-import copy
 import secrets
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import suppress
@@ -45,10 +44,9 @@ def new_bases(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tens
     model: Any = RandLoraModel.__new__(RandLoraModel)
     nn.Module.__init__(model)
     model._find_dim = lambda config: (D, d)  # instead of a model in which to look for them
-    name = "default"
     with torch.device("cpu"):  # real values, also for a model on the meta device
-        model._pre_injection_hook(model, copy.copy(config), name)
-    A, B = (getattr(model, each)[name] for each in BASIS_NAMES)
+        model._pre_injection_hook(model, config, "default")
+    A, B = (getattr(model, each)["default"] for each in BASIS_NAMES)
     for each, matrix in zip(BASIS_NAMES, (A, B), strict=True):
         if not bool(matrix.isfinite().all()):  # PEFT divides by the standard deviation, 0
             raise ValueError(
@@ -93,8 +91,7 @@ class BasisTensor(Tensor):
         return f"BasisTensor({tuple(self.shape)}, {about})"
 
     def __reduce_ex__(self, protocol):
-        parts = self.content, self.value, tuple(self.shape), self.dtype, self.device
-        return BasisTensor, parts
+        return BasisTensor, (self.content, self.value, self.shape, self.dtype, self.device)
 
     def __deepcopy__(self, memo: dict) -> "BasisTensor":
         return self  # constant, and copies of a model should share it

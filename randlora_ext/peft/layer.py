@@ -2,15 +2,12 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..basis import Basis
@@ -210,44 +207,3 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
         return layers
     check_kind("adapter_name", adapter_name, model.peft_config)
     return {path: m for path, m in layers.items() if adapter_name in m.randlora_lambda}
-
-
-@contextmanager
-def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[None]:
-    """For ``model(..., adapter_names=[...])``: layers compute row b with adapter ``names[b]``.
-
-    "__base__" means none. `call` has the keyword arguments of the model's call: ``generate``
-    repeats every input max(num_beams, num_return_sequences) times, but not in the encoder of a T5.
-
-    Raises ValueError in training mode, for unknown names and beside target_parameters, before
-    anything is computed.
-    """
-    if tuner.training:
-        raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
-    modules = [
-        m for m in tuner.modules() if isinstance(m, (AcceleratedLinear, AuxiliaryTrainingWrapper))
-    ]
-    if any(isinstance(m, ParamWrapper) for m in modules):
-        raise ValueError(
-            "adapter_names cannot choose among adapters of target_parameters: one W + dW serves "
-            "the whole batch"
-        )
-    known = {name for m in modules for name in getattr(m, "randlora_lambda", ())}
-    if unknown := sorted(set(names) - known - {"__base__"}):
-        raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
-    config = call.get("generation_config")
-    counted = "num_beams", "num_return_sequences"
-    copies = max(call.get(name, getattr(config, name, None)) or 1 for name in counted)
-
-    def give_names(module, args, kwargs):
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        repeated = len(inputs) == copies * len(names)
-        each = [name for name in names for _ in range(copies)] if repeated else names
-        if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's, which wants all adapters
-            each = [name if name in module._adapters else "__base__" for name in each]
-        return args, {**kwargs, "adapter_names": each}
-
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.enter_context(module.register_forward_pre_hook(give_names, with_kwargs=True))
-        yield
