@@ -102,9 +102,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def _tensors(file: Path) -> dict[str, Parameter]:
     needed = f"{file} must be a sound safetensors file, as transformers' save_pretrained writes it"
-    with told_of(needed, (SafetensorError, OSError)):
-        with safe_open(file, framework="pt"):  # checks header, offsets and length
-            pass
+    with told_of(needed, (SafetensorError, OSError)), safe_open(file, framework="pt"):
+        pass  # it has checked header, offsets and length
     # The library does not give offsets. Eight bytes of length, a JSON header, then the data.
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
