@@ -14,7 +14,6 @@ from torch import Tensor
 
 from . import CliError, told_of
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -90,10 +89,10 @@ def read_json(path: Path) -> dict:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads only headers. CliError if the folder has no sound safetensors files."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    files = {SINGLE}
-    if (folder / INDEX).is_file():
-        with told_of(folder / INDEX, (LookupError, AttributeError, TypeError)):
-            files = {Path(name).name for name in read_json(folder / INDEX)["weight_map"].values()}
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        with told_of(index, (LookupError, AttributeError, TypeError)):
+            files = {Path(name).name for name in read_json(index)["weight_map"].values()}
     tensors: dict[str, Parameter] = {}
     for name in sorted(files):
         tensors |= _tensors(folder / name)

@@ -24,7 +24,7 @@ from torch import nn
 from ..basis.description import check_kind
 from ..nn.base_layer import check_no_plan
 from ..nn.merging import KEEP_WEIGHT
-from ..nn.state_dict import DIAGONALS, guard
+from ..nn.state_dict import guard
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, one_save
 from .layer import AcceleratedLinear, layers_with
@@ -52,9 +52,6 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
 
     Both hold for all models, those that exist included, until a call gives another value: None
     leaves them as they are. So a second `enable()`, a library's perhaps, changes nothing.
-
-    Adapters are saved in PEFT's format, and stock PEFT loads them unless `RandLoraConfig` says
-    otherwise.
     """
     if keep_weight is not None:
         check_kind("keep_weight", keep_weight, KEEP_WEIGHT)
@@ -183,7 +180,7 @@ def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **
         return
     with torch.no_grad():
         for layer in layers_with(model, "ref").values():
-            for diagonals in (getattr(layer, name) for name in DIAGONALS):
+            for diagonals in (layer.randlora_lambda, layer.randlora_gamma):
                 diagonals["ref"].copy_(diagonals["default"])
 
 

@@ -60,9 +60,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         if self.merged:
             raise ValueError("adapter_names needs unmerged adapters; call unmerge_adapter() first")
         result = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if name not in self.randlora_lambda:
-                continue
+        for name in (name for name in self.randlora_lambda if name in adapter_names):
             rows = [row for row, other in enumerate(adapter_names) if other == name]
             at = torch.tensor(rows, device=x.device)
             part = self._part(name, self._cast(name, x[at]))
