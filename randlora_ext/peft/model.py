@@ -61,7 +61,15 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
         """Also PEFT's, of one key and ``save_projection`` among adapters on PEFT's bases alone."""
         check_r(config.r)  # stock PEFT's configuration does not
-        _warn_of_scaling(config)
+        scaling = config.randlora_alpha / config.r
+        # PEFT's default alpha, 640, is meant for r = 32; with r = 8 it scales dW by 80.
+        if abs(scaling) > DEFAULT_SCALING and not config.inference_mode:
+            warnings.warn(
+                f"randlora_alpha={config.randlora_alpha} with r={config.r} scales dW by "
+                f"{scaling:g}; examples train with at most {DEFAULT_SCALING:g}, which is "
+                f"randlora_alpha={DEFAULT_SCALING * config.r:g}",
+                stacklevel=2,
+            )
         wanted = _target_parameters(config)
         for name, other in self.peft_config.items():
             if wanted and (others := _target_parameters(other)) not in ([], wanted):
@@ -274,15 +282,3 @@ def _target_parameters(config: peft.RandLoraConfig) -> list[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or bool(quantized.backend_of(module))
-
-
-def _warn_of_scaling(config: peft.RandLoraConfig) -> None:
-    """PEFT's default alpha, 640, is meant for r = 32; with r = 8 it scales dW by 80."""
-    scaling = config.randlora_alpha / config.r
-    if abs(scaling) > DEFAULT_SCALING and not config.inference_mode:
-        warnings.warn(
-            f"randlora_alpha={config.randlora_alpha} with r={config.r} scales dW by {scaling:g}; "
-            f"examples train with at most {DEFAULT_SCALING:g}, which is "
-            f"randlora_alpha={DEFAULT_SCALING * config.r:g}",
-            stacklevel=2,
-        )
