@@ -3,8 +3,7 @@
 PEFT has tables for tuners and configurations and calls methods of both, but only `PeftModel`'s
 ``save_pretrained`` and ``load_adapter`` know the folder before tensors are written to it, or read
 from it over an existing adapter. ``add_adapter`` is all that TRL calls to make a reference.
-transformers reads configurations by ``PeftConfig.from_pretrained``. Models on other layers pass
-through.
+transformers reads configurations by ``PeftConfig.from_pretrained``.
 """
 
 import functools
@@ -59,18 +58,15 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
     if float32_products is not None:
         AcceleratedLinear.float32_products = float32_products
     _patch()
-    _use(RandLoraConfig, AcceleratedRandLoraModel)
+    PEFT_TYPE_TO_CONFIG_MAPPING.update(dict.fromkeys(PEFT_TYPES, RandLoraConfig))
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = AcceleratedRandLoraModel
 
 
 def disable() -> None:
     """Puts stock PEFT back for models made afterwards; those made in between keep our kernels."""
-    _use(peft.RandLoraConfig, RandLoraModel)
     PEFT_TYPE_TO_CONFIG_MAPPING.pop(NEEDS_OURS, None)
-
-
-def _use(config: type, tuner: type) -> None:
-    PEFT_TYPE_TO_CONFIG_MAPPING.update(dict.fromkeys(PEFT_TYPES, config))
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = tuner
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = peft.RandLoraConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = RandLoraModel
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -110,9 +106,6 @@ def accelerate(model: nn.Module) -> nn.Module:
     refuse_lora_files(model)
     _patch()
     return model
-
-
-# ---- methods of PeftModel --------------------------------------------------------------
 
 
 @functools.cache

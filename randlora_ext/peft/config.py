@@ -178,9 +178,6 @@ def _bases_in_words(fields: Mapping[str, Any]) -> str:
     return f"PEFT's, {flag}, of projection_prng_key={fields['projection_prng_key']}"
 
 
-# ---- tensors that record the configuration to which they belong ----------------------------------
-
-
 def record_configurations(folder: Path) -> None:
     """Writes into every safetensors file which configuration it belongs to.
 

@@ -22,9 +22,8 @@ from .bases import BasisTensor, PackedBufferDict, layer_basis
 class AcceleratedLinear(AdaptedLayer, Linear):
     """Computes what PEFT's ``Linear`` of RandLoRA computes, by ``torch.ops.randlora``.
 
-    A 16-bit x is multiplied by dense bases (PEFT's default) in 16 bits with float32 sums, unless
-    ``float32_products`` is set. Devices without our kernels compute Hadamard bases in plain torch,
-    and ternary ones as dense bases, with a warning.
+    Devices without our kernels compute Hadamard bases in plain torch, and ternary ones as dense
+    bases, with a warning.
     """
 
     randlora_A: PackedBufferDict
@@ -33,7 +32,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     disabled = Linear.disable_adapters
     # Of these PEFT deletes an adapter's entries with it.
     other_param_names = (*Linear.other_param_names, "bases", "input_scales")
-    # Of all layers; `enable` sets them.
+    # Of all layers; `enable` sets them, and says what they do.
     float32_products = False
     keep_weight = "host"
 
@@ -139,8 +138,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 class ParamWrapper(AdaptedParameter, AcceleratedLinear):
     """What PEFT's ``lora.ParamWrapper`` is for LoRA; PEFT finds those layers by this name."""
 
-    base_layer: Any
-
     def __init__(
         self, base_layer: Any, parameter_name: str, A: Any, B: Any, adapter_name: str, config: Any
     ) -> None:
@@ -171,11 +168,8 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
 
 
 def kernel_summary(model: nn.Module) -> str:
-    """One line: the shapes and bases of RandLoRA layers, and what computes them.
-
-    Args:
-        model: a module that holds RandLoRA layers, of PEFT or `RandLoraLinear`.
-    """
+    """One line: the shapes and bases of the RandLoRA layers in `model`, of PEFT or
+    `RandLoraLinear`, and what computes them."""
     told: Counter[str] = Counter()
     for layer in model.modules():
         if isinstance(layer, AdaptedLayer):

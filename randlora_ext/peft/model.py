@@ -40,9 +40,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
     docs/peft.md says what differs.
     """
 
-    peft_config: dict[str, peft.RandLoraConfig]
-    randlora_A: PackedBufferDict
-    randlora_B: PackedBufferDict
     _sizes: tuple[int, int] | None = None  # (D, d) of the bases that the next layer needs
 
     @staticmethod
