@@ -14,12 +14,7 @@ from torch import Tensor
 
 from . import CliError, told_of
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Experts that lie one by one: path, number, and whether it is a part of gate_up_proj.
 _EXPERT = re.compile(r"(.+)\.(\d+)\.(?:(gate_proj|up_proj|w1|w3)|down_proj|w2)\.weight")
 

@@ -35,10 +35,7 @@ from .saving import refuse_lora_files
 
 
 class AcceleratedRandLoraModel(RandLoraModel):
-    """What `randlora_ext.peft.enable` puts in the place of ``peft.RandLoraModel``.
-
-    docs/peft.md says what differs.
-    """
+    """What `enable` puts in the place of ``peft.RandLoraModel``; docs/peft.md says what differs."""
 
     _sizes: tuple[int, int] | None = None  # (D, d) of the bases that the next layer needs
 

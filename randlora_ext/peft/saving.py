@@ -35,13 +35,7 @@ model = peft.PeftModel.from_pretrained(base, folder)  # base: the model it was t
 """
 
 
-def save_together(
-    stock: Callable,
-    model: peft.PeftModel,
-    save_directory: str | os.PathLike,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
+def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args, **kwargs) -> None:
     """Has PeftModel's ``save_pretrained`` write into a scratch folder first; the README.md begins
     with how to open the adapter, if PEFT alone cannot."""
     if not kwargs.get("is_main_process", True):
