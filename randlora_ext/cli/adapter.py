@@ -22,7 +22,6 @@ _CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp
 # Those that store experts as (in, out).
 _TRANSPOSED_EXPERTS = "gpt_oss", "openai_privacy_filter", "aria_text", "llama4_text"
 
-
 # By the names of parameters of a model folder, W + dW of W for those that an adapter changes, and
 # what it replaces others by.
 Changes = tuple[dict[str, partial[Tensor]], dict[str, Tensor]]

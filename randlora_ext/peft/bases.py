@@ -69,7 +69,6 @@ class BasisTensor(Tensor):
     content: Tensor | BasisDescription
     value: float
 
-    @staticmethod
     def __new__(cls, content, value: float, shape, dtype, device) -> "BasisTensor":
         self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         self.content, self.value = content, value

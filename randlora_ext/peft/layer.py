@@ -177,9 +177,7 @@ def kernel_summary(model: nn.Module) -> str:
             names = [name for name in layer.active_adapters if name in layer.randlora_lambda]
             told.update(f"{shape} {layer.describe(name)}" for name in names)
         elif isinstance(layer, RandLoraLayer):
-            told[
-                "on PEFT's own code: made without randlora_ext.peft.enable(); see accelerate()"
-            ] += 1
+            told["on PEFT's own code: made without randlora_ext.peft.enable() or accelerate()"] += 1
     listed = ", ".join(f"{count}x {what}" for what, count in sorted(told.items()))
     return f"{told.total()} RandLoRA layers: {listed}" if told else "no RandLoRA layers"
 
