@@ -199,8 +199,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
         with suppress(TypeError):  # a plain dict; then every layer writes, as with stock PEFT
             _written[self] = ref(destination)
         for key, basis in self.saved(prefix).items():
-            basis = as_dense(basis)
-            destination[key] = basis if keep_vars else basis.detach()
+            destination[key] = as_dense(basis).detach()  # a constant, so `keep_vars` too
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
