@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..nn.adapter_file import check_diagonals, read_adapter_file, read_safetensors
-from ..nn.merging import adapter_dtype
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE
-from ..ops.functional import delta_weight
+from ..ops.functional import merged_weight
 from . import CliError, told_of
 from .checkpoint import Checkpoint, locate, read_json
 
@@ -22,7 +21,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CONV1D_MODELS = "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"
 # Those that store experts as (in, out).
 _TRANSPOSED_EXPERTS = "gpt_oss", "openai_privacy_filter", "aria_text", "llama4_text"
-
 
 # By the names of parameters of a model folder, W + dW of W for those that an adapter changes, and
 # what it replaces others by.
@@ -34,14 +32,13 @@ def _plus_delta(
 ) -> Tensor:
     """W + dW in the dtype and layout of W, (in, out) if that is `transposed`, as Conv1D's is; of
     stacked experts if each has a lambda and a gamma."""
-    scales = basis.input_scale
-    dtype, merged = adapter_dtype(weight.dtype), weight.clone()
+    scales, merged = basis.input_scale, weight.clone()
     each = (t.view(-1, *t.shape[-2:]) for t in (merged, lams, gams))
     for e, (W, lam, gam) in enumerate(zip(*each, strict=True)):
         if scales is not None and scales.dim() == 2:
             basis = basis.with_input_scale(scales[e])
-        delta = delta_weight(basis, lam.to(dtype), gam.to(dtype), scaling)
-        W.copy_(W.to(dtype) + (delta.T if transposed else delta))
+        W = W.T if transposed else W
+        W.copy_(merged_weight(basis, W, lam, gam, scaling))
     return merged
 
 

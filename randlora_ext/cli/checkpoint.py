@@ -14,13 +14,7 @@ from torch import Tensor
 
 from . import CliError, told_of
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Experts that lie one by one: path, number, and whether it is a part of gate_up_proj.
 _EXPERT = re.compile(r"(.+)\.(\d+)\.(?:(gate_proj|up_proj|w1|w3)|down_proj|w2)\.weight")
 
@@ -90,10 +84,10 @@ def read_json(path: Path) -> dict:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads only headers. CliError if the folder has no sound safetensors files."""
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    files = {SINGLE}
-    if (folder / INDEX).is_file():
-        with told_of(folder / INDEX, (LookupError, AttributeError, TypeError)):
-            files = {Path(name).name for name in read_json(folder / INDEX)["weight_map"].values()}
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        with told_of(index, (LookupError, AttributeError, TypeError)):
+            files = {Path(name).name for name in read_json(index)["weight_map"].values()}
     tensors: dict[str, Parameter] = {}
     for name in sorted(files):
         tensors |= _tensors(folder / name)
@@ -102,9 +96,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def _tensors(file: Path) -> dict[str, Parameter]:
     needed = f"{file} must be a sound safetensors file, as transformers' save_pretrained writes it"
-    with told_of(needed, (SafetensorError, OSError)):
-        with safe_open(file, framework="pt"):  # checks header, offsets and length
-            pass
+    with told_of(needed, (SafetensorError, OSError)), safe_open(file, framework="pt"):
+        pass  # it has checked header, offsets and length
     # The library does not give offsets. Eight bytes of length, a JSON header, then the data.
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -3,8 +3,7 @@
 PEFT has tables for tuners and configurations and calls methods of both, but only `PeftModel`'s
 ``save_pretrained`` and ``load_adapter`` know the folder before tensors are written to it, or read
 from it over an existing adapter. ``add_adapter`` is all that TRL calls to make a reference.
-transformers reads configurations by ``PeftConfig.from_pretrained``. Models on other layers pass
-through.
+transformers reads configurations by ``PeftConfig.from_pretrained``.
 """
 
 import functools
@@ -24,12 +23,12 @@ from torch import nn
 from ..basis.description import check_kind
 from ..nn.base_layer import check_no_plan
 from ..nn.merging import KEEP_WEIGHT
-from ..nn.state_dict import DIAGONALS, guard
+from ..nn.state_dict import guard
 from .bases import BASIS_NAMES, PackedBufferDict
 from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, one_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
-from .model import AcceleratedRandLoraModel, accelerate_layer, change_class
+from .model import AcceleratedRandLoraModel, accelerate_layer
 from .quantized import backend_of
 from .saving import refuse_lora_files, save_together
 
@@ -52,9 +51,6 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
 
     Both hold for all models, those that exist included, until a call gives another value: None
     leaves them as they are. So a second `enable()`, a library's perhaps, changes nothing.
-
-    Adapters are saved in PEFT's format, and stock PEFT loads them unless `RandLoraConfig` says
-    otherwise.
     """
     if keep_weight is not None:
         check_kind("keep_weight", keep_weight, KEEP_WEIGHT)
@@ -62,18 +58,15 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
     if float32_products is not None:
         AcceleratedLinear.float32_products = float32_products
     _patch()
-    _use(RandLoraConfig, AcceleratedRandLoraModel)
+    PEFT_TYPE_TO_CONFIG_MAPPING.update(dict.fromkeys(PEFT_TYPES, RandLoraConfig))
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = AcceleratedRandLoraModel
 
 
 def disable() -> None:
     """Puts stock PEFT back for models made afterwards; those made in between keep our kernels."""
-    _use(peft.RandLoraConfig, RandLoraModel)
     PEFT_TYPE_TO_CONFIG_MAPPING.pop(NEEDS_OURS, None)
-
-
-def _use(config: type, tuner: type) -> None:
-    PEFT_TYPE_TO_CONFIG_MAPPING.update(dict.fromkeys(PEFT_TYPES, config))
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = tuner
+    PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] = peft.RandLoraConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA] = RandLoraModel
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -90,8 +83,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:
         raise ValueError(f"model holds no RandLoRA layer of PEFT: {type(model).__qualname__}")
-    stock = [layer for layer in layers if not isinstance(layer, AcceleratedLinear)]
-    if any(layer.merged and backend_of(layer.get_base_layer()) for layer in stock):
+    merged = [each for each in layers if each.merged and not isinstance(each, AcceleratedLinear)]
+    if any(backend_of(layer.get_base_layer()) for layer in merged):
         raise ValueError(
             "model has quantized layers merged by stock PEFT; call unmerge_adapter() first"
         )
@@ -108,14 +101,11 @@ def accelerate(model: nn.Module) -> nn.Module:
     for layer in layers:
         accelerate_layer(layer)
     for tuner in tuners:
-        change_class(tuner, AcceleratedRandLoraModel)
+        tuner.__class__ = AcceleratedRandLoraModel
         guard(tuner.model)
     refuse_lora_files(model)
     _patch()
     return model
-
-
-# ---- methods of PeftModel --------------------------------------------------------------
 
 
 @functools.cache
@@ -183,7 +173,7 @@ def _add(stock: Callable, model: PeftModel, adapter_name, peft_config, *args, **
         return
     with torch.no_grad():
         for layer in layers_with(model, "ref").values():
-            for diagonals in (getattr(layer, name) for name in DIAGONALS):
+            for diagonals in (layer.randlora_lambda, layer.randlora_gamma):
                 diagonals["ref"].copy_(diagonals["default"])
 
 

@@ -1,6 +1,5 @@
 """PEFT's bases A and B: how they are drawn, what stands for them, and one layer's basis."""
 
-import copy
 import secrets
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import suppress
@@ -45,10 +44,9 @@ def new_bases(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tens
     model: Any = RandLoraModel.__new__(RandLoraModel)
     nn.Module.__init__(model)
     model._find_dim = lambda config: (D, d)  # instead of a model in which to look for them
-    name = "default"
     with torch.device("cpu"):  # real values, also for a model on the meta device
-        model._pre_injection_hook(model, copy.copy(config), name)
-    A, B = (getattr(model, each)[name] for each in BASIS_NAMES)
+        model._pre_injection_hook(model, config, "default")
+    A, B = (getattr(model, each)["default"] for each in BASIS_NAMES)
     for each, matrix in zip(BASIS_NAMES, (A, B), strict=True):
         if not bool(matrix.isfinite().all()):  # PEFT divides by the standard deviation, 0
             raise ValueError(
@@ -71,7 +69,6 @@ class BasisTensor(Tensor):
     content: Tensor | BasisDescription
     value: float
 
-    @staticmethod
     def __new__(cls, content, value: float, shape, dtype, device) -> "BasisTensor":
         self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         self.content, self.value = content, value
@@ -93,8 +90,7 @@ class BasisTensor(Tensor):
         return f"BasisTensor({tuple(self.shape)}, {about})"
 
     def __reduce_ex__(self, protocol):
-        parts = self.content, self.value, tuple(self.shape), self.dtype, self.device
-        return BasisTensor, parts
+        return BasisTensor, (self.content, self.value, self.shape, self.dtype, self.device)
 
     def __deepcopy__(self, memo: dict) -> "BasisTensor":
         return self  # constant, and copies of a model should share it
@@ -203,8 +199,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
         with suppress(TypeError):  # a plain dict; then every layer writes, as with stock PEFT
             _written[self] = ref(destination)
         for key, basis in self.saved(prefix).items():
-            basis = as_dense(basis)
-            destination[key] = basis if keep_vars else basis.detach()
+            destination[key] = as_dense(basis).detach()  # a constant, so `keep_vars` too
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -23,7 +23,6 @@ from ..basis.description import SPECIFICATIONS, check_integer, check_kind, check
 from ..nn.linear import check_alpha, check_dropout, check_options
 from ..nn.state_dict import INPUT_SCALE, no_scale
 
-KINDS = ("peft", *SPECIFICATIONS)
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
 )  # fmt: skip
@@ -135,7 +134,7 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
     """
     kind, density = fields.get("basis", "peft"), fields.get("density")
     key, flags = fields["projection_prng_key"], [n for n in _SPARSE if fields.get(n)]
-    check_kind("basis", kind, KINDS)
+    check_kind("basis", kind, ("peft", *SPECIFICATIONS))
     BasisDescription("independent", density, 0)  # whether it is a density
     if isinstance(key, str):
         try:
@@ -177,9 +176,6 @@ def _bases_in_words(fields: Mapping[str, Any]) -> str:
     # very_sparse overrules the other flag
     flag = next((name for name in reversed(_SPARSE) if fields.get(name)), "uniform")
     return f"PEFT's, {flag}, of projection_prng_key={fields['projection_prng_key']}"
-
-
-# ---- tensors that record the configuration to which they belong ----------------------------------
 
 
 def record_configurations(folder: Path) -> None:

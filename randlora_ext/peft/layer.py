@@ -2,15 +2,12 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
 from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..basis import Basis
@@ -25,9 +22,8 @@ from .bases import BasisTensor, PackedBufferDict, layer_basis
 class AcceleratedLinear(AdaptedLayer, Linear):
     """Computes what PEFT's ``Linear`` of RandLoRA computes, by ``torch.ops.randlora``.
 
-    A 16-bit x is multiplied by dense bases (PEFT's default) in 16 bits with float32 sums, unless
-    ``float32_products`` is set. Devices without our kernels compute Hadamard bases in plain torch,
-    and ternary ones as dense bases, with a warning.
+    Devices without our kernels compute Hadamard bases in plain torch, and ternary ones as dense
+    bases, with a warning.
     """
 
     randlora_A: PackedBufferDict
@@ -36,7 +32,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     disabled = Linear.disable_adapters
     # Of these PEFT deletes an adapter's entries with it.
     other_param_names = (*Linear.other_param_names, "bases", "input_scales")
-    # Of all layers; `enable` sets them.
+    # Of all layers; `enable` sets them, and says what they do.
     float32_products = False
     keep_weight = "host"
 
@@ -63,9 +59,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         if self.merged:
             raise ValueError("adapter_names needs unmerged adapters; call unmerge_adapter() first")
         result = self.base_layer(x, *args, **kwargs)
-        for name in dict.fromkeys(adapter_names):
-            if name not in self.randlora_lambda:
-                continue
+        for name in (name for name in self.randlora_lambda if name in adapter_names):
             rows = [row for row, other in enumerate(adapter_names) if other == name]
             at = torch.tensor(rows, device=x.device)
             part = self._part(name, self._cast(name, x[at]))
@@ -144,8 +138,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 class ParamWrapper(AdaptedParameter, AcceleratedLinear):
     """What PEFT's ``lora.ParamWrapper`` is for LoRA; PEFT finds those layers by this name."""
 
-    base_layer: Any
-
     def __init__(
         self, base_layer: Any, parameter_name: str, A: Any, B: Any, adapter_name: str, config: Any
     ) -> None:
@@ -176,11 +168,8 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
 
 
 def kernel_summary(model: nn.Module) -> str:
-    """One line: the shapes and bases of RandLoRA layers, and what computes them.
-
-    Args:
-        model: a module that holds RandLoRA layers, of PEFT or `RandLoraLinear`.
-    """
+    """One line: the shapes and bases of the RandLoRA layers in `model`, of PEFT or
+    `RandLoraLinear`, and what computes them."""
     told: Counter[str] = Counter()
     for layer in model.modules():
         if isinstance(layer, AdaptedLayer):
@@ -188,9 +177,7 @@ def kernel_summary(model: nn.Module) -> str:
             names = [name for name in layer.active_adapters if name in layer.randlora_lambda]
             told.update(f"{shape} {layer.describe(name)}" for name in names)
         elif isinstance(layer, RandLoraLayer):
-            told[
-                "on PEFT's own code: made without randlora_ext.peft.enable(); see accelerate()"
-            ] += 1
+            told["on PEFT's own code: made without randlora_ext.peft.enable() or accelerate()"] += 1
     listed = ", ".join(f"{count}x {what}" for what, count in sorted(told.items()))
     return f"{told.total()} RandLoRA layers: {listed}" if told else "no RandLoRA layers"
 
@@ -210,44 +197,3 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
         return layers
     check_kind("adapter_name", adapter_name, model.peft_config)
     return {path: m for path, m in layers.items() if adapter_name in m.randlora_lambda}
-
-
-@contextmanager
-def adapter_per_row(tuner: nn.Module, names: list[str], call: dict) -> Iterator[None]:
-    """For ``model(..., adapter_names=[...])``: layers compute row b with adapter ``names[b]``.
-
-    "__base__" means none. `call` has the keyword arguments of the model's call: ``generate``
-    repeats every input max(num_beams, num_return_sequences) times, but not in the encoder of a T5.
-
-    Raises ValueError in training mode, for unknown names and beside target_parameters, before
-    anything is computed.
-    """
-    if tuner.training:
-        raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
-    modules = [
-        m for m in tuner.modules() if isinstance(m, (AcceleratedLinear, AuxiliaryTrainingWrapper))
-    ]
-    if any(isinstance(m, ParamWrapper) for m in modules):
-        raise ValueError(
-            "adapter_names cannot choose among adapters of target_parameters: one W + dW serves "
-            "the whole batch"
-        )
-    known = {name for m in modules for name in getattr(m, "randlora_lambda", ())}
-    if unknown := sorted(set(names) - known - {"__base__"}):
-        raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
-    config = call.get("generation_config")
-    counted = "num_beams", "num_return_sequences"
-    copies = max(call.get(name, getattr(config, name, None)) or 1 for name in counted)
-
-    def give_names(module, args, kwargs):
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        repeated = len(inputs) == copies * len(names)
-        each = [name for name in names for _ in range(copies)] if repeated else names
-        if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's, which wants all adapters
-            each = [name if name in module._adapters else "__base__" for name in each]
-        return args, {**kwargs, "adapter_names": each}
-
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.enter_context(module.register_forward_pre_hook(give_names, with_kwargs=True))
-        yield

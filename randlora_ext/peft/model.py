@@ -1,13 +1,14 @@
 """PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import peft
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..basis.description import check_r
@@ -29,19 +30,13 @@ from ..nn.merging import merged_layers
 from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse, unguard
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
-from .layer import AcceleratedLinear, ParamWrapper, adapter_per_row
+from .layer import AcceleratedLinear, ParamWrapper
 from .saving import refuse_lora_files
 
 
 class AcceleratedRandLoraModel(RandLoraModel):
-    """What `randlora_ext.peft.enable` puts in the place of ``peft.RandLoraModel``.
+    """What `enable` puts in the place of ``peft.RandLoraModel``; docs/peft.md says what differs."""
 
-    docs/peft.md says what differs.
-    """
-
-    peft_config: dict[str, peft.RandLoraConfig]
-    randlora_A: PackedBufferDict
-    randlora_B: PackedBufferDict
     _sizes: tuple[int, int] | None = None  # (D, d) of the bases that the next layer needs
 
     @staticmethod
@@ -60,7 +55,15 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
         """Also PEFT's, of one key and ``save_projection`` among adapters on PEFT's bases alone."""
         check_r(config.r)  # stock PEFT's configuration does not
-        _warn_of_scaling(config)
+        scaling = config.randlora_alpha / config.r
+        # PEFT's default alpha, 640, is meant for r = 32; with r = 8 it scales dW by 80.
+        if abs(scaling) > DEFAULT_SCALING and not config.inference_mode:
+            warnings.warn(
+                f"randlora_alpha={config.randlora_alpha} with r={config.r} scales dW by "
+                f"{scaling:g}; examples train with at most {DEFAULT_SCALING:g}, which is "
+                f"randlora_alpha={DEFAULT_SCALING * config.r:g}",
+                stacklevel=2,
+            )
         wanted = _target_parameters(config)
         for name, other in self.peft_config.items():
             if wanted and (others := _target_parameters(other)) not in ([], wanted):
@@ -181,10 +184,45 @@ class AcceleratedRandLoraModel(RandLoraModel):
         unguard(model)
         return model
 
-    def _enable_peft_forward_hooks(self, *args, **kwargs):
-        """PEFT's hook for ``model(..., adapter_names=[...])``."""
-        names = kwargs.pop("adapter_names", None)
-        return nullcontext() if names is None else adapter_per_row(self, names, kwargs)
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names=None, **call):
+        """For ``model(..., adapter_names=[...])``: row b is computed with adapter_names[b].
+
+        "__base__" means none. `call` has the keyword arguments of the model's call: ``generate``
+        repeats every input max(num_beams, num_return_sequences) times, but not in the encoder of a
+        T5. Raises ValueError before anything is computed.
+        """
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
+        take_names = AcceleratedLinear, AuxiliaryTrainingWrapper
+        modules = [m for m in self.modules() if isinstance(m, take_names)]
+        if any(isinstance(m, ParamWrapper) for m in modules):
+            raise ValueError(
+                "adapter_names cannot choose among adapters of target_parameters: one W + dW "
+                "serves the whole batch"
+            )
+        known = {name for m in modules for name in getattr(m, "randlora_lambda", ())}
+        if unknown := sorted(set(adapter_names) - known - {"__base__"}):
+            raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
+        config = call.get("generation_config")
+        counted = "num_beams", "num_return_sequences"
+        copies = max(call.get(name, getattr(config, name, None)) or 1 for name in counted)
+
+        def give_names(module, args, kwargs):
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            times = copies if len(inputs) == copies * len(adapter_names) else 1
+            each = [name for name in adapter_names for _ in range(times)]
+            if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's, which wants all adapters
+                each = [name if name in module._adapters else "__base__" for name in each]
+            return args, {**kwargs, "adapter_names": each}
+
+        with ExitStack() as hooks:
+            for module in modules:
+                hooks.enter_context(module.register_forward_pre_hook(give_names, with_kwargs=True))
+            yield
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -219,16 +257,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
         return {f"{key}.{name}" if key.endswith(ends) else key: value for key, value in entries}
 
 
-def change_class(module: Any, to: type) -> None:
-    """Makes ours of what PEFT has made: its functions choose among its own classes."""
-    module.__class__ = to
-
-
 def accelerate_layer(layer: Any) -> Any:
-    """Gives a RandLoRA layer of PEFT its accelerated class, in place; ours stay as they are."""
+    """Gives a RandLoRA layer that PEFT has made its class here, in place; ours stay as they are."""
     if not isinstance(layer, AcceleratedLinear):
         backend = quantized.backend_of(layer.get_base_layer())
-        change_class(layer, quantized.QuantizedLinear if backend else AcceleratedLinear)
+        layer.__class__ = quantized.QuantizedLinear if backend else AcceleratedLinear
         layer.quantization_backend = backend
         layer.bases, layer.input_scales = {}, {}
         force_module_call(layer)
@@ -243,15 +276,3 @@ def _target_parameters(config: peft.RandLoraConfig) -> list[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or bool(quantized.backend_of(module))
-
-
-def _warn_of_scaling(config: peft.RandLoraConfig) -> None:
-    """PEFT's default alpha, 640, is meant for r = 32; with r = 8 it scales dW by 80."""
-    scaling = config.randlora_alpha / config.r
-    if abs(scaling) > DEFAULT_SCALING and not config.inference_mode:
-        warnings.warn(
-            f"randlora_alpha={config.randlora_alpha} with r={config.r} scales dW by {scaling:g}; "
-            f"examples train with at most {DEFAULT_SCALING:g}, which is "
-            f"randlora_alpha={DEFAULT_SCALING * config.r:g}",
-            stacklevel=2,
-        )

@@ -1,10 +1,10 @@
 """Saving: files that are complete when they appear, for stock PEFT too, and their model cards."""
 
-import dataclasses
 import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,33 +35,22 @@ model = peft.PeftModel.from_pretrained(base, folder)  # base: the model it was t
 """
 
 
-def save_together(
-    stock: Callable,
-    model: peft.PeftModel,
-    save_directory: str | os.PathLike,
-    *args: Any,
-    **kwargs: Any,
-) -> None:
-    """Has PeftModel's ``save_pretrained`` write into a scratch folder first, and adds our card."""
+def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args, **kwargs) -> None:
+    """Has PeftModel's ``save_pretrained`` write into a scratch folder first; the README.md begins
+    with how to open the adapter, if PEFT alone cannot."""
     if not kwargs.get("is_main_process", True):
         stock(model, save_directory, *args, **kwargs)
         return
     with appear_together(save_directory) as folder:
-        if (card := Path(save_directory, "README.md")).exists():
-            shutil.copy(card, folder)  # PEFT updates it and keeps its text
+        if (old := Path(save_directory, "README.md")).exists():
+            shutil.copy(old, folder)  # PEFT updates it and keeps its text
         stock(model, str(folder), *args, **kwargs)
-        write_card(folder)
+        if (file := folder / "README.md").exists():
+            card, configs = ModelCard.load(file), folder.rglob(CONFIG_NAME)
+            needs_ours = any(NEEDS_OURS in config.read_text() for config in configs)
+            card.text = _OPENS * needs_ours + card.text.replace(_OPENS, "").lstrip("\n")
+            card.save(file)
         record_configurations(folder)
-
-
-def write_card(folder: Path) -> None:
-    """Begins PEFT's README.md in `folder` with how to open the adapter, if PEFT alone cannot."""
-    if not (file := folder / "README.md").exists():
-        return
-    card = ModelCard.load(file)
-    needs_ours = any(NEEDS_OURS in config.read_text() for config in folder.rglob(CONFIG_NAME))
-    card.text = _OPENS * needs_ours + card.text.replace(_OPENS, "").lstrip("\n")
-    card.save(file)
 
 
 def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
@@ -141,8 +130,7 @@ def _dense_bases(
 
 def _stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
     """PEFT's own configuration with the fields that it knows, for bases that are ternary or not."""
-    fields = [field.name for field in dataclasses.fields(peft.RandLoraConfig) if field.init]
-    values = {name: getattr(config, name) for name in fields}
+    values = {f.name: getattr(config, f.name) for f in fields(peft.RandLoraConfig) if f.init}
     if (description := description_of(vars(config))) is not None:
         values["projection_prng_key"] = description.seed
     # Stock PEFT draws bases before it loads these over them. It keeps uniform ones in bfloat16,
