@@ -28,7 +28,7 @@ from .bases import BASIS_NAMES, PackedBufferDict
 from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, one_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
-from .model import AcceleratedRandLoraModel, accelerate_layer
+from .model import AcceleratedRandLoraModel, accelerate_layer, change_class
 from .quantized import backend_of
 from .saving import refuse_lora_files, save_together
 
@@ -101,7 +101,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     for layer in layers:
         accelerate_layer(layer)
     for tuner in tuners:
-        tuner.__class__ = AcceleratedRandLoraModel
+        change_class(tuner, AcceleratedRandLoraModel)
         guard(tuner.model)
     refuse_lora_files(model)
     _patch()

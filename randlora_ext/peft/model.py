@@ -257,11 +257,16 @@ class AcceleratedRandLoraModel(RandLoraModel):
         return {f"{key}.{name}" if key.endswith(ends) else key: value for key, value in entries}
 
 
+def change_class(module: Any, to: type) -> None:
+    """Makes ours of what PEFT has made: its functions choose among its own classes."""
+    module.__class__ = to
+
+
 def accelerate_layer(layer: Any) -> Any:
-    """Gives a RandLoRA layer that PEFT has made its class here, in place; ours stay as they are."""
+    """Gives a RandLoRA layer of PEFT its accelerated class, in place; ours stay as they are."""
     if not isinstance(layer, AcceleratedLinear):
         backend = quantized.backend_of(layer.get_base_layer())
-        layer.__class__ = quantized.QuantizedLinear if backend else AcceleratedLinear
+        change_class(layer, quantized.QuantizedLinear if backend else AcceleratedLinear)
         layer.quantization_backend = backend
         layer.bases, layer.input_scales = {}, {}
         force_module_call(layer)
