@@ -1,11 +1,12 @@
 """Checks a state dict before torch copies anything from it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..basis import Basis
 from .base_layer import is_conv1d
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
@@ -88,6 +89,16 @@ def misfit(key: str, saved: Any, own: Tensor) -> str:
         return ""
     kind = "floating point" if own.is_floating_point() else "an integer"
     return f"{key} is {saved.dtype}, and must be {kind}"
+
+
+def check_diagonals(
+    at: str, tensors: dict[str, Tensor], basis: Basis, experts: Sequence[int]
+) -> None:
+    """KeyError or ValueError unless lambda and gamma are there and fit, one of each per expert."""
+    for kind, shape in zip(DIAGONALS, basis.of_diagonals, strict=True):
+        key = f"{at}.{kind}"
+        if error := misfit(key, tensors[key], torch.empty(*experts, *shape, device="meta")):
+            raise ValueError(error)
 
 
 def no_scale(scale: Any) -> bool:

@@ -15,8 +15,8 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from ..basis import Basis
+from ..files import appear_together
 from ..nn.state_dict import INPUT_SCALE
-from ..writing import appear_together
 from .bases import BASIS_NAMES, BasisTensor, as_dense, largest
 from .config import NEEDS_OURS, description_of, record_configurations
 from .layer import layers_with
