@@ -72,9 +72,8 @@ class AdaptedLayer(KeepsWeight):
             raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it first")
         if input_scale is None and adapter not in self.input_scales:
             return
-        device = self.randlora_lambda[adapter].device
-        basis = self.basis_of(adapter, device).with_input_scale(input_scale, self.experts)
-        self._use_basis(adapter, basis)
+        basis = self.basis_of(adapter, self.randlora_lambda[adapter].device)
+        self._use_basis(adapter, basis.with_input_scale(input_scale, self.experts))
 
     def _use_basis(self, adapter: str, basis: Basis) -> None:
         """`basis_of` gives the adapter this one from now on."""
@@ -85,24 +84,20 @@ class AdaptedLayer(KeepsWeight):
 
     @property
     def randlora_input_scale(self) -> SimpleNamespace:
-        """Torch's functions for distributed state dicts look every key up as an attribute."""
-        return SimpleNamespace(**self._scales())
-
-    def _scales(self) -> dict[str, Tensor]:
         """What state dicts hold: ones for an adapter that could have a scale and has none.
 
-        torch.distributed loads only keys that the model's own state dict has. Copies, because
-        dcp.load writes into them.
+        torch.distributed looks every key up as an attribute, and loads only keys that the model's
+        own state dict has. Copies, because dcp.load writes into them.
         """
-        return {
-            name: self.input_scales.get(name, torch.ones(*self.experts, self.in_features)).clone()
-            for name, lam in self.randlora_lambda.items()
-            if self.basis_of(name, lam.device).takes_input_scale
-        }
+        ones, scales = torch.ones(*self.experts, self.in_features), SimpleNamespace()
+        for name, lam in self.randlora_lambda.items():
+            if self.basis_of(name, lam.device).takes_input_scale:
+                setattr(scales, name, self.input_scales.get(name, ones).clone())
+        return scales
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, scale in self._scales().items():
+        for name, scale in vars(self.randlora_input_scale).items():
             destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:

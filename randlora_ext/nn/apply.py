@@ -138,10 +138,10 @@ def adapting(
     for name, layer in made.items():
         layer.path = name
     for name in targets:
-        _put(model, name, made[name])
+        model.set_submodule(name, made[name])
         disable_nested_tensors(model, name)
     for path, layer in reversed(outermost.items()):  # inner modules first
-        _put(model, path, layer)
+        model.set_submodule(path, layer)
     guard(model)
 
 
@@ -209,11 +209,10 @@ def unload(model: nn.Module) -> nn.Module:
     return _without(model)
 
 
-def adapted_layers(model: nn.Module, kind: type = RandLoraLinear) -> dict[str, Any]:
+def adapted_layers(model: nn.Module, kind: type[Any] = RandLoraLinear) -> dict[str, Any]:
     """By their paths, and those of parameters by the names of these; a tied one several times."""
     modules = model.named_modules(remove_duplicate=False)
-    layers: dict[str, Any] = {path: module for path, module in modules if isinstance(module, kind)}
-    return {unwrapped(layer.name_at(path)): layer for path, layer in layers.items()}
+    return {unwrapped(m.name_at(path)): m for path, m in modules if isinstance(m, kind)}
 
 
 def unwrapped(path: str) -> str:
@@ -227,11 +226,6 @@ def _without(model: nn.Module) -> nn.Module:
     # Listed before anything is replaced, inner ones first; a tied layer has several names.
     for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
         if isinstance(module, RandLoraLinear):
-            _put(model, name, module.base_layer)
+            model.set_submodule(name, module.base_layer)
     unguard(model)
     return model
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -140,7 +140,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
         Raises ValueError for an unknown or repeated name. A merged adapter stays merged.
         """
-        self.active_adapters = self._chosen("adapter_names", adapter_names)
+        self.active_adapters = self._chosen(adapter_names)
         self._mark_trained()
 
     def disable(self) -> None:
@@ -192,7 +192,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
                 After any of these nothing has changed.
         """
         chosen = self.active_adapters if adapter_names is None else adapter_names
-        names = self._chosen("adapter_names", chosen)
+        names = self._chosen(chosen)
         for name in names:
             if name in self.merged_adapters:
                 raise ValueError(f"adapter_names: {name!r} is merged already; unmerge() first")
@@ -219,12 +219,12 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
 
-    def _chosen(self, argument: str, names: str | Sequence[str]) -> list[str]:
+    def _chosen(self, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
-            check_kind(argument, name, self.randlora_lambda)
+            check_kind("adapter_names", name, self.randlora_lambda)
         if len(set(names)) != len(names):
-            raise ValueError(f"{argument} must not repeat a name, got {names}")
+            raise ValueError(f"adapter_names must not repeat a name, got {names}")
         return names
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..basis import Basis
 from .base_layer import is_conv1d
+from .merging import KeepsWeight
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
 INPUT_SCALE = "randlora_input_scale"
@@ -21,7 +22,7 @@ def guard(model: nn.Module) -> None:
 
 def unguard(model: nn.Module) -> None:
     """Undoes `guard` if the model holds no RandLoRA layer any more."""
-    if not any(map(_is_adapted, model.modules())):
+    if not any(isinstance(module, KeepsWeight) for module in model.modules()):
         for key in _guards(model):
             del model._load_state_dict_pre_hooks[key]
 
@@ -41,13 +42,9 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
     """
     problems: list[str] = []
     for path, layer in module.named_modules(remove_duplicate=False):
-        if _is_adapted(layer):
+        if isinstance(layer, KeepsWeight):
             problems += _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix)
     refuse(problems, "the state dict", f"the {type(module).__name__}", RuntimeError)
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in (*DIAGONALS, "base_layer"))
 
 
 def refuse(
@@ -59,9 +56,9 @@ def refuse(
 
 
 def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
-    merged, base = getattr(layer, "merged_adapters", []), layer.base_layer
+    merged, base = layer.merged_adapters, layer.base_layer
     own: dict[str, Tensor] = {}
-    like = torch.empty(*getattr(layer, "experts", ()), layer.in_features, device="meta")
+    like = torch.empty(*layer.experts, layer.in_features, device="meta")
     for name in layer.randlora_lambda:
         own |= {f"{prefix}{kind}.{name}": getattr(layer, kind)[name] for kind in DIAGONALS}
         own[f"{prefix}{INPUT_SCALE}.{name}"] = like
