@@ -51,7 +51,7 @@ class AdapterFile:
 
     def basis_of(self, at: str) -> Basis:
         (n_in, n_out, _, *experts), key = self.layers[at], BasisDescription.parse(self.basis)
-        basis = Basis(n_in, n_out, self.r, key.density, key.seed, key.kind)
+        basis = Basis(n_in, n_out, self.r, **vars(key))
         scale = self.tensors.get(f"{at}.{INPUT_SCALE}")
         return basis if scale is None else basis.with_input_scale(scale, (*experts,))
 

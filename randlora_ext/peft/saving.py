@@ -133,8 +133,7 @@ def _dense_bases(
                 f"on min(in, out), which differs (layers by it: {layer_of}); {_MERGE}"
             )
         (own_d,) = layer_of
-    made = description.density, description.seed, description.kind
-    A, B = Basis(own_d, D, r, *made).dense()
+    A, B = Basis(own_d, D, r, **vars(description)).dense()
     A, B = F.pad(A, (0, d - own_d)), F.pad(B, (0, -(-d // r) * r - B.shape[1]))
     return A.unsqueeze(1), B.unflatten(1, (-1, r))
 
