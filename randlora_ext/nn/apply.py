@@ -216,7 +216,9 @@ def adapted_layers(model: nn.Module, kind: type[Any] = RandLoraLinear) -> dict[s
 
 
 def unwrapped(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    """The path in the base model."""
+    path = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    return re.sub(r"(\.base_layer)+\.", ".", path)  # of experts
 
 
 def _without(model: nn.Module) -> nn.Module:

@@ -1,6 +1,5 @@
 """Adapters of a parameter of any module, such as the stacked experts of a mixture model."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -85,7 +84,7 @@ class AdaptedParameter(AdaptedLayer):
         return laid_out_like(delta, self._base_weight())
 
     def name_at(self, path: str) -> str:
-        return re.sub(r"(^|\.)base_layer\b", "", path) + f".{self.parameter_name}"
+        return f"{path}.{self.parameter_name}"
 
     def describe(self, adapter: str) -> str:
         return f"{self.parameter_name} of {self.experts[0]} experts, {super().describe(adapter)}"
