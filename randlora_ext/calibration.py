@@ -113,10 +113,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def input_scale_of(rms: Tensor) -> Tensor:
-    """The vector of features whose root mean squares are `rms`; in the units of `calibrate`.
-
-    If more than half of them are zero, the median is that of the others.
-    """
+    """As `calibrate` says. If over half of `rms` are zero, the median is that of the others."""
     median = rms.median()
     median = median if median > 0 else rms[rms > 0].median()
     scale = 1 / (rms + EPSILON * median)

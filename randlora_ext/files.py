@@ -96,11 +96,8 @@ def _scratch_in(folder: Path, path: str | os.PathLike, make: bool = False) -> It
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from removing the scratch folder as a left-over.
-
-    The kernel releases a process's lock when it dies, so scratch folders in a folder without a
-    lock are left-overs.
-    """
+    """Scratch folders in a folder that no process has locked are left-overs: the kernel releases a
+    process's lock when it dies."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # another process is writing, or the file system has no locks

@@ -197,10 +197,9 @@ class Basis(Shape):
     ) -> tuple[Tensor, Tensor]:
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
         on = torch.device(device)
-        if self.kind != "dense" and not devices.serve(on.type):
-            A, B = self.dense("cpu", dtype)
-            return A.to(on), B.to(on)
-        return self._source.dense(self, dtype, self.packed(on))
+        served = self.kind == "dense" or devices.serve(on.type)
+        A, B = self._source.dense(self, dtype, self.packed(on if served else "cpu"))
+        return A.to(on), B.to(on)
 
     def canonical(self) -> "Basis":
         """The first living basis equal to this one, which layers hold.

@@ -26,10 +26,7 @@ def sylvester(rows: Tensor, columns: Tensor) -> Tensor:
 def checked_scale(
     input_scale: Tensor | None, shape: Shape, experts: tuple[int, ...] = ()
 ) -> Tensor | None:
-    """A copy (*experts, in_features), float32 on the CPU, of one for each expert or for all.
-
-    TypeError or ValueError unless it fits a layer of that shape.
-    """
+    """A copy (*experts, in_features), float32 on the CPU, of one for each expert or for all."""
     if input_scale is None:
         return None
     if not isinstance(input_scale, Tensor) or not input_scale.is_floating_point():
@@ -47,9 +44,8 @@ def checked_scale(
 class HadamardMatrices:
     """A and B of a description; only the signs s (d), row (D) and col (K) are drawn and stored.
 
-    The signs on the layer's input side are multiplied by `input_scale`.
-
-    The methods are those of `TernaryMatrices`.
+    Those on the layer's input side are multiplied by `input_scale`. The methods are those of
+    `TernaryMatrices`.
     """
 
     kind = "hadamard"

@@ -24,8 +24,6 @@ class AdaptedLayer(KeepsWeight):
     plain dictionary, whose tensors no `.to` casts and no engine spreads over ranks.
     """
 
-    base_layer: Any
-    _modules: dict[str, Any]
     in_features: int
     out_features: int
     experts: tuple[int, ...] = ()  # how many, if the weight is a stack
@@ -117,7 +115,9 @@ class AdaptedLayer(KeepsWeight):
         base = self._modules["base_layer"]  # nn.Module's __getattr__ takes half a microsecond
         if len(names) == 1 and not args and not kwargs:
             name = names[0]
-            if not self._dropped(name) and self._cast(name, x) is x:
+            dropout = self._modules["randlora_dropout"]._modules[name]
+            drops = isinstance(dropout, nn.Dropout) and dropout.training
+            if not drops and self._cast(name, x) is x:
                 if (weight := plain_weight(base, x)) is not None:
                     return self._part(name, x, weight, base.bias)
         if names:
@@ -139,11 +139,6 @@ class AdaptedLayer(KeepsWeight):
     def _cast(self, name: str, x: Tensor) -> Tensor:
         """x as the adapter takes it, in a wider dtype perhaps than the base layer."""
         return x
-
-    def _dropped(self, name: str) -> float:
-        """The probability that an input of the adapter is dropped now."""
-        dropout = self._modules["randlora_dropout"]._modules[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``scaling * B @ A'`` in the shape of the base layer's weight.

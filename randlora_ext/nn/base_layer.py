@@ -40,12 +40,11 @@ def check_base_layer(module: Any, argument: str) -> None:
             f"{argument} must be an nn.Linear or a transformers Conv1D with a weight, got "
             f"{kind.__module__}.{kind.__qualname__}"
         )
-    check_whole(module, argument)
+    check_whole(module.weight, argument)
 
 
-def check_whole(module: Any, argument: str) -> None:
-    """Raises ValueError, naming `argument`, if the weight is spread over ranks already."""
-    weight: Any = getattr(module, "weight", None)
+def check_whole(weight: Any, argument: str) -> None:
+    """Raises ValueError, naming `argument`, if its weight is spread over ranks already."""
     if is_dtensor(weight):
         raise ValueError(f"{argument} has a weight placed {weight.placements}: {_NOT_CUT}")
 
@@ -73,10 +72,8 @@ def check_is_called(model: nn.Module, name: str, argument: str) -> None:
 
 
 def refuse_cut(base_layer: Any) -> None:
-    """Raises RuntimeError if forward sees only this rank's part of the weight.
-
-    FSDP2 makes a weight whole before it calls the module that it has sharded.
-    """
+    """Raises RuntimeError if forward sees only this rank's part of the weight, which FSDP2 makes
+    whole before it calls the module that it has sharded."""
     weight: Any = getattr(base_layer, "weight", None)
     if is_dtensor(weight):
         from torch.distributed.fsdp import FSDPModule
@@ -190,19 +187,14 @@ def do_nothing(*_) -> None:
 
 
 def force_module_call(layer: Any) -> None:
-    """Makes nn.TransformerEncoderLayer call `layer` in eval mode.
-
-    The encoder layer would otherwise pass ``layer.weight`` to a fused kernel, unless a module
-    inside it has a forward hook. The hook set here is on a dictionary that is never called.
-    """
+    """Makes nn.TransformerEncoderLayer call `layer` in eval mode. Its fused kernel would take
+    ``layer.weight``, but not beside a forward hook: here one on a dictionary that is not called."""
     layer.randlora_dropout.register_forward_pre_hook(do_nothing)
 
 
 def disable_nested_tensors(model: nn.Module, name: str) -> None:
-    """Keeps an nn.TransformerEncoder around module `name` from nested tensors in eval mode.
-
-    Only its fused kernel takes them.
-    """
+    """Keeps an nn.TransformerEncoder around module `name` from nested tensors in eval mode, which
+    only its fused kernel takes."""
     for part in name.split("."):
         if isinstance(model, nn.TransformerEncoder):
             model.use_nested_tensor = False

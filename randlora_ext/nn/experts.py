@@ -11,7 +11,7 @@ from torch.func import functional_call
 from ..ops import hadamard
 from ..ranks import is_dtensor, laid_out_like
 from .adapted_layer import AdaptedLayer
-from .base_layer import check_is_called, check_no_plan, first
+from .base_layer import check_is_called, check_no_plan, check_whole, first
 from .linear import RandLoraLinear
 
 _TRANSPOSED = {"Llama4TextExperts"}  # classes that store (experts, in, out) and do not say so
@@ -32,7 +32,6 @@ class AdaptedParameter(AdaptedLayer):
 
     parameter_name: str
     transposed: bool
-    _names: Any  # gives the adapters to add now
 
     def _set_sizes(self, base_layer: Any, parameter_name: str) -> nn.Linear:
         """Finds them; returns what stands for `base_layer` where a linear layer is expected."""
@@ -109,17 +108,14 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
 
 
 def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:
-    """(in_features, out_features, transposed, experts) of a parameter.
-
-    TypeError or ValueError, naming it, if it cannot be adapted.
-    """
+    """(in_features, out_features, transposed, experts) of a parameter; TypeError or ValueError,
+    naming it, if it cannot be adapted."""
     weight = getattr(module, name)
     told = f"target_parameters: {type(module).__name__}.{name}"
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         kind = getattr(weight, "dtype", type(weight))
         raise TypeError(f"{told} must be a floating point parameter, got {kind}")
-    if is_dtensor(weight):
-        raise ValueError(f"{told} is spread over ranks already; call fully_shard afterwards")
+    check_whole(weight, told)
     shape = getattr(weight, "ds_shape", weight.shape)  # of ZeRO-3
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"{told} must have two or three dimensions, got {tuple(shape)}")

@@ -136,7 +136,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name, module in targets.items():
             check_no_plan(model, name, f"target {name!r}")
             if not isinstance(module, RandLoraLayer):
-                check_whole(module, f"target {name!r}")
+                check_whole(getattr(module, "weight", None), f"target {name!r}")
             # PEFT leaves out what lies inside its own layers.
             if isinstance(model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
                 check_not_nested(model, name, f"target {name!r}")
