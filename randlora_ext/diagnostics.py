@@ -17,7 +17,7 @@ from . import build_info
 from .basis import Basis
 from .basis.description import SPECIFICATIONS
 from .basis.ternary import generate_planes
-from .devices import cuda_available
+from .devices import cuda_serves
 from .ops.functional import delta_weight, linear, merged_weight
 from .reference import delta_weight_reference, linear_reference
 
@@ -72,7 +72,7 @@ def describe() -> list[str]:
 
 def self_check() -> list[tuple[str, float, float]]:
     """(what, relative error, limit): bases, layers and merging in every dtype, on every device."""
-    cards = torch.cuda.device_count() if cuda_available() else 0
+    cards = torch.cuda.device_count() if cuda_serves("cuda") else 0
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cards))]
     checks = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
     drawn = [Basis(*shape, seed=1) for shape in _SHAPES]

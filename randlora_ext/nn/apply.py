@@ -72,7 +72,6 @@ def apply_randlora(
                 f"{name!r} of modules_to_save has buffers, {first(sorted(buffers))}, and "
                 "`save_adapter` writes parameters only; train it beside and save it yourself"
             )
-    # A module that is registered twice (tied) is visited twice, and must be wrapped once.
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         matches = _all_linear(model)
     else:

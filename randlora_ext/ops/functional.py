@@ -159,7 +159,7 @@ def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype) -> str
         return "torch's GEMMs"
     if cuda_serves(device.type) and basis.kind == "hadamard":  # in the card's shared memory
         sizes = basis.D, basis.d, basis.r, basis.n
-        fits = kernels and _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)
+        fits = _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)
     if basis.kind == "hadamard" and not fits:
         return "plain torch"
     if not kernels:
