@@ -149,9 +149,7 @@ class Basis(Shape):
             return getattr(self, self._while_tracing(self.token, torch.device(device), dtype))
         found = self._packed.get((device, dtype))  # found at once for a tensor's device
         if found is None:
-            on = torch.device(device)
-            if on.type == "cuda" and on.index is None:  # "cuda" and "cuda:0" share one entry
-                on = torch.device("cuda", torch.cuda.current_device())
+            on = torch.empty(0, device=device).device  # "cuda" and "cuda:0" share one entry
             new = (on, dtype) not in self._packed
             # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
             elsewhere = self.kind != "dense" and not devices.serve(on.type)

@@ -44,14 +44,10 @@ class PackedTensors:
         if self._device is not None:
             stream = torch.cuda.current_stream(self._device)
             if stream.cuda_stream not in self._recorded:
-                self._record(stream)
+                for tensor in self.tensors:
+                    ordinary_tensors(tensor.record_stream)(stream)
                 self._recorded.add(stream.cuda_stream)
         return self.tensors
-
-    @ordinary_tensors
-    def _record(self, stream: torch.cuda.Stream) -> None:
-        for tensor in self.tensors:
-            tensor.record_stream(stream)
 
 
 # What is alive, by what decides it: packed tensors, and objects that layers share.

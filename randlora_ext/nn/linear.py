@@ -191,8 +191,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
                 merged into the same weight, or that is on the meta device or elsewhere (ZeRO-3).
                 After any of these nothing has changed.
         """
-        chosen = self.active_adapters if adapter_names is None else adapter_names
-        names = self._chosen(chosen)
+        names = self._chosen(self.active_adapters if adapter_names is None else adapter_names)
         for name in names:
             if name in self.merged_adapters:
                 raise ValueError(f"adapter_names: {name!r} is merged already; unmerge() first")

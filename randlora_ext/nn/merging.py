@@ -68,8 +68,7 @@ class KeepsWeight(_Layer):
             )
         rest = [name for name in rest if name not in lost]
         if self._kept is not None or not rest:
-            kept = self._kept
-            self._replace(do_nothing if kept is None else self._restorer(kept), rest)
+            self._replace(do_nothing if self._kept is None else self._restorer(self._kept), rest)
         if rest:
             self._replace(self._writer(self._plus(self._dense_weight(), rest, -1)), [])
 
