@@ -73,10 +73,8 @@ def share(key: tuple, make: Callable[[], Any]) -> Any:
 def get_or_make(
     key: tuple, device: torch.device, make: Callable[[], list[Tensor]]
 ) -> PackedTensors:
-    """The packed tensors under `key`, made once and kept as long as something holds them.
-
-    `make` must not call `get_or_make`: it runs in a thread of its own, and this one has the lock.
-    """
+    """The packed tensors under `key`, made once and kept as long as something holds them. `make`
+    runs in a thread of its own while this one has the lock, so it must not call `get_or_make`."""
     with _cache_lock:
         return share(key, lambda: PackedTensors(_made_for_every_stream(device, make), device))
 

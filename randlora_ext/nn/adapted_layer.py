@@ -36,7 +36,7 @@ class AdaptedLayer(KeepsWeight):
         """The basis by which the adapter multiplies on that device."""
         return self.bases[adapter]
 
-    def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
+    def _dtype_of(self, adapter: str) -> torch.dtype:
         """The dtype of dW and of its factors."""
         return self.randlora_lambda[adapter].dtype
 
@@ -149,8 +149,7 @@ class AdaptedLayer(KeepsWeight):
         unknown adapter. Source: PEFT's method.
         """
         check_kind("adapter", adapter, self.randlora_lambda)
-        device = self.randlora_lambda[adapter].device
-        return self._delta(adapter, self._dtype_of(adapter, device))
+        return self._delta(adapter, self._dtype_of(adapter))
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
         device = self.randlora_lambda[name].device

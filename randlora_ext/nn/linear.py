@@ -108,14 +108,14 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         check_adapter_name(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
-        if randlora_alpha is not None:
-            check_alpha("randlora_alpha", randlora_alpha)
         check_dropout(randlora_dropout)
         if basis is not None:
             check_kind("basis", basis)
         if self.experts:
             check_options(self.parameter_name, basis, density, randlora_dropout)
         bases = Basis(self.in_features, self.out_features, r, density, seed, basis).canonical()
+        alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
+        check_alpha("randlora_alpha", alpha)
         if r > bases.d:
             warnings.warn(more_than_d(r, bases.d), stacklevel=3)
 
@@ -128,7 +128,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
         self._use_basis(adapter_name, bases)
         self.r[adapter_name] = r
-        alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
         self.scaling[adapter_name] = alpha / r
         self.randlora_dropout[adapter_name] = dropout.train(self.training)
         self.randlora_lambda[adapter_name] = nn.Parameter(lam)

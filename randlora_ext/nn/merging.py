@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -121,8 +121,7 @@ class KeepsWeight(_Layer):
         if self.merged:  # a copy
             merged_layers.add(self)
 
-    def _plus(self, weight: Tensor, names: Iterable[str], sign: int) -> Tensor:
-        names = list(names)
+    def _plus(self, weight: Tensor, names: Sequence[str], sign: int) -> Tensor:
         # Wider than the weight where the sum would otherwise be rounded more than once.
         wide = torch.float32 if weight.itemsize < 4 or len(names) == 1 else torch.float64
         total = weight.to(torch.promote_types(wide, weight.dtype), copy=True)

@@ -57,7 +57,6 @@ torch.library.impl("randlora::scaled_basis_backward", "default", _plain_scaled_b
 
 
 def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> dict[str, Any]:
-    """The operators' arguments that describe the bases, in their order."""
     A, B = basis.packed(device, dtype)
     return {"A": A, "B": B, "expand": basis.expand, "scale": float(scaling)}
 

@@ -12,7 +12,6 @@ _ops = torch.ops.randlora
 
 
 def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> dict[str, Any]:
-    """The operators' arguments that describe the bases, in their order."""
     a_offset, a_index, a_tables, *of_b = basis.packed(device)
     planes, lists = (of_b[0], [None] * 4) if len(of_b) == 1 else (None, of_b)
     return {
