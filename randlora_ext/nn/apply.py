@@ -19,7 +19,7 @@ from .base_layer import (
 from .experts import RandLoraParameter, matching_parameters
 from .linear import RandLoraLinear
 from .merging import merged_layers
-from .state_dict import guard, unguard
+from .state_dict import guard
 
 # Names that torch.compile and activation checkpointing put into the paths of modules.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -228,5 +228,5 @@ def _without(model: nn.Module) -> nn.Module:
     for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
         if isinstance(module, RandLoraLinear):
             model.set_submodule(name, module.base_layer)
-    unguard(model)
+    guard(model)
     return model

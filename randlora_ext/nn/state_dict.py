@@ -15,21 +15,13 @@ INPUT_SCALE = "randlora_input_scale"
 
 
 def guard(model: nn.Module) -> None:
-    """Registers `refuse_misfit`, once: all layers are checked before the first one is loaded."""
-    if not _guards(model):
+    """Has a model with RandLoRA layers call `refuse_misfit`, once: all are checked before the first
+    one is loaded. Takes it from a model without."""
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is refuse_misfit]:
+        del hooks[key]
+    if any(isinstance(module, KeepsWeight) for module in model.modules()):
         model.register_load_state_dict_pre_hook(refuse_misfit)
-
-
-def unguard(model: nn.Module) -> None:
-    """Undoes `guard` if the model holds no RandLoRA layer any more."""
-    if not any(isinstance(module, KeepsWeight) for module in model.modules()):
-        for key in _guards(model):
-            del model._load_state_dict_pre_hooks[key]
-
-
-def _guards(model: nn.Module) -> list[int]:
-    hooks = model._load_state_dict_pre_hooks.items()
-    return [key for key, hook in hooks if getattr(hook, "hook", None) is refuse_misfit]
 
 
 def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

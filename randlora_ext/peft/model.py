@@ -26,7 +26,7 @@ from ..nn.base_layer import (
 from ..nn.experts import matching_parameters, sizes_of
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import merged_layers
-from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse, unguard
+from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
 from .layer import AcceleratedLinear, ParamWrapper, adapter_per_row
@@ -82,13 +82,15 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name in BASIS_NAMES:
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
 
+    def _post_injection_hook(self, model, config, adapter_name) -> None:
+        guard(model)
+
     def _create_and_replace(
         self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         if self._sizes is not None:  # this is the adapter's first layer
             self._add_bases(config, adapter_name, *self._sizes)
             self._sizes = None
-            guard(self.model)
             refuse_lora_files(self.model)
         A, B = self.randlora_A, self.randlora_B
         if parameter_name is None:
@@ -178,7 +180,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        unguard(model)
+        guard(model)
         return model
 
     def _enable_peft_forward_hooks(self, *args, **kwargs):
