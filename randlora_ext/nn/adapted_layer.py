@@ -24,11 +24,7 @@ class AdaptedLayer(KeepsWeight):
     plain dictionary, whose tensors no `.to` casts and no engine spreads over ranks.
     """
 
-    in_features: int
-    out_features: int
     experts: tuple[int, ...] = ()  # how many, if the weight is a stack
-    fan_in_fan_out: bool
-    scaling: dict[str, float]
     bases: dict[str, Basis]
     input_scales: dict[str, Tensor]
 

@@ -30,9 +30,6 @@ class AdaptedParameter(AdaptedLayer):
     ``lora.ParamWrapper``.
     """
 
-    parameter_name: str
-    transposed: bool
-
     def _set_sizes(self, base_layer: Any, parameter_name: str) -> nn.Linear:
         """Finds them; returns what stands for `base_layer` where a linear layer is expected."""
         self.parameter_name = parameter_name
