@@ -140,13 +140,9 @@ def _name(layer: Any) -> str:
     return f"layer {layer.path!r}" if layer.path else told
 
 
-def features(base_layer: Any) -> tuple[int, int]:
+def features(layer: Any) -> tuple[int, int]:
     """(in_features, out_features) of an nn.Linear or a Conv1D."""
-    if is_conv1d(base_layer):
-        weight = base_layer.weight  # ZeRO-3 leaves an empty tensor with the shape in ds_shape
-        in_features, out_features = getattr(weight, "ds_shape", weight.shape)
-        return in_features, out_features
-    return base_layer.in_features, base_layer.out_features
+    return (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
 
 
 def plain_weight(module: Any, x: Tensor) -> Tensor | None:
