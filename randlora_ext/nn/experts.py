@@ -53,8 +53,6 @@ class AdaptedParameter(AdaptedLayer):
 
     def _adapted_weight(self, names: list[str]) -> Tensor:
         weight = self._base_weight()
-        if torch.jit.is_tracing():
-            raise RuntimeError("torch.jit.trace cannot record adapted experts; merge them first")
         offloaded = weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook")  # accelerate's
         if is_dtensor(weight) or weight.numel() == 0 or offloaded:
             raise RuntimeError(

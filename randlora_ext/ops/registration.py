@@ -174,6 +174,11 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
     apply_eager = super(Function, function).apply  # type: ignore[misc]
 
     def call(*inputs, **bases):
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot record the kernels of randlora_ext; use torch.export or "
+                "torch.compile, or merge the adapters first"
+            )
         if torch._C._are_functorch_transforms_active():
             if torch.compiler.is_dynamo_compiling():
                 torch._dynamo.graph_break(
