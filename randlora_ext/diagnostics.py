@@ -54,8 +54,7 @@ def describe() -> list[str]:
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
             packages.append(f"{name} {version(name)}")
-    set_here = sorted((k, v) for k, v in os.environ.items() if k.startswith(_OVERRIDES))
-    overrides = ", ".join(f"{name}={value}" for name, value in set_here)
+    overrides = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith(_OVERRIDES))
     return [
         f"randlora_ext {build['version']}, compiler {build['compiler']}, "
         f"basis specifications {', '.join(f'{k}-{v}' for k, v in SPECIFICATIONS.items())}",
@@ -66,7 +65,7 @@ def describe() -> list[str]:
         f"{torch.get_num_threads()} threads",
         f"CUDA kernels: {build['cuda']}",
         f"cards: {_cards()} (torch's CUDA: {torch.version.cuda or 'none'})",
-        f"environment: {overrides or 'no overrides'}",
+        f"environment: {', '.join(overrides) or 'no overrides'}",
     ]
 
 
