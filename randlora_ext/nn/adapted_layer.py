@@ -83,11 +83,12 @@ class AdaptedLayer(KeepsWeight):
         torch.distributed looks every key up as an attribute, and loads only keys that the model's
         own state dict has. Copies, because dcp.load writes into them.
         """
-        ones, scales = torch.ones(*self.experts, self.in_features), SimpleNamespace()
-        for name, lam in self.randlora_lambda.items():
-            if self.basis_of(name, lam.device).takes_input_scale:
-                setattr(scales, name, self.input_scales.get(name, ones).clone())
-        return scales
+        scales = {
+            name: self.input_scales.get(name, torch.ones(*self.experts, self.in_features)).clone()
+            for name, lam in self.randlora_lambda.items()
+            if self.basis_of(name, lam.device).takes_input_scale
+        }
+        return SimpleNamespace(**scales)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
