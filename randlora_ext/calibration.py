@@ -86,8 +86,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     for batch in batches:  # which may be made by other models, or by this one
         _observe(model, batch, sums)
         count += 1
-    for total in (count, *sums.values()):
-        _add_over_ranks(total)
+    if dist.is_available() and dist.is_initialized():
+        for total in (count, *sums.values()):
+            own = total.cuda() if dist.get_backend() == "nccl" else total  # it knows only cards
+            dist.all_reduce(own)
+            total.copy_(own)
     if not count:
         raise ValueError("batches must hold at least one batch, got none")
     scales = {}
@@ -110,10 +113,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def input_scale_of(rms: Tensor) -> Tensor:
-    """The vector of features whose root mean squares are `rms`; in the units of `calibrate`.
-
-    If more than half of them are zero, the median is that of the others.
-    """
+    """As `calibrate` says. If over half of `rms` are zero, the median is that of the others."""
     median = rms.median()
     median = median if median > 0 else rms[rms > 0].median()
     scale = 1 / (rms + EPSILON * median)
@@ -222,11 +222,3 @@ def _lies_in(part: Tensor, whole: Tensor) -> bool:
 def _add_rows(to: Tensor, x: Tensor) -> None:
     to[:-1] += x.float().square().sum(0, dtype=torch.float64).cpu()
     to[-1] += len(x)
-
-
-def _add_over_ranks(total: Tensor) -> None:
-    """Makes it the sum of every rank's, if there are several."""
-    if dist.is_available() and dist.is_initialized():
-        own = total.cuda() if dist.get_backend() == "nccl" else total  # which knows only cards
-        dist.all_reduce(own)
-        total.copy_(own)

@@ -41,16 +41,12 @@ def _load() -> str:
 CUDA_STATUS: str = _load()
 
 
-def cuda_available() -> bool:
-    """Whether tensors on a CUDA device can be served."""
-    return bool(_C.cuda_build())
-
-
 def cuda_serves(device_type: str) -> bool:
     """Whether the CUDA kernels run on tensors of this device type."""
-    return device_type == "cuda" or (_SERVES_CPU and device_type == "cpu" and cuda_available())
+    types = ("cuda", "cpu") if _SERVES_CPU else ("cuda",)
+    return device_type in types and bool(_C.cuda_build())
 
 
 def serve(device_type: str) -> bool:
     """Whether any of our kernels run on tensors of this device type."""
-    return device_type == "cpu" or (device_type == "cuda" and cuda_available())
+    return device_type == "cpu" or cuda_serves(device_type)

@@ -17,7 +17,7 @@ from . import build_info
 from .basis import Basis
 from .basis.description import SPECIFICATIONS
 from .basis.ternary import generate_planes
-from .devices import cuda_available
+from .devices import cuda_serves
 from .ops.functional import delta_weight, linear, merged_weight
 from .reference import delta_weight_reference, linear_reference
 
@@ -54,8 +54,7 @@ def describe() -> list[str]:
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
             packages.append(f"{name} {version(name)}")
-    set_here = sorted((k, v) for k, v in os.environ.items() if k.startswith(_OVERRIDES))
-    overrides = ", ".join(f"{name}={value}" for name, value in set_here)
+    overrides = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith(_OVERRIDES))
     return [
         f"randlora_ext {build['version']}, compiler {build['compiler']}, "
         f"basis specifications {', '.join(f'{k}-{v}' for k, v in SPECIFICATIONS.items())}",
@@ -66,13 +65,13 @@ def describe() -> list[str]:
         f"{torch.get_num_threads()} threads",
         f"CUDA kernels: {build['cuda']}",
         f"cards: {_cards()} (torch's CUDA: {torch.version.cuda or 'none'})",
-        f"environment: {overrides or 'no overrides'}",
+        f"environment: {', '.join(overrides) or 'no overrides'}",
     ]
 
 
 def self_check() -> list[tuple[str, float, float]]:
     """(what, relative error, limit): bases, layers and merging in every dtype, on every device."""
-    cards = torch.cuda.device_count() if cuda_available() else 0
+    cards = torch.cuda.device_count() if cuda_serves("cuda") else 0
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cards))]
     checks = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
     drawn = [Basis(*shape, seed=1) for shape in _SHAPES]

@@ -37,10 +37,7 @@ def laid_out_like(t: Tensor, weight: Any) -> Tensor:
 
 @contextmanager
 def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
-    """If the block raises OSError on the mesh's first rank, all of its ranks raise it.
-
-    Without a mesh there is one process.
-    """
+    """If the block raises OSError on the mesh's first rank, all raise it; None is one process."""
     raised = None
     try:
         yield

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import devices
 from .cache import PackedTensors, get_or_make, share
 from .description import BasisDescription, Shape
-from .hadamard import HadamardMatrices, checked_scale
+from .hadamard import HadamardMatrices
 from .ternary import GeneratedMatrices, TernaryMatrices
 
 
@@ -133,8 +133,21 @@ class Basis(Shape):
         """
         if not isinstance(self._source, HadamardMatrices):
             raise ValueError(f"input_scale goes with Hadamard bases, got kind={self.kind!r}")
-        scale = checked_scale(input_scale, self, experts)
-        return self.of(*self._sizes, HadamardMatrices(self._source.description, scale)).canonical()
+        if input_scale is not None:
+            if not isinstance(input_scale, Tensor) or not input_scale.is_floating_point():
+                raise TypeError(
+                    f"input_scale must be a floating tensor or None, got {input_scale!r}"
+                )
+            sizes = *experts, self.in_features
+            if tuple(input_scale.shape) not in (sizes, sizes[-1:]):
+                named = "(experts, in_features)" if experts else "(in_features,)"
+                told = f"{named} = {sizes}, got {tuple(input_scale.shape)}"
+                raise ValueError(f"input_scale must be {told}")
+            input_scale = input_scale.detach().to("cpu", torch.float32).expand(sizes).clone()
+            if not bool(((input_scale > 0) & input_scale.isfinite()).all()):
+                raise ValueError("input_scale must be positive and finite in every feature")
+        scaled = HadamardMatrices(self._source.description, input_scale)
+        return self.of(*self._sizes, scaled).canonical()
 
     def packed(
         self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
@@ -149,9 +162,7 @@ class Basis(Shape):
             return getattr(self, self._while_tracing(self.token, torch.device(device), dtype))
         found = self._packed.get((device, dtype))  # found at once for a tensor's device
         if found is None:
-            on = torch.device(device)
-            if on.type == "cuda" and on.index is None:  # "cuda" and "cuda:0" share one entry
-                on = torch.device("cuda", torch.cuda.current_device())
+            on = torch.empty(0, device=device).device  # "cuda" and "cuda:0" share one entry
             new = (on, dtype) not in self._packed
             # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
             elsewhere = self.kind != "dense" and not devices.serve(on.type)
@@ -197,10 +208,9 @@ class Basis(Shape):
     ) -> tuple[Tensor, Tensor]:
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
         on = torch.device(device)
-        if self.kind != "dense" and not devices.serve(on.type):
-            A, B = self.dense("cpu", dtype)
-            return A.to(on), B.to(on)
-        return self._source.dense(self, dtype, self.packed(on))
+        served = self.kind == "dense" or devices.serve(on.type)
+        A, B = self._source.dense(self, dtype, self.packed(on if served else "cpu"))
+        return A.to(on), B.to(on)
 
     def canonical(self) -> "Basis":
         """The first living basis equal to this one, which layers hold.

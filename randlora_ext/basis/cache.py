@@ -44,14 +44,10 @@ class PackedTensors:
         if self._device is not None:
             stream = torch.cuda.current_stream(self._device)
             if stream.cuda_stream not in self._recorded:
-                self._record(stream)
+                for tensor in self.tensors:
+                    ordinary_tensors(tensor.record_stream)(stream)
                 self._recorded.add(stream.cuda_stream)
         return self.tensors
-
-    @ordinary_tensors
-    def _record(self, stream: torch.cuda.Stream) -> None:
-        for tensor in self.tensors:
-            tensor.record_stream(stream)
 
 
 # What is alive, by what decides it: packed tensors, and objects that layers share.
@@ -77,10 +73,8 @@ def share(key: tuple, make: Callable[[], Any]) -> Any:
 def get_or_make(
     key: tuple, device: torch.device, make: Callable[[], list[Tensor]]
 ) -> PackedTensors:
-    """The packed tensors under `key`, made once and kept as long as something holds them.
-
-    `make` must not call `get_or_make`: it runs in a thread of its own, and this one has the lock.
-    """
+    """The packed tensors under `key`, made once and kept as long as something holds them. `make`
+    runs in a thread of its own while this one has the lock, so it must not call `get_or_make`."""
     with _cache_lock:
         return share(key, lambda: PackedTensors(_made_for_every_stream(device, make), device))
 

@@ -8,8 +8,6 @@ from typing import Any
 
 # The version of docs/basis-spec.md that defines each kind.
 SPECIFICATIONS = {"independent": 1, "hadamard": 1}
-# Memory and time grow with r, which a file may name. No layer needs r > d.
-MAX_R = 2**16
 _KEY = re.compile(r"randlora_ext:([a-z]+)-\d+(?::density=([^:]+))?:seed=(\d+)")
 
 
@@ -100,7 +98,8 @@ def check_seed(name: str, seed: int) -> None:
 
 
 def check_r(r: int) -> None:
-    check_integer("r", r, 1, MAX_R)
+    # Memory and time grow with r, which a file may name. No layer needs r > d.
+    check_integer("r", r, 1, 2**16)
 
 
 def as_signed(seed: int) -> int:

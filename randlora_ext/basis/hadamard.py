@@ -23,33 +23,11 @@ def sylvester(rows: Tensor, columns: Tensor) -> Tensor:
     return 1 - 2 * (ones & 1)
 
 
-def checked_scale(
-    input_scale: Tensor | None, shape: Shape, experts: tuple[int, ...] = ()
-) -> Tensor | None:
-    """A copy (*experts, in_features), float32 on the CPU, of one for each expert or for all.
-
-    TypeError or ValueError unless it fits a layer of that shape.
-    """
-    if input_scale is None:
-        return None
-    if not isinstance(input_scale, Tensor) or not input_scale.is_floating_point():
-        raise TypeError(f"input_scale must be a floating tensor or None, got {input_scale!r}")
-    sizes = *experts, shape.in_features
-    if tuple(input_scale.shape) not in (sizes, sizes[-1:]):
-        named = "(experts, in_features)" if experts else "(in_features,)"
-        raise ValueError(f"input_scale must be {named} = {sizes}, got {tuple(input_scale.shape)}")
-    scale = input_scale.detach().to("cpu", torch.float32).expand(sizes).clone()
-    if not bool(((scale > 0) & scale.isfinite()).all()):
-        raise ValueError("input_scale must be positive and finite in every feature")
-    return scale
-
-
 class HadamardMatrices:
     """A and B of a description; only the signs s (d), row (D) and col (K) are drawn and stored.
 
-    The signs on the layer's input side are multiplied by `input_scale`.
-
-    The methods are those of `TernaryMatrices`.
+    Those on the layer's input side are multiplied by `input_scale`. The methods are those of
+    `TernaryMatrices`.
     """
 
     kind = "hadamard"

@@ -59,10 +59,7 @@ class TernaryMatrices:
 
 
 class GeneratedMatrices(TernaryMatrices):
-    """A and B of a description: a pure function of it (docs/basis-spec.md).
-
-    Layers of different shapes see slices of the same matrices.
-    """
+    """A and B of a description (docs/basis-spec.md), of which layers of any shape see slices."""
 
     kind = "independent"
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ..basis import Basis
-from ..nn.adapter_file import check_diagonals, read_adapter_file, read_safetensors
-from ..nn.state_dict import DIAGONALS, INPUT_SCALE
+from ..files import read_safetensors
+from ..nn.adapter_file import read_adapter_file
+from ..nn.state_dict import DIAGONALS, INPUT_SCALE, check_diagonals
 from ..ops.functional import merged_weight
 from . import CliError, told_of
 from .checkpoint import Checkpoint, locate, read_json

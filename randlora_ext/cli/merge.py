@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..writing import appear
+from ..files import appear
 from . import CliError
 from .adapter import read_changes
 from .checkpoint import Checkpoint, read_checkpoint

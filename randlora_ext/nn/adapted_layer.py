@@ -24,13 +24,7 @@ class AdaptedLayer(KeepsWeight):
     plain dictionary, whose tensors no `.to` casts and no engine spreads over ranks.
     """
 
-    base_layer: Any
-    _modules: dict[str, Any]
-    in_features: int
-    out_features: int
     experts: tuple[int, ...] = ()  # how many, if the weight is a stack
-    fan_in_fan_out: bool
-    scaling: dict[str, float]
     bases: dict[str, Basis]
     input_scales: dict[str, Tensor]
 
@@ -38,7 +32,7 @@ class AdaptedLayer(KeepsWeight):
         """The basis by which the adapter multiplies on that device."""
         return self.bases[adapter]
 
-    def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
+    def _dtype_of(self, adapter: str) -> torch.dtype:
         """The dtype of dW and of its factors."""
         return self.randlora_lambda[adapter].dtype
 
@@ -72,9 +66,8 @@ class AdaptedLayer(KeepsWeight):
             raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it first")
         if input_scale is None and adapter not in self.input_scales:
             return
-        device = self.randlora_lambda[adapter].device
-        basis = self.basis_of(adapter, device).with_input_scale(input_scale, self.experts)
-        self._use_basis(adapter, basis)
+        basis = self.basis_of(adapter, self.randlora_lambda[adapter].device)
+        self._use_basis(adapter, basis.with_input_scale(input_scale, self.experts))
 
     def _use_basis(self, adapter: str, basis: Basis) -> None:
         """`basis_of` gives the adapter this one from now on."""
@@ -85,24 +78,21 @@ class AdaptedLayer(KeepsWeight):
 
     @property
     def randlora_input_scale(self) -> SimpleNamespace:
-        """Torch's functions for distributed state dicts look every key up as an attribute."""
-        return SimpleNamespace(**self._scales())
-
-    def _scales(self) -> dict[str, Tensor]:
         """What state dicts hold: ones for an adapter that could have a scale and has none.
 
-        torch.distributed loads only keys that the model's own state dict has. Copies, because
-        dcp.load writes into them.
+        torch.distributed looks every key up as an attribute, and loads only keys that the model's
+        own state dict has. Copies, because dcp.load writes into them.
         """
-        return {
+        scales = {
             name: self.input_scales.get(name, torch.ones(*self.experts, self.in_features)).clone()
             for name, lam in self.randlora_lambda.items()
             if self.basis_of(name, lam.device).takes_input_scale
         }
+        return SimpleNamespace(**scales)
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, scale in self._scales().items():
+        for name, scale in vars(self.randlora_input_scale).items():
             destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
@@ -122,7 +112,9 @@ class AdaptedLayer(KeepsWeight):
         base = self._modules["base_layer"]  # nn.Module's __getattr__ takes half a microsecond
         if len(names) == 1 and not args and not kwargs:
             name = names[0]
-            if not self._dropped(name) and self._cast(name, x) is x:
+            dropout = self._modules["randlora_dropout"]._modules[name]
+            drops = isinstance(dropout, nn.Dropout) and dropout.training
+            if not drops and self._cast(name, x) is x:
                 if (weight := plain_weight(base, x)) is not None:
                     return self._part(name, x, weight, base.bias)
         if names:
@@ -145,11 +137,6 @@ class AdaptedLayer(KeepsWeight):
         """x as the adapter takes it, in a wider dtype perhaps than the base layer."""
         return x
 
-    def _dropped(self, name: str) -> float:
-        """The probability that an input of the adapter is dropped now."""
-        dropout = self._modules["randlora_dropout"]._modules[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``scaling * B @ A'`` in the shape of the base layer's weight.
 
@@ -159,8 +146,7 @@ class AdaptedLayer(KeepsWeight):
         unknown adapter. Source: PEFT's method.
         """
         check_kind("adapter", adapter, self.randlora_lambda)
-        device = self.randlora_lambda[adapter].device
-        return self._delta(adapter, self._dtype_of(adapter, device))
+        return self._delta(adapter, self._dtype_of(adapter))
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
         device = self.randlora_lambda[name].device

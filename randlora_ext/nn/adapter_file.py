@@ -2,26 +2,23 @@
 
 import json
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..basis import Basis, BasisDescription
 from ..basis.description import check_kind
+from ..files import appear, read_safetensors
 from ..ranks import failing_together, full_tensor, is_dtensor
-from ..writing import appear
 from .apply import adapted_layers, adapting, unwrapped
 from .experts import matching_parameters
 from .linear import check_alpha, check_dropout
-from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
+from .state_dict import DIAGONALS, INPUT_SCALE, check_diagonals, misfit, refuse
 
 _METADATA = "randlora_adapter"
 
@@ -53,7 +50,7 @@ class AdapterFile:
 
     def basis_of(self, at: str) -> Basis:
         (n_in, n_out, _, *experts), key = self.layers[at], BasisDescription.parse(self.basis)
-        basis = Basis(n_in, n_out, self.r, key.density, key.seed, key.kind)
+        basis = Basis(n_in, n_out, self.r, **vars(key))
         scale = self.tensors.get(f"{at}.{INPUT_SCALE}")
         return basis if scale is None else basis.with_input_scale(scale, (*experts,))
 
@@ -94,7 +91,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             "set of options, so give them adapters of other names"
         )
     own: dict[str, Any] = {
-        re.sub(r"(\.base_layer)+\.", ".", unwrapped(name)): parameter
+        unwrapped(name): parameter
         for name, parameter in inner.named_parameters()
         if parameter.requires_grad and not any(f"{kind}." in name for kind in DIAGONALS)
     }
@@ -166,21 +163,6 @@ def load_adapter(
     return model
 
 
-def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file that another process may replace meanwhile.
-
-    It is opened once; safetensors' own readers open it twice, for the header and for the tensors.
-    OSError if it cannot be read, ValueError if it is damaged.
-    """
-    data = Path(path).read_bytes()
-    try:
-        tensors = safetensors.torch.load(data)
-    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__") or {}
-
-
 def read_adapter_file(path: str | os.PathLike) -> AdapterFile:
     """OSError: it cannot be read. ValueError: it is damaged, or no file of `save_adapter`."""
     tensors, metadata = read_safetensors(path)
@@ -192,16 +174,6 @@ def read_adapter_file(path: str | os.PathLike) -> AdapterFile:
             f"{path} is no sound file of save_adapter: {reason}; PeftModel.from_pretrained(model, "
             "folder) opens those of PEFT"
         ) from error
-
-
-def check_diagonals(
-    at: str, tensors: dict[str, Tensor], basis: Basis, experts: Sequence[int]
-) -> None:
-    """KeyError or ValueError unless lambda and gamma are there and fit, one of each per expert."""
-    for kind, shape in zip(DIAGONALS, basis.of_diagonals, strict=True):
-        key = f"{at}.{kind}"
-        if error := misfit(key, tensors[key], torch.empty(*experts, *shape, device="meta")):
-            raise ValueError(error)
 
 
 def _misfits(

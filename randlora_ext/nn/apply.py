@@ -19,7 +19,7 @@ from .base_layer import (
 from .experts import RandLoraParameter, matching_parameters
 from .linear import RandLoraLinear
 from .merging import merged_layers
-from .state_dict import guard, unguard
+from .state_dict import guard
 
 # Names that torch.compile and activation checkpointing put into the paths of modules.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -72,7 +72,6 @@ def apply_randlora(
                 f"{name!r} of modules_to_save has buffers, {first(sorted(buffers))}, and "
                 "`save_adapter` writes parameters only; train it beside and save it yourself"
             )
-    # A module that is registered twice (tied) is visited twice, and must be wrapped once.
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         matches = _all_linear(model)
     else:
@@ -138,10 +137,10 @@ def adapting(
     for name, layer in made.items():
         layer.path = name
     for name in targets:
-        _put(model, name, made[name])
+        model.set_submodule(name, made[name])
         disable_nested_tensors(model, name)
     for path, layer in reversed(outermost.items()):  # inner modules first
-        _put(model, path, layer)
+        model.set_submodule(path, layer)
     guard(model)
 
 
@@ -209,15 +208,16 @@ def unload(model: nn.Module) -> nn.Module:
     return _without(model)
 
 
-def adapted_layers(model: nn.Module, kind: type = RandLoraLinear) -> dict[str, Any]:
+def adapted_layers(model: nn.Module, kind: type[Any] = RandLoraLinear) -> dict[str, Any]:
     """By their paths, and those of parameters by the names of these; a tied one several times."""
     modules = model.named_modules(remove_duplicate=False)
-    layers: dict[str, Any] = {path: module for path, module in modules if isinstance(module, kind)}
-    return {unwrapped(layer.name_at(path)): layer for path, layer in layers.items()}
+    return {unwrapped(m.name_at(path)): m for path, m in modules if isinstance(m, kind)}
 
 
 def unwrapped(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    """The path in the base model."""
+    path = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    return re.sub(r"(\.base_layer)+\.", ".", path)  # of experts
 
 
 def _without(model: nn.Module) -> nn.Module:
@@ -227,11 +227,6 @@ def _without(model: nn.Module) -> nn.Module:
     # Listed before anything is replaced, inner ones first; a tied layer has several names.
     for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
         if isinstance(module, RandLoraLinear):
-            _put(model, name, module.base_layer)
-    unguard(model)
+            model.set_submodule(name, module.base_layer)
+    guard(model)
     return model
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

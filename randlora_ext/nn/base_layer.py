@@ -40,12 +40,11 @@ def check_base_layer(module: Any, argument: str) -> None:
             f"{argument} must be an nn.Linear or a transformers Conv1D with a weight, got "
             f"{kind.__module__}.{kind.__qualname__}"
         )
-    check_whole(module, argument)
+    check_whole(module.weight, argument)
 
 
-def check_whole(module: Any, argument: str) -> None:
-    """Raises ValueError, naming `argument`, if the weight is spread over ranks already."""
-    weight: Any = getattr(module, "weight", None)
+def check_whole(weight: Any, argument: str) -> None:
+    """Raises ValueError, naming `argument`, if its weight is spread over ranks already."""
     if is_dtensor(weight):
         raise ValueError(f"{argument} has a weight placed {weight.placements}: {_NOT_CUT}")
 
@@ -73,10 +72,8 @@ def check_is_called(model: nn.Module, name: str, argument: str) -> None:
 
 
 def refuse_cut(base_layer: Any) -> None:
-    """Raises RuntimeError if forward sees only this rank's part of the weight.
-
-    FSDP2 makes a weight whole before it calls the module that it has sharded.
-    """
+    """Raises RuntimeError if forward sees only this rank's part of the weight, which FSDP2 makes
+    whole before it calls the module that it has sharded."""
     weight: Any = getattr(base_layer, "weight", None)
     if is_dtensor(weight):
         from torch.distributed.fsdp import FSDPModule
@@ -143,13 +140,9 @@ def _name(layer: Any) -> str:
     return f"layer {layer.path!r}" if layer.path else told
 
 
-def features(base_layer: Any) -> tuple[int, int]:
+def features(layer: Any) -> tuple[int, int]:
     """(in_features, out_features) of an nn.Linear or a Conv1D."""
-    if is_conv1d(base_layer):
-        weight = base_layer.weight  # ZeRO-3 leaves an empty tensor with the shape in ds_shape
-        in_features, out_features = getattr(weight, "ds_shape", weight.shape)
-        return in_features, out_features
-    return base_layer.in_features, base_layer.out_features
+    return (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
 
 
 def plain_weight(module: Any, x: Tensor) -> Tensor | None:
@@ -190,19 +183,14 @@ def do_nothing(*_) -> None:
 
 
 def force_module_call(layer: Any) -> None:
-    """Makes nn.TransformerEncoderLayer call `layer` in eval mode.
-
-    The encoder layer would otherwise pass ``layer.weight`` to a fused kernel, unless a module
-    inside it has a forward hook. The hook set here is on a dictionary that is never called.
-    """
+    """Makes nn.TransformerEncoderLayer call `layer` in eval mode. Its fused kernel would take
+    ``layer.weight``, but not beside a forward hook: here one on a dictionary that is not called."""
     layer.randlora_dropout.register_forward_pre_hook(do_nothing)
 
 
 def disable_nested_tensors(model: nn.Module, name: str) -> None:
-    """Keeps an nn.TransformerEncoder around module `name` from nested tensors in eval mode.
-
-    Only its fused kernel takes them.
-    """
+    """Keeps an nn.TransformerEncoder around module `name` from nested tensors in eval mode, which
+    only its fused kernel takes."""
     for part in name.split("."):
         if isinstance(model, nn.TransformerEncoder):
             model.use_nested_tensor = False

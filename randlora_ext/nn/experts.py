@@ -1,6 +1,5 @@
 """Adapters of a parameter of any module, such as the stacked experts of a mixture model."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch.func import functional_call
 from ..ops import hadamard
 from ..ranks import is_dtensor, laid_out_like
 from .adapted_layer import AdaptedLayer
-from .base_layer import check_is_called, check_no_plan, first
+from .base_layer import check_is_called, check_no_plan, check_whole, first
 from .linear import RandLoraLinear
 
 _TRANSPOSED = {"Llama4TextExperts"}  # classes that store (experts, in, out) and do not say so
@@ -30,10 +29,6 @@ class AdaptedParameter(AdaptedLayer):
     lambda and gamma are kept for backward, and W + dW by the module itself. Source: PEFT's
     ``lora.ParamWrapper``.
     """
-
-    parameter_name: str
-    transposed: bool
-    _names: Any  # gives the adapters to add now
 
     def _set_sizes(self, base_layer: Any, parameter_name: str) -> nn.Linear:
         """Finds them; returns what stands for `base_layer` where a linear layer is expected."""
@@ -58,8 +53,6 @@ class AdaptedParameter(AdaptedLayer):
 
     def _adapted_weight(self, names: list[str]) -> Tensor:
         weight = self._base_weight()
-        if torch.jit.is_tracing():
-            raise RuntimeError("torch.jit.trace cannot record adapted experts; merge them first")
         offloaded = weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook")  # accelerate's
         if is_dtensor(weight) or weight.numel() == 0 or offloaded:
             raise RuntimeError(
@@ -85,7 +78,7 @@ class AdaptedParameter(AdaptedLayer):
         return laid_out_like(delta, self._base_weight())
 
     def name_at(self, path: str) -> str:
-        return re.sub(r"(^|\.)base_layer\b", "", path) + f".{self.parameter_name}"
+        return f"{path}.{self.parameter_name}"
 
     def describe(self, adapter: str) -> str:
         return f"{self.parameter_name} of {self.experts[0]} experts, {super().describe(adapter)}"
@@ -110,17 +103,14 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
 
 
 def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:
-    """(in_features, out_features, transposed, experts) of a parameter.
-
-    TypeError or ValueError, naming it, if it cannot be adapted.
-    """
+    """(in_features, out_features, transposed, experts) of a parameter; TypeError or ValueError,
+    naming it, if it cannot be adapted."""
     weight = getattr(module, name)
     told = f"target_parameters: {type(module).__name__}.{name}"
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         kind = getattr(weight, "dtype", type(weight))
         raise TypeError(f"{told} must be a floating point parameter, got {kind}")
-    if is_dtensor(weight):
-        raise ValueError(f"{told} is spread over ranks already; call fully_shard afterwards")
+    check_whole(weight, told)
     shape = getattr(weight, "ds_shape", weight.shape)  # of ZeRO-3
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"{told} must have two or three dimensions, got {tuple(shape)}")

@@ -108,14 +108,14 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         check_adapter_name(adapter_name)
         if adapter_name in self.merged_adapters:
             raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
-        if randlora_alpha is not None:
-            check_alpha("randlora_alpha", randlora_alpha)
         check_dropout(randlora_dropout)
         if basis is not None:
             check_kind("basis", basis)
         if self.experts:
             check_options(self.parameter_name, basis, density, randlora_dropout)
         bases = Basis(self.in_features, self.out_features, r, density, seed, basis).canonical()
+        alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
+        check_alpha("randlora_alpha", alpha)
         if r > bases.d:
             warnings.warn(more_than_d(r, bases.d), stacklevel=3)
 
@@ -128,7 +128,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
         self._use_basis(adapter_name, bases)
         self.r[adapter_name] = r
-        alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
         self.scaling[adapter_name] = alpha / r
         self.randlora_dropout[adapter_name] = dropout.train(self.training)
         self.randlora_lambda[adapter_name] = nn.Parameter(lam)
@@ -140,7 +139,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
         Raises ValueError for an unknown or repeated name. A merged adapter stays merged.
         """
-        self.active_adapters = self._chosen("adapter_names", adapter_names)
+        self.active_adapters = self._chosen(adapter_names)
         self._mark_trained()
 
     def disable(self) -> None:
@@ -191,8 +190,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
                 merged into the same weight, or that is on the meta device or elsewhere (ZeRO-3).
                 After any of these nothing has changed.
         """
-        chosen = self.active_adapters if adapter_names is None else adapter_names
-        names = self._chosen("adapter_names", chosen)
+        names = self._chosen(self.active_adapters if adapter_names is None else adapter_names)
         for name in names:
             if name in self.merged_adapters:
                 raise ValueError(f"adapter_names: {name!r} is merged already; unmerge() first")
@@ -219,12 +217,12 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
 
-    def _chosen(self, argument: str, names: str | Sequence[str]) -> list[str]:
+    def _chosen(self, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
-            check_kind(argument, name, self.randlora_lambda)
+            check_kind("adapter_names", name, self.randlora_lambda)
         if len(set(names)) != len(names):
-            raise ValueError(f"{argument} must not repeat a name, got {names}")
+            raise ValueError(f"adapter_names must not repeat a name, got {names}")
         return names
 
 

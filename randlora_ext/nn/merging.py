@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,8 +68,7 @@ class KeepsWeight(_Layer):
             )
         rest = [name for name in rest if name not in lost]
         if self._kept is not None or not rest:
-            kept = self._kept
-            self._replace(do_nothing if kept is None else self._restorer(kept), rest)
+            self._replace(do_nothing if self._kept is None else self._restorer(self._kept), rest)
         if rest:
             self._replace(self._writer(self._plus(self._dense_weight(), rest, -1)), [])
 
@@ -122,8 +121,7 @@ class KeepsWeight(_Layer):
         if self.merged:  # a copy
             merged_layers.add(self)
 
-    def _plus(self, weight: Tensor, names: Iterable[str], sign: int) -> Tensor:
-        names = list(names)
+    def _plus(self, weight: Tensor, names: Sequence[str], sign: int) -> Tensor:
         # Wider than the weight where the sum would otherwise be rounded more than once.
         wide = torch.float32 if weight.itemsize < 4 or len(names) == 1 else torch.float64
         total = weight.to(torch.promote_types(wide, weight.dtype), copy=True)

@@ -1,33 +1,27 @@
 """Checks a state dict before torch copies anything from it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..basis import Basis
 from .base_layer import is_conv1d
+from .merging import KeepsWeight
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
 INPUT_SCALE = "randlora_input_scale"
 
 
 def guard(model: nn.Module) -> None:
-    """Registers `refuse_misfit`, once: all layers are checked before the first one is loaded."""
-    if not _guards(model):
+    """Has a model with RandLoRA layers call `refuse_misfit`, once: all are checked before the first
+    one is loaded. Takes it from a model without."""
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is refuse_misfit]:
+        del hooks[key]
+    if any(isinstance(module, KeepsWeight) for module in model.modules()):
         model.register_load_state_dict_pre_hook(refuse_misfit)
-
-
-def unguard(model: nn.Module) -> None:
-    """Undoes `guard` if the model holds no RandLoRA layer any more."""
-    if not any(map(_is_adapted, model.modules())):
-        for key in _guards(model):
-            del model._load_state_dict_pre_hooks[key]
-
-
-def _guards(model: nn.Module) -> list[int]:
-    hooks = model._load_state_dict_pre_hooks.items()
-    return [key for key, hook in hooks if getattr(hook, "hook", None) is refuse_misfit]
 
 
 def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -40,13 +34,9 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
     """
     problems: list[str] = []
     for path, layer in module.named_modules(remove_duplicate=False):
-        if _is_adapted(layer):
+        if isinstance(layer, KeepsWeight):
             problems += _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix)
     refuse(problems, "the state dict", f"the {type(module).__name__}", RuntimeError)
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in (*DIAGONALS, "base_layer"))
 
 
 def refuse(
@@ -58,9 +48,9 @@ def refuse(
 
 
 def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
-    merged, base = getattr(layer, "merged_adapters", []), layer.base_layer
+    merged, base = layer.merged_adapters, layer.base_layer
     own: dict[str, Tensor] = {}
-    like = torch.empty(*getattr(layer, "experts", ()), layer.in_features, device="meta")
+    like = torch.empty(*layer.experts, layer.in_features, device="meta")
     for name in layer.randlora_lambda:
         own |= {f"{prefix}{kind}.{name}": getattr(layer, kind)[name] for kind in DIAGONALS}
         own[f"{prefix}{INPUT_SCALE}.{name}"] = like
@@ -88,6 +78,16 @@ def misfit(key: str, saved: Any, own: Tensor) -> str:
         return ""
     kind = "floating point" if own.is_floating_point() else "an integer"
     return f"{key} is {saved.dtype}, and must be {kind}"
+
+
+def check_diagonals(
+    at: str, tensors: dict[str, Tensor], basis: Basis, experts: Sequence[int]
+) -> None:
+    """KeyError or ValueError unless lambda and gamma are there and fit, one of each per expert."""
+    for kind, shape in zip(DIAGONALS, basis.of_diagonals, strict=True):
+        key = f"{at}.{kind}"
+        if error := misfit(key, tensors[key], torch.empty(*experts, *shape, device="meta")):
+            raise ValueError(error)
 
 
 def no_scale(scale: Any) -> bool:

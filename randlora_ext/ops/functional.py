@@ -26,11 +26,6 @@ def _check(basis: Basis, lam: Tensor, gam: Tensor) -> None:
     if not (type(lam) in _USUAL and type(gam) in _USUAL):
         _check_tensor("lam", lam)
         _check_tensor("gam", gam)
-    if torch.jit.is_tracing():
-        raise RuntimeError(
-            "torch.jit.trace cannot record the kernels of randlora_ext; use torch.export or "
-            "torch.compile, or merge the adapters first"
-        )
     given, floating = (lam.shape, gam.shape), lam.is_floating_point() and gam.is_floating_point()
     if given != basis.of_diagonals or not floating:
         (r, n), (_, d) = basis.of_diagonals
@@ -159,7 +154,7 @@ def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype) -> str
         return "torch's GEMMs"
     if cuda_serves(device.type) and basis.kind == "hadamard":  # in the card's shared memory
         sizes = basis.D, basis.d, basis.r, basis.n
-        fits = kernels and _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)
+        fits = _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)
     if basis.kind == "hadamard" and not fits:
         return "plain torch"
     if not kernels:

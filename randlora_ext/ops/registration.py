@@ -174,6 +174,11 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
     apply_eager = super(Function, function).apply  # type: ignore[misc]
 
     def call(*inputs, **bases):
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot record the kernels of randlora_ext; use torch.export or "
+                "torch.compile, or merge the adapters first"
+            )
         if torch._C._are_functorch_transforms_active():
             if torch.compiler.is_dynamo_compiling():
                 torch._dynamo.graph_break(
@@ -190,10 +195,15 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
     return call
 
 
-def linear_entry(name: str) -> Callable:
+def linear_entry(name: str, rows_of_B: Callable) -> Callable:
     """As `entry`, of a linear layer ``(x, weight, bias, lam, gam, *basis) -> y``; `basis` describes
     the bases. Its backward is ``(dy, x, weight, lam, gam, *basis, need_x, need_diagonals) ->
     (dx, dlam, dgam)``, each None if it is not needed."""
+
+    def fake_linear(x, gam, expand, **basis):
+        return x.new_empty((*x.shape[:-1], rows_of_B(**basis) if expand else gam.shape[1]))
+
+    fake(fake_linear, name)
     backward_op = getattr(_ops, f"{name}_backward").default
     of_basis = [None] * (len(_argument_names(name)) - 5)  # their gradients
 

@@ -237,7 +237,7 @@ def layer_basis(
             f"(>= {D}, >= {n}, {r})"
         )
     if (made := generator_of(A)) is not None:
-        basis = Basis(*sizes, made.density, made.seed, made.kind)
+        basis = Basis(*sizes, **vars(made))
     elif served and isinstance(A, BasisTensor) and isinstance(B, BasisTensor):
         a: Any = A.content
         b: Any = B.content

@@ -105,11 +105,11 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         widens = self.float32_products and x.dtype.itemsize == 2
         return x.float() if widens and self.basis_of(name, x.device).kind == "dense" else x
 
-    def _dtype_of(self, adapter: str, device: torch.device) -> torch.dtype:
-        lam, gam = self.randlora_lambda[adapter].dtype, self.randlora_gamma[adapter].dtype
-        dtype = torch.promote_types(lam, gam)
+    def _dtype_of(self, adapter: str) -> torch.dtype:
+        lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
+        dtype = torch.promote_types(lam.dtype, gam.dtype)
         # As PEFT, since a CPU is slow in 16 bits.
-        return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 else dtype
+        return torch.float32 if lam.device.type == "cpu" and dtype.itemsize == 2 else dtype
 
     @torch.no_grad()
     def merge(

@@ -27,7 +27,7 @@ from ..nn.base_layer import (
 from ..nn.experts import matching_parameters, sizes_of
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import merged_layers
-from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse, unguard
+from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
 from .layer import AcceleratedLinear, ParamWrapper
@@ -85,13 +85,15 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name in BASIS_NAMES:
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
 
+    def _post_injection_hook(self, model, config, adapter_name) -> None:
+        guard(model)
+
     def _create_and_replace(
         self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         if self._sizes is not None:  # this is the adapter's first layer
             self._add_bases(config, adapter_name, *self._sizes)
             self._sizes = None
-            guard(self.model)
             refuse_lora_files(self.model)
         A, B = self.randlora_A, self.randlora_B
         if parameter_name is None:
@@ -139,7 +141,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         for name, module in targets.items():
             check_no_plan(model, name, f"target {name!r}")
             if not isinstance(module, RandLoraLayer):
-                check_whole(module, f"target {name!r}")
+                check_whole(getattr(module, "weight", None), f"target {name!r}")
             # PEFT leaves out what lies inside its own layers.
             if isinstance(model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
                 check_not_nested(model, name, f"target {name!r}")
@@ -181,7 +183,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        unguard(model)
+        guard(model)
         return model
 
     @contextmanager

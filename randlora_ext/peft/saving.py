@@ -15,8 +15,8 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 from ..basis import Basis
+from ..files import appear_together
 from ..nn.state_dict import INPUT_SCALE
-from ..writing import appear_together
 from .bases import BASIS_NAMES, BasisTensor, as_dense, largest
 from .config import NEEDS_OURS, description_of, record_configurations
 from .layer import layers_with
@@ -122,8 +122,7 @@ def _dense_bases(
                 f"on min(in, out), which differs (layers by it: {layer_of}); {_MERGE}"
             )
         (own_d,) = layer_of
-    made = description.density, description.seed, description.kind
-    A, B = Basis(own_d, D, r, *made).dense()
+    A, B = Basis(own_d, D, r, **vars(description)).dense()
     A, B = F.pad(A, (0, d - own_d)), F.pad(B, (0, -(-d // r) * r - B.shape[1]))
     return A.unsqueeze(1), B.unflatten(1, (-1, r))
 

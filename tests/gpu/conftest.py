@@ -25,7 +25,7 @@ def pytest_runtest_protocol(item):
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """A card; in dry mode the CPU, served by the CUDA kernels compiled for it."""
-    if not cuda.cuda_available():
+    if not cuda.cuda_serves("cuda"):
         pytest.skip(f"the CUDA kernels are {cuda.CUDA_STATUS}")
     if DRY:
         return torch.device("cpu")

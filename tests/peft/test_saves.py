@@ -30,7 +30,7 @@ from peft_helpers import (
 from safetensors.torch import load_file
 
 import randlora_ext
-from randlora_ext.writing import appear_together
+from randlora_ext.files import appear_together
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 

@@ -1,4 +1,4 @@
-"""Files that appear when they are complete, and one kind of error if they cannot be written.
+"""Files that other processes read and write, too: complete when they appear, and read at once.
 
 Everything is written into a scratch folder beside its place and then renamed, so a process that is
 killed leaves the old file or the new one. If the place is a symbolic link, the link stays and what
@@ -6,6 +6,7 @@ it leads to is written. Scratch folders of killed processes are removed by the n
 """
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import safetensors.torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 SCRATCH = ".randlora-writing-"
 _FAILED = " cannot be written: "
@@ -52,6 +55,21 @@ def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
             os.replace(path, at)
 
 
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file that another process may replace meanwhile.
+
+    It is opened once; safetensors' own readers open it twice, for the header and for the tensors.
+    OSError if it cannot be read, ValueError if it is damaged.
+    """
+    data = Path(path).read_bytes()
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch lacks
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__") or {}
+
+
 def _resolved(path: str | os.PathLike) -> Path:
     place = Path(os.path.realpath(path))
     if not os.fspath(path) or not place.name:
@@ -78,11 +96,8 @@ def _scratch_in(folder: Path, path: str | os.PathLike, make: bool = False) -> It
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from removing the scratch folder as a left-over.
-
-    The kernel releases a process's lock when it dies, so scratch folders in a folder without a
-    lock are left-overs.
-    """
+    """Scratch folders in a folder that no process has locked are left-overs: the kernel releases a
+    process's lock when it dies."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # another process is writing, or the file system has no locks
