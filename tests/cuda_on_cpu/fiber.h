@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <cstdint>
 #include <new>
@@ -32,36 +33,6 @@ extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
 extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 #endif
 
-#if !defined(__x86_64__)
-#error "the CUDA kernels run on the CPU on x86-64 alone"
-#endif
-// void cuda_on_cpu_switch(void** save, void* to): registers that a callee keeps, and the stack.
-asm(R"(
-.pushsection .text.cuda_on_cpu_switch,"axG",@progbits,cuda_on_cpu_switch,comdat
-.weak cuda_on_cpu_switch
-.hidden cuda_on_cpu_switch
-.type cuda_on_cpu_switch,@function
-cuda_on_cpu_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size cuda_on_cpu_switch,.-cuda_on_cpu_switch
-.popsection
-)");
-extern "C" void cuda_on_cpu_switch(void** save, void* to);
-
 namespace cuda_on_cpu {
 
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
@@ -70,18 +41,23 @@ constexpr size_t kStack = 256 << 10;
 constexpr size_t kStack = 64 << 10;
 #endif
 
-using Context = void*;  // the stack pointer
+struct Context {
+  // Of __builtin_setjmp, which the sanitizers do not intercept, and which makes no system call.
+  void* at[5];
+  ucontext_t start;
+  bool starts = false;  // at `start` and not at `at`
+};
 CUDA_ON_CPU_UNSEEN void switch_context(Context& from, Context& to) {
-  cuda_on_cpu_switch(&from, to);
+  if (__builtin_setjmp(from.at)) return;
+  if (!to.starts) __builtin_longjmp(to.at, 1);
+  to.starts = false;
+  setcontext(&to.start);
 }
 CUDA_ON_CPU_UNSEEN void make_context(Context& c, char* stack, void (*entry)()) {
-  // From above: where `entry` would return to, `entry`, six registers; the ABI wants the stack 8
-  // below a multiple of 16 on entry.
-  void** top = reinterpret_cast<void**>(stack + kStack) - 1;
-  top[0] = nullptr;
-  top[-1] = reinterpret_cast<void*>(entry);
-  for (int r = 2; r <= 7; ++r) top[-r] = nullptr;
-  c = top - 7;
+  getcontext(&c.start);
+  c.start.uc_stack.ss_sp = stack, c.start.uc_stack.ss_size = kStack;
+  makecontext(&c.start, entry, 0);
+  c.starts = true;
 }
 
 // The host's thread; every fiber returns to it.
@@ -117,6 +93,7 @@ struct Fiber {
 constexpr int64_t kSpoilt = -2;
 
 // A fiber for thread number `thread` of block number `block`, blocks counted through all launches.
+// `entry` runs one thread after another, and leaves the fiber after each.
 // To TSan a fiber is one thread: its work in one block precedes its work in the next. Through the
 // barriers, so does the work of all other threads, which would hide races between the two blocks.
 // So neighbouring blocks need different fibers, but TSan can tell only 255 threads apart. Fibers
@@ -137,14 +114,14 @@ CUDA_ON_CPU_UNSEEN Fiber& start_fiber(int thread, int64_t block, void (*entry)()
     if (p == MAP_FAILED) throw std::bad_alloc();
     mprotect(p, guard, PROT_NONE);
     f.stack = static_cast<char*>(p) + guard;
+    f.fake_stack = nullptr;
+    make_context(f.context, f.stack, entry);
 #if defined(__SANITIZE_THREAD__)
     if (f.tsan) __tsan_destroy_fiber(f.tsan);
     f.tsan = __tsan_create_fiber(0);
 #endif
   }
   f.block = block;
-  f.fake_stack = nullptr;
-  make_context(f.context, f.stack, entry);
   return f;
 }
 
@@ -175,25 +152,22 @@ CUDA_ON_CPU_UNSEEN void run_fiber(Fiber& f) {
   __sanitizer_finish_switch_fiber(host.fake_stack, nullptr, nullptr);
 #endif
 }
-CUDA_ON_CPU_UNSEEN void enter_fiber() {  // first thing in a fiber
+// First thing in a fiber, with its fake stack: none in a new one.
+CUDA_ON_CPU_UNSEEN void arrive_in_fiber(void* fake_stack) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &host.stack, &host.stack_bytes);
+  __sanitizer_finish_switch_fiber(fake_stack, &host.stack, &host.stack_bytes);
 #endif
-  sync_acquire(&host.began);
-  sync_release(&host.ended);  // else TSan of gcc 12 has no stack for code before a barrier
+  (void)fake_stack;
 }
-CUDA_ON_CPU_UNSEEN void leave_fiber(Fiber& f, bool for_ever) {
+CUDA_ON_CPU_UNSEEN void leave_fiber(Fiber& f) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_ever ? nullptr : &f.fake_stack, host.stack, host.stack_bytes);
+  __sanitizer_start_switch_fiber(&f.fake_stack, host.stack, host.stack_bytes);
 #endif
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(host.tsan, 1);
 #endif
   switch_context(f.context, host.context);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
-#endif
-  (void)for_ever;
+  arrive_in_fiber(f.fake_stack);
 }
 
 // Makes TSan ignore the thread. TSan then forgets earlier accesses to memory that the thread
