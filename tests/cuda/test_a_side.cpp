@@ -34,9 +34,9 @@ struct Side {
         L(1, c.d, c.r, c.density),
         basis(L.basis(Form::lists, c.wide)),
         lam(compute, L.lam),
-        gam(compute, L.gam) {
-    device.tf32 = tf32, device.shared_bytes = c.shared, device.multiprocessors = c.multiprocessors;
-    device.chunk_bytes = c.chunk_bytes;
+        gam(compute, L.gam),
+        device(128, c.shared, c.multiprocessors) {
+    device.tf32 = tf32, device.chunk_bytes = c.chunk_bytes;
     set_case_of(device, L, basis, dtype, T, false, c.skip);
   }
   cuda::ASideCall call(const Array& z) {

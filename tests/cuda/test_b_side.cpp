@@ -25,8 +25,8 @@ void check(const Case& c, DType dtype, bool tf32 = false) {
   const Layer L(c.D, c.d, c.r, c.density);
   const Basis basis = L.basis(c.form, c.wide);
   const int64_t T = c.T, D = c.D, K = L.K;
-  TestDevice device;
-  device.tf32 = tf32, device.shared_bytes = c.shared, device.multiprocessors = c.multiprocessors;
+  TestDevice device(128, c.shared, c.multiprocessors);
+  device.tf32 = tf32;
   set_case_of(device, L, basis, dtype, T, false, c.skip);
   const double bound = tolerance(dtype, tf32);
   const Array V(dtype, normal(T * K, 3), c.skip), x(dtype, normal(T * D, 4), c.skip),

@@ -14,11 +14,6 @@ std::vector<T> unwritten(int64_t count) {
   return std::vector<T>(count, T(-1));
 }
 
-TestDevice device_with(int threads) {
-  TestDevice device;
-  device.max_threads = threads;
-  return device;
-}
 std::vector<int> block_sizes() {
   return cuda_on_cpu::kThreadSanitizer ? std::vector<int>{32, 128} : std::vector<int>{32, 128, 256};
 }
@@ -37,7 +32,7 @@ void generation() {
               want.data() + words};
           cpu_kernels().fill_planes(call, rt);
           call.plus = got.data(), call.minus = got.data() + words;
-          device_with(threads).fill_planes(call);
+          TestDevice(threads).fill_planes(call);
           EXPECT(got == want, "planes (%ld, %ld) from column %ld at %g", long(rows), long(cols),
                  long(col), density);
         }
@@ -49,7 +44,7 @@ void lists(int64_t rows, int64_t cols, double density, int threads) {
   for (const bool by_column : {false, true})
     for (const bool wide : {false, true}) {
       if (cols > 65536 && (by_column || !wide)) continue;
-      TestDevice device = device_with(threads);
+      TestDevice device(threads);
       const auto& want = by_column ? t.by_column : t.by_row;
       auto offset = unwritten<int64_t>(want.offset.size());
       const CountLists call{t.planes, rows, cols, by_column, offset.data()};
@@ -70,7 +65,7 @@ void dense(int64_t rows, int64_t cols, double density, DType dtype, int threads,
   const double value = 1 / std::sqrt(0.07);
   Array want(dtype, rows * cols);
   planes_to_dense({t.planes, rows, cols, value, want.get(), dtype}, rt);
-  TestDevice device = device_with(threads);
+  TestDevice device(threads);
   const Array out(dtype, rows * cols, skip);
   device.planes_to_dense({t.planes, rows, cols, value, out.get(), dtype});
   EXPECT(out.raw() == want.raw(), "planes (%ld, %ld) to dtype %d, threads %d", long(rows),

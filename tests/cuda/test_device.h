@@ -15,10 +15,9 @@ namespace randlora {
 class TestDevice : public Device {
  public:
   static constexpr int64_t kBehind = 0;  // CUDA kernels read no element that is not there
-  TestDevice() {
-    multiprocessors = 3;
-    shared_bytes = 227 << 10;
-    max_threads = 128;  // what ThreadSanitizer takes
+  // ThreadSanitizer takes blocks of 128.
+  explicit TestDevice(int threads = 128, int64_t shared = 227 << 10, int multiprocessors_ = 3) {
+    max_threads = threads, shared_bytes = shared, multiprocessors = multiprocessors_;
   }
   void* scratch(size_t bytes) override {
     held_.emplace_back(new Poisoned(static_cast<int64_t>(bytes)));
@@ -72,12 +71,7 @@ void under_all_schedules(const F& tests) {
 // Sanitizers take their time: they run the tests under one schedule, which CUDA_ON_CPU_SCHEDULE may
 // choose, and only `few` of them under all.
 inline int run_tests(void (*tests)(), void (*few)() = [] {}) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  const bool one = true;
-#else
-  const bool one = std::getenv("CUDA_ON_CPU_SCHEDULE") != nullptr;
-#endif
-  if (one)
+  if (cuda_on_cpu::kSanitized || std::getenv("CUDA_ON_CPU_SCHEDULE"))
     under_all_schedules(few), tests();
   else
     under_all_schedules(tests);

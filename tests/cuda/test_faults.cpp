@@ -13,11 +13,6 @@ using namespace randlora;
 namespace {
 
 constexpr bool kThread = cuda_on_cpu::kThreadSanitizer;
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kAddress = true;
-#else
-constexpr bool kAddress = false;
-#endif
 
 __global__ void barriers_only(int count) {
   for (int i = 0; i < count; ++i) __syncthreads();
@@ -70,7 +65,7 @@ struct Fault {
 };
 const char *kDisagree = kThread ? "ThreadSanitizer: data race" : "depend on the schedule",
            *kRace = kThread ? kDisagree : "", *kNaN = "NaN in the result",
-           *kOverflow = kAddress ? "heap-buffer-overflow" : "";
+           *kOverflow = cuda_on_cpu::kAddressSanitizer ? "heap-buffer-overflow" : "";
 #define FAULT(name, want) {#name, name, want}
 const Fault kFaults[] = {
     FAULT(missing_barrier, kDisagree), FAULT(missing_syncwarp, kRace),

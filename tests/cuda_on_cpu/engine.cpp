@@ -220,7 +220,7 @@ CUDA_ON_CPU_UNSEEN void run_thread() {
   leave_fiber(*t.fiber);
 }
 CUDA_ON_CPU_UNSEEN void threads_main() {
-  for (arrive_in_fiber(nullptr);;) run_thread();
+  for (arrive_in_fiber(*block.current->fiber);;) run_thread();
 }
 
 CUDA_ON_CPU_UNSEEN void run_block(const int64_t* order) {

@@ -1,6 +1,9 @@
 // Fibers: stacks, switching between them, and what the sanitizers must know of both. A part of
 // engine.cpp, which alone includes it.
 #pragma once
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/tsan_interface.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -11,17 +14,11 @@
 
 #include "engine.h"
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
 // Fake stacks for the fibers of every block would make runs ten times slower.
 extern "C" __attribute__((used, visibility("default"))) inline const char*
 __asan_default_options() {
   return "detect_stack_use_after_return=0";
 }
-#endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
 // At exit, no other thread can still find a race.
 extern "C" __attribute__((used, visibility("default"))) inline const char*
 __tsan_default_options() {
@@ -31,15 +28,10 @@ extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
 extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
 extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
 extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
-#endif
 
 namespace cuda_on_cpu {
 
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStack = 256 << 10;
-#else
-constexpr size_t kStack = 64 << 10;
-#endif
+constexpr size_t kStack = (kSanitized ? 256 : 64) << 10;
 
 struct Context {
   // Of __builtin_setjmp, which the sanitizers do not intercept, and which makes no system call.
@@ -72,16 +64,10 @@ inline Host host;
 
 // Tells TSan that all before release(p) in one thread precedes all after acquire(p) in another.
 CUDA_ON_CPU_UNSEEN void sync_release(void* p) {
-#if defined(__SANITIZE_THREAD__)
-  __tsan_release(p);
-#endif
-  (void)p;
+  if constexpr (kThreadSanitizer) __tsan_release(p);
 }
 CUDA_ON_CPU_UNSEEN void sync_acquire(void* p) {
-#if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(p);
-#endif
-  (void)p;
+  if constexpr (kThreadSanitizer) __tsan_acquire(p);
 }
 
 struct Fiber {
@@ -116,10 +102,10 @@ CUDA_ON_CPU_UNSEEN Fiber& start_fiber(int thread, int64_t block, void (*entry)()
     f.stack = static_cast<char*>(p) + guard;
     f.fake_stack = nullptr;
     make_context(f.context, f.stack, entry);
-#if defined(__SANITIZE_THREAD__)
-    if (f.tsan) __tsan_destroy_fiber(f.tsan);
-    f.tsan = __tsan_create_fiber(0);
-#endif
+    if constexpr (kThreadSanitizer) {
+      if (f.tsan) __tsan_destroy_fiber(f.tsan);
+      f.tsan = __tsan_create_fiber(0);
+    }
   }
   f.block = block;
   return f;
@@ -127,59 +113,50 @@ CUDA_ON_CPU_UNSEEN Fiber& start_fiber(int thread, int64_t block, void (*entry)()
 
 // Called when the host is done with a fiber; `abandoned` if it still waits for something.
 CUDA_ON_CPU_UNSEEN void end_fiber(Fiber& f, bool abandoned) {
-#if defined(__SANITIZE_ADDRESS__)
-  if (abandoned) __asan_unpoison_memory_region(f.stack, kStack);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(f.tsan, 1);  // 1: the switch itself orders nothing
-  __tsan_release(&host.ended);
-  __tsan_switch_to_fiber(host.tsan, 1);
-#endif
+  if constexpr (kAddressSanitizer)
+    if (abandoned) __asan_unpoison_memory_region(f.stack, kStack);
+  if constexpr (kThreadSanitizer) {
+    __tsan_switch_to_fiber(f.tsan, 1);  // 1: the switch itself orders nothing
+    __tsan_release(&host.ended);
+    __tsan_switch_to_fiber(host.tsan, 1);
+  }
   if (abandoned) f.block = kSpoilt;
 }
 
 // Runs a fiber from the host until it calls leave_fiber.
 CUDA_ON_CPU_UNSEEN void run_fiber(Fiber& f) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&host.fake_stack, f.stack, kStack);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  host.tsan = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(f.tsan, 1);
-#endif
+  if constexpr (kAddressSanitizer)
+    __sanitizer_start_switch_fiber(&host.fake_stack, f.stack, kStack);
+  if constexpr (kThreadSanitizer) {
+    host.tsan = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(f.tsan, 1);
+  }
   switch_context(host.context, f.context);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(host.fake_stack, nullptr, nullptr);
-#endif
+  if constexpr (kAddressSanitizer)
+    __sanitizer_finish_switch_fiber(host.fake_stack, nullptr, nullptr);
 }
-// First thing in a fiber, with its fake stack: none in a new one.
-CUDA_ON_CPU_UNSEEN void arrive_in_fiber(void* fake_stack) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake_stack, &host.stack, &host.stack_bytes);
-#endif
-  (void)fake_stack;
+CUDA_ON_CPU_UNSEEN void arrive_in_fiber(Fiber& f) {  // first thing in a fiber
+  if constexpr (kAddressSanitizer)
+    __sanitizer_finish_switch_fiber(f.fake_stack, &host.stack, &host.stack_bytes);
 }
 CUDA_ON_CPU_UNSEEN void leave_fiber(Fiber& f) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&f.fake_stack, host.stack, host.stack_bytes);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(host.tsan, 1);
-#endif
+  if constexpr (kAddressSanitizer)
+    __sanitizer_start_switch_fiber(&f.fake_stack, host.stack, host.stack_bytes);
+  if constexpr (kThreadSanitizer) __tsan_switch_to_fiber(host.tsan, 1);
   switch_context(f.context, host.context);
-  arrive_in_fiber(f.fake_stack);
+  arrive_in_fiber(f);
 }
 
 // Makes TSan ignore the thread. TSan then forgets earlier accesses to memory that the thread
 // allocates, and looks for no race when the thread frees memory.
 struct Ignored {
-#if defined(__SANITIZE_THREAD__)
-  Ignored() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
-  ~Ignored() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); }
-#else
-  Ignored() {}
-  ~Ignored() {}
-#endif
+  Ignored() {
+    if constexpr (kThreadSanitizer)
+      AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0);
+  }
+  ~Ignored() {
+    if constexpr (kThreadSanitizer) AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0);
+  }
 };
 
 // Exactly `bytes` of NaN.

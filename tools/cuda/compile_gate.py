@@ -23,14 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kernel_usage import (
-    INSTRUCTIONS,
-    ToolError,
-    Usage,
-    instructions_by_name,
-    parse_ptxas,
-    short_names,
-)
+from kernel_usage import INSTRUCTIONS, Usage, instructions_by_name, parse_ptxas, short_names
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -62,25 +55,18 @@ def check(kernels: Kernels, budget: Budget, tolerance: int) -> list[str]:
             wrong.append(f"{name}: is not in the budget")
         for arch, usage in by_arch.items():
             here = f"{name} on {arch}"
-            if usage.spills:
-                wrong.append(f"{here}: spills {usage.spills} bytes")
-            if usage.stack:
-                wrong.append(f"{here}: has a stack of {usage.stack} bytes")
-            if usage.shared:
-                wrong.append(f"{here}: has {usage.shared} bytes of static shared memory")
+            for what in ("spills", "stack", "shared"):  # none of which a kernel may have
+                if size := getattr(usage, what):
+                    wrong.append(f"{here}: {what} of {size} bytes")
             if LOCK in usage.instructions:
                 wrong.append(f"{here}: has {LOCK}")
-            for instruction in allowed["has"]:
-                if instruction not in usage.instructions:
-                    wrong.append(f"{here}: has no {instruction}, and the budget says it has")
-            registers = allowed["registers"].get(arch)
-            if registers is None:
-                if arch in BUDGETED and name in budget:
-                    wrong.append(f"{name}: the budget does not know {arch}")
-            elif usage.registers > registers + tolerance:
-                wrong.append(
-                    f"{here}: {usage.registers} registers, budget {registers} + {tolerance}"
-                )
+            for instruction in set(allowed["has"]) - usage.instructions:
+                wrong.append(f"{here}: has no {instruction}, and the budget says it has")
+            if arch in BUDGETED and name in budget:
+                registers = allowed["registers"][arch]
+                if usage.registers > registers + tolerance:
+                    told = f"{usage.registers} registers, budget {registers} + {tolerance}"
+                    wrong.append(f"{here}: {told}")
     wrong += [
         f"{name}: is in the budget but not in the source" for name in budget if name not in kernels
     ]
@@ -131,7 +117,7 @@ def dump(nvcc: str, tolerance: int, sources: dict[str, Budget]) -> str:
 def run(command: list[str]) -> subprocess.CompletedProcess:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ToolError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        sys.exit(f"compile gate: {' '.join(command)}\n{done.stdout}{done.stderr}")
     return done
 
 
@@ -166,7 +152,7 @@ def compile_one(
         said = run(command)
         found[arch] = parse_ptxas(said.stderr + said.stdout)
         if set(found[arch]) != set(instructions):
-            raise ToolError(f"{source.name}: the PTX has other functions than ptxas tells of")
+            sys.exit(f"compile gate: {source.name}: ptxas tells of other functions than PTX")
         for name, usage in found[arch].items():
             usage.instructions = instructions[name]
     return found
@@ -191,7 +177,7 @@ def measure(nvcc: str, sources: list[Path], archs: list[str]) -> dict[str, Kerne
     for source, found in kernels.items():
         for name, by_arch in found.items():
             if missing := set(archs) - set(by_arch):
-                raise ToolError(f"{source}: {name} does not exist on {sorted(missing)}")
+                sys.exit(f"compile gate: {source}: {name} does not exist on {sorted(missing)}")
     return kernels
 
 
@@ -223,12 +209,7 @@ def main() -> int:
     file, budget = load(BUDGET.read_text())
     tolerance = file["register_tolerance"]
     version = nvcc_version(nvcc)
-    try:
-        kernels = measure(nvcc, sources, archs)
-    except ToolError as error:
-        print(f"compile gate: failed:\n{error}")
-        return 1
-
+    kernels = measure(nvcc, sources, archs)
     if args.update:
         file["nvcc"] = version
         for source, found in kernels.items():

@@ -1,13 +1,12 @@
-"""What ptxas says about kernels and what their PTX holds, read for the compile gate."""
+"""What ptxas says about kernels and what their PTX holds, read for the compile gate.
+
+What is not understood ends the program: it is never taken for "nothing to see".
+"""
 
 import re
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
-
-
-class ToolError(Exception):
-    """A tool said something that is not understood: never taken for "nothing to see"."""
 
 
 @dataclass
@@ -45,7 +44,7 @@ def parse_ptxas(text: str) -> dict[str, Usage]:
         )
         used = re.search(r"Used (\d+) registers(.*)", block)
         if memory is None or (used is None and name in entries):
-            raise ToolError(f"ptxas says too little about {name}:\n{block}")
+            raise SystemExit(f"compile gate: ptxas says too little about {name}:\n{block}")
         rest = used[2] if used else ""
         shared = re.search(r"(\d+) bytes smem", rest)
         stack = re.search(r"(\d+) bytes cumulative stack", rest)
@@ -56,7 +55,7 @@ def parse_ptxas(text: str) -> dict[str, Usage]:
             spills=int(memory[2]) + int(memory[3]),
         )
     if missing := entries - set(usages):
-        raise ToolError(f"ptxas says nothing about {', '.join(sorted(missing))}")
+        raise SystemExit(f"compile gate: ptxas says nothing about {', '.join(sorted(missing))}")
     return usages
 
 
@@ -84,5 +83,5 @@ def short_names(mangled: list[str]) -> dict[str, str]:
     )
     names = dict(zip(mangled, map(short_name, done.stdout.splitlines()), strict=True))
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
-        raise ToolError(f"several kernels are called {', '.join(twice)}: rename them")
+        raise SystemExit(f"several kernels are called {', '.join(twice)}: rename them")
     return names
