@@ -19,7 +19,7 @@ from distributed_training import SIZES, batch, share, train
 from expert_models import EXPERTS
 from expert_models import batch as experts_batch
 from expert_models import make as make_experts
-from peft_helpers import adapted, layers, randomize
+from peft_helpers import adapted, layers, randomize, scales
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -88,10 +88,6 @@ def check_fsdp(place: Place):
 
 def untrained():
     return randomize(make(basis="hadamard"), size=0)
-
-
-def scales(model):
-    return [layer.input_scales["default"] for layer in layers(model)]
 
 
 @worlds(2)

@@ -173,6 +173,11 @@ def layers(model):
     return [m for m in model.modules() if isinstance(m, peft.tuners.randlora.RandLoraLayer)]
 
 
+def scales(model, name="default"):
+    """Of the inputs of each layer; None where the adapter has none."""
+    return [layer.input_scales.get(name) for layer in layers(model)]
+
+
 def deltas(model):
     return [layer.get_delta_weight("default") for layer in layers(model)]
 

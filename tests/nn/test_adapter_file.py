@@ -259,7 +259,6 @@ DESCRIPTIONS = {
     "more": (of(more=1), "'more'"),
     "a layer less": (lambda said: said["layers"].pop("up"), "up.randlora_gamma: there is no such"),
     "a layer more": (lambda said: said["layers"].update(x=[4, 4, 0]), "'x.randlora_lambda' is m"),
-    "an option less": (lambda said: said.pop("r"), "missing .*'r'"),
     "r": (of(r=6), r"up.randlora_lambda is \(5, 4\), and must be \(6, 3\)"),
     "r huge": (of(r=2**62 + 1, basis="randlora_ext:hadamard-1:seed=1"), "\\[1, 65536\\]"),
     "features a text": (lambda said: said["layers"].update(up="abc"), "in_features must be"),

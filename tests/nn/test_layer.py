@@ -5,15 +5,7 @@ import copy
 import pytest
 import torch
 from layer_cases import run_python
-from layer_helpers import (
-    assert_right,
-    inputs,
-    make_base,
-    oracle,
-    randomize,
-    relative,
-    two_adapters,
-)
+from layer_helpers import assert_right, inputs, make_base, oracle, randomize, relative, two_adapters
 from torch import nn
 from torch.nn import functional as F
 

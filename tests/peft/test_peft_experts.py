@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from compile_helpers import assert_steps_agree, graphs, needs_compiler
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from expert_models import EXPERTS, MODELS, SIZES, batch, logits, make, train, transformers
+from layer_helpers import input_scale_of
 from peft_helpers import (
     accelerated,
     adapted,
@@ -18,6 +19,7 @@ from peft_helpers import (
     peft,
     randomize,
     relative,
+    scales,
 )
 from safetensors.torch import load_file
 
@@ -215,10 +217,6 @@ def test_refused_uses(tmp_path):
         torch.jit.trace(wrappers(model)[0], torch.ones(2, 32))
 
 
-def scales(model):
-    return [layer.input_scales["default"] for layer in layers(model)]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_calibrated(name, tmp_path):
     """A vector for each expert, the same however the experts are computed."""
@@ -290,7 +288,7 @@ def test_however_experts_multiply(way):
     layer = model.base_model.model[0]
     h = layer.get_base_layer().linear.base_layer(x)
     for scale in layer.input_scales["default"]:
-        torch.testing.assert_close(scale, vector(h))
+        torch.testing.assert_close(scale, input_scale_of(h))
     assert layer.get_base_layer().linear.input_scales
 
 
@@ -350,13 +348,7 @@ def test_batches_may_be_made_by_other_mixtures():
     calibrate(model, batches())
     layer = model.base_model.model[0]
     h = layer.get_base_layer().linear.base_layer(x)
-    torch.testing.assert_close(layer.input_scales["default"][0], vector(h))
-
-
-def vector(x):
-    rms = x.detach().double().square().mean(0).sqrt()
-    scale = 1 / (rms + 0.1 * rms.median())
-    return (scale / scale.square().mean().sqrt()).float()
+    torch.testing.assert_close(layer.input_scales["default"][0], input_scale_of(h))
 
 
 def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
@@ -367,7 +359,7 @@ def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
     layer = model.base_model.model[0]
     calibrate(torch.compile(layer), [(x,)])
     h = layer.get_base_layer().linear.base_layer(x)
-    want = torch.stack([vector(h[:40]), vector(h[40:90]), vector(h)])
+    want = torch.stack([input_scale_of(h[:40]), input_scale_of(h[40:90]), input_scale_of(h)])
     torch.testing.assert_close(layer.input_scales["default"], want)
 
 
