@@ -78,7 +78,7 @@ void check_linear(Kernels& kernels, const Layer& L, const Basis& basis, DType dt
                   bool expand, double bound) {
   set_case_of(kernels, L, basis, dtype, T, !expand, 0);
   const int64_t in = expand ? L.d : L.D, out = expand ? L.D : L.d;
-  const DType compute = compute_of(dtype);
+  const DType compute = compute_dtype(dtype);
   const Array lam(compute, L.lam), gam(compute, L.gam);
   const Array x(dtype, normal(T * in, 3)), dy(dtype, normal(T * out, 4));
   const Array y(dtype, T * out), dx(dtype, T * in), dx_alone(dtype, T * in);
@@ -112,7 +112,7 @@ template <class Kernels>
 Array check_scaled_basis(Kernels& kernels, Layer L, DType dtype, int64_t skip) {
   for (double& a : L.A.dense) a *= 1.75;
   set_case_of(kernels, L, L.basis(Form::lists), dtype, 0, false, skip);
-  const DType compute = compute_of(dtype);
+  const DType compute = compute_dtype(dtype);
   const Array A(compute, L.A.dense, skip), lam(compute, L.lam, skip), gam(compute, L.gam, skip),
       grad(dtype, normal(L.K * L.d, 3), skip), dlam(compute, L.K, skip),
       dgam(compute, L.n * L.d, skip);

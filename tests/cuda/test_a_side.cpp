@@ -29,7 +29,7 @@ struct Side {
   Side(const Case& c_, DType dtype_, bool tf32 = false)
       : c(c_),
         dtype(dtype_),
-        compute(compute_of(dtype)),
+        compute(compute_dtype(dtype)),
         T(c.T),
         L(1, c.d, c.r, c.density),
         basis(L.basis(Form::lists, c.wide)),
