@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from layer_cases import kept_by
+from layer_cases import delta_by_reference, kept_by
 from layer_helpers import relative
 
 from randlora_ext import Basis
 from randlora_ext.ops import hadamard
-from randlora_ext.reference import delta_weight_reference
 
 ops = torch.ops.randlora
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -39,9 +38,7 @@ def problem(shape, dtype, transposed=False, experts=3, own="none"):
 def test_against_the_reference(shape, own, dtype, transposed):
     bases, W, lam, gam, operands = problem(shape, dtype, transposed, own=own)
     leaves = [t.detach().double().requires_grad_() for t in (lam, gam)]
-    dense = [basis.dense(dtype=torch.float64) for basis in bases]
-    each = zip(dense, *leaves, strict=True)
-    dW = [delta_weight_reference(*AB, *of, 2.0, shape[1], shape[0]) for AB, *of in each]
+    dW = [delta_by_reference(basis, *of, 2.0) for basis, *of in zip(bases, *leaves, strict=True)]
     dW = torch.stack(dW)
     want = W.double() + (dW.mT if transposed else dW)
     grad = torch.randn_like(W)

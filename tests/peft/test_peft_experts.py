@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from compile_helpers import assert_steps_agree, graphs, needs_compiler
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from expert_models import EXPERTS, MODELS, SIZES, batch, logits, make, train, transformers
+from layer_cases import delta_by_reference
 from layer_helpers import input_scale_of
 from peft_helpers import (
     accelerated,
@@ -24,7 +25,6 @@ from peft_helpers import (
 from safetensors.torch import load_file
 
 from randlora_ext import apply_randlora, calibrate
-from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant)")
 
@@ -43,10 +43,9 @@ def wrappers(model):
 
 def oracle(layer):
     """dW of each expert by the reference, as the parameter is stored."""
-    A, B = layer.basis_of("default", torch.device("cpu")).dense(dtype=torch.float64)
+    basis, scaling = layer.basis_of("default", torch.device("cpu")), layer.scaling["default"]
     each = zip(layer.randlora_lambda["default"], layer.randlora_gamma["default"], strict=True)
-    sizes = layer.scaling["default"], layer.out_features, layer.in_features
-    dW = [delta_weight_reference(A, B, *(t.double() for t in e), *sizes) for e in each]
+    dW = [delta_by_reference(basis, *(t.double() for t in e), scaling) for e in each]
     return torch.stack([d.T if layer.transposed else d for d in dW])
 
 
