@@ -210,7 +210,3 @@ def assert_close(results, expected, tolerance):
 def inputs(in_features, out_features, dtype=torch.float32, tokens=12):
     torch.manual_seed(1)
     return [torch.randn(2, tokens, n).to(dtype) for n in (in_features, out_features)]
-
-
-def basis_of(layer):
-    return layer.basis_of("default", torch.device("cpu"))

@@ -183,13 +183,12 @@ def nested():
     return apply_randlora(nn.Sequential(holder), ["base_layer"], r=4)
 
 
-def squares():
-    return apply_randlora(two_squares(), ["0", "1"], r=2)
-
-
 MISFITS = {
     "wider": (adapted, lambda: Model(hidden=32), r"up: .*transposed are \[16, 32, "),
-    "tied": (lambda: randomize(squares()), one_twice, "1: it is tied to 0, whose lambda and gamma"),
+    "tied": (
+        lambda: randomize(apply_randlora(two_squares(), ["0", "1"], r=2)), one_twice,
+        "1: it is tied to 0, whose lambda and gamma",
+    ),
     "not linear": (
         adapted, lambda: replaced("block.up", nn.Conv1d(16, 16, 1)),
         "module 'block.up' of the adapter must be an nn.Linear",

@@ -15,7 +15,6 @@ from peft_helpers import (
     accelerated,
     adapted,
     assert_close,
-    basis_of,
     config,
     deltas,
     edit,
@@ -47,7 +46,7 @@ def test_bases_are_those_of_each_layer_alone(kind):
     for layer in layers(model):
         sizes = layer.in_features, layer.out_features
         alone = randlora_ext.Basis(*sizes, 7, kind.get("density"), seed=5)
-        assert basis_of(layer) == alone
+        assert layer.basis_of("default", torch.device("cpu")) == alone
         with pytest.raises(RuntimeError, match="no dense form here"):
             layer.randlora_A["default"].dense()
 

@@ -120,13 +120,6 @@ def same(model, other, tolerance=0):
     assert relative(model(tokens).logits, other(tokens).logits) <= tolerance
 
 
-def converted(model, folder, rank, base):
-    peft.save_as_lora(folder, model, rank=rank)
-    loaded = opened(folder, base)
-    assert isinstance(loaded.base_model, peft.tuners.lora.LoraModel)
-    return loaded.eval()
-
-
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_of_full_rank_nothing_is_lost(tmp_path, kind, dtype, x):
@@ -134,7 +127,9 @@ def test_of_full_rank_nothing_is_lost(tmp_path, kind, dtype, x):
         return Deep().to(dtype)
 
     model = adapted(base(), "abc", 5, **kind)
-    lora = converted(model, tmp_path, 24, base)
+    peft.save_as_lora(tmp_path, model, rank=24)
+    lora = opened(tmp_path, base).eval()
+    assert isinstance(lora.base_model, peft.tuners.lora.LoraModel)
     with torch.no_grad():
         y, want = lora(x.to(dtype)), model(x.to(dtype))
     assert relative(y, want) < (5e-6 if dtype == torch.float32 else 0.02)
