@@ -29,28 +29,15 @@ inline double h(int64_t a, int64_t b) { return __builtin_popcountll(a & b) % 2 ?
 
 struct HadamardProblem {
   HadamardCase c;
-  HadamardSizes sizes;
-  int64_t D, d, r, n, K, T, classes, experts;
-  std::vector<float> s, row, col;  // those of the experts, one behind the other, as lam and gam
-  Values lam, gam, B;
+  HadamardSizes sizes{c.D, c.d, c.r, (c.d + c.r - 1) / c.r};
+  int64_t D = c.D, d = c.d, r = c.r, n = sizes.n, K = sizes.K(), T = c.T, classes = sizes.classes(),
+          experts = c.experts;
+  // Those of the experts, one behind the other, as lam and gam.
+  std::vector<float> s = signs(d * experts, 1, true), row = signs(D * experts, 2, true),
+                     col = signs(K, 3, false);
+  Values lam = normal(K * experts, 4), gam = normal(n * d * experts, 5), B = B_of(0);
 
-  explicit HadamardProblem(const HadamardCase& c_)
-      : c(c_),
-        sizes{c.D, c.d, c.r, (c.d + c.r - 1) / c.r},
-        D(sizes.D),
-        d(sizes.d),
-        r(sizes.r),
-        n(sizes.n),
-        K(sizes.K()),
-        T(c.T),
-        classes(sizes.classes()),
-        experts(c.experts),
-        s(signs(d * experts, 1, true)),
-        row(signs(D * experts, 2, true)),
-        col(signs(K, 3, false)),
-        lam(normal(K * experts, 4)),
-        gam(normal(n * d * experts, 5)),
-        B(B_of(0)) {}
+  explicit HadamardProblem(const HadamardCase& c_) : c(c_) {}
 
   const float* s_of(int64_t e) const { return s.data() + c.own * e * d; }
   const float* row_of(int64_t e) const { return row.data() + c.own * e * D; }

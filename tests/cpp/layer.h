@@ -8,13 +8,17 @@ namespace randlora {
 enum class Form { lists, planes };
 
 struct Layer {
-  int64_t D, d, r, n, K;
+  int64_t D, d, r, n = (d + r - 1) / r, K = r * n;
   double scale = 0.7;
   Ternary A, B;
-  Values lam, gam;
+  Values lam = normal(K, 1), gam = normal(n * d, 2);
 
-  Layer(int64_t D_, int64_t d_, int64_t r_, double density)
-      : Layer(D_, d_, r_, density, ThreadRuntime(1)) {}
+  Layer(int64_t D_, int64_t d_, int64_t r_, double density, ThreadRuntime&& rt = ThreadRuntime(1))
+      : D(D_),
+        d(d_),
+        r(r_),
+        A(r, d, density, unsigned(d + r), rt),
+        B(D, K, density, unsigned(D + r), rt) {}
 
   Basis basis(Form form, bool wide = false) const {
     Basis b;
@@ -50,18 +54,6 @@ struct Layer {
       }
     return {dlam, dgam};
   }
-
- private:
-  Layer(int64_t D_, int64_t d_, int64_t r_, double density, ThreadRuntime&& rt)
-      : D(D_),
-        d(d_),
-        r(r_),
-        n((d + r - 1) / r),
-        K(r * n),
-        A(r, d, density, unsigned(d + r), rt),
-        B(D, K, density, unsigned(D + r), rt),
-        lam(normal(K, 1)),
-        gam(normal(n * d, 2)) {}
 };
 
 template <class Kernels>

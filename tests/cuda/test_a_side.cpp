@@ -19,23 +19,14 @@ struct Case {
 
 struct Side {
   const Case& c;
-  const DType dtype, compute;
-  const int64_t T;
-  Layer L;
-  Basis basis;
-  Array lam, gam;
-  TestDevice device;
+  const DType dtype, compute = compute_dtype(dtype);
+  const int64_t T = c.T;
+  Layer L{1, c.d, c.r, c.density};
+  Basis basis = L.basis(Form::lists, c.wide);
+  Array lam{compute, L.lam}, gam{compute, L.gam};
+  TestDevice device{128, c.shared, c.multiprocessors};
 
-  Side(const Case& c_, DType dtype_, bool tf32 = false)
-      : c(c_),
-        dtype(dtype_),
-        compute(compute_dtype(dtype)),
-        T(c.T),
-        L(1, c.d, c.r, c.density),
-        basis(L.basis(Form::lists, c.wide)),
-        lam(compute, L.lam),
-        gam(compute, L.gam),
-        device(128, c.shared, c.multiprocessors) {
+  Side(const Case& c_, DType dtype_, bool tf32 = false) : c(c_), dtype(dtype_) {
     device.tf32 = tf32, device.chunk_bytes = c.chunk_bytes;
     set_case_of(device, L, basis, dtype, T, false, c.skip);
   }
