@@ -99,7 +99,7 @@ SLICES = [(*r[:7], *n[7:], r[7]) for r, n in zip(VECTORS["planes"], VECTORS["cou
 
 
 @pytest.mark.parametrize("record", SLICES, ids=lambda r: " ".join(r[:7]))
-def test_slice_vectors(record, threads_restored):
+def test_slice_vectors(record):
     place, (*counts, digest) = place_of(record[:7]), record[7:]
     assert planes_digest(to_planes(values(*place))) == digest
     for threads in (1, 2):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from randlora_ext.cli.checkpoint import Checkpoint
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.usefixtures("stock_peft"),
     pytest.mark.filterwarnings("ignore:Specified to not save", "ignore:RandLoRA layers of this"),
 ]
 

@@ -14,7 +14,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from randlora_ext import RandLoraLinear, apply_randlora, load_adapter, save_adapter
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"r": 5, "randlora_alpha": 9, "density": 0.3, "seed": 2**63 + 5, "basis": "independent"}
 
 

@@ -10,8 +10,6 @@ from torch import nn
 
 from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, unload
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def small_model():
     torch.manual_seed(0)

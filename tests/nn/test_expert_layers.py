@@ -10,8 +10,6 @@ from torch import nn
 
 from randlora_ext import apply_randlora, load_adapter, merge_and_unload, save_adapter, unload
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def applied(name="Mixtral", **options):
     options = {"r": 4, "seed": 1, "target_parameters": EXPERTS} | options

@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from randlora_ext import RandLoraLinear
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("basis", ["independent", "hadamard"])
 @pytest.mark.parametrize("kind", ["linear", "no bias", "subclass", "hook", "replaced", "conv1d"])

@@ -62,7 +62,7 @@ def test_against_the_reference(shape, own, dtype, transposed):
             assert not got[1].any()
 
 
-def test_as_torch_wants_it(one_thread):
+def test_as_torch_wants_it():
     _, W, lam, gam, operands = problem((5, 9, 2), torch.float64, own="both")
     torch.library.opcheck(ops.hadamard_weight.default, (W, lam, gam, *operands))
     arguments = W, lam.detach(), gam.detach(), *operands
