@@ -15,7 +15,7 @@ from distributed_ranks import (
     trained,
     worlds,
 )
-from distributed_training import SIZES, batch, share, train
+from distributed_training import base, batch, share, train
 from expert_models import EXPERTS
 from expert_models import batch as experts_batch
 from expert_models import make as make_experts
@@ -38,11 +38,9 @@ LIMITS = dict(rtol=1e-4, atol=1e-5)  # PEFT keeps lambda and gamma in float32
 
 def make(ours=True, **kind):
     accelerated.enable() if ours else accelerated.disable()
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*reversed(SIZES)))
     options = dict(r=5, randlora_alpha=10, target_modules=["0", "2"], save_projection=False)
     chosen = accelerated.RandLoraConfig if ours else peft.RandLoraConfig
-    model = peft.get_peft_model(base, chosen(**(kind or {"sparse": True}), **options))
+    model = peft.get_peft_model(base(), chosen(**(kind or {"sparse": True}), **options))
     for parameter in trained(model):
         nn.init.normal_(parameter, std=0.3)
     return model
