@@ -262,21 +262,15 @@ def mixture(multiply):
     )
 
 
-def halves(h, up):
-    return [h @ up[e, rows].T for e in range(3) for rows in (slice(0, 12), slice(12, 24))]
-
-
-def padded(h, up):
-    return torch.bmm(F.pad(h, (0, 0, 0, 9)).expand(3, -1, -1), up.mT)
-
-
 WAYS = {
     "matmul": lambda h, up: h @ up.mT,
     "four dimensions": lambda h, up: h[None, :, None].transpose(1, 2) @ up.mT,
     "vectors": lambda h, up: [[F.linear(row, w) for row in h] for w in up],
     "keywords": lambda h, up: [F.linear(input=h, weight=w) for w in up],
-    "halves": halves,
-    "padded": padded,
+    "halves": lambda h, up: [
+        h @ up[e, rows].T for e in range(3) for rows in (slice(0, 12), slice(12, 24))
+    ],
+    "padded": lambda h, up: torch.bmm(F.pad(h, (0, 0, 0, 9)).expand(3, -1, -1), up.mT),
 }
 
 

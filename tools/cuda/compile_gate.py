@@ -127,16 +127,6 @@ def find_nvcc() -> str:
     return found or sys.exit("compile gate: there is no nvcc: set CUDA_HOME, or put it on PATH")
 
 
-def nvcc_version(nvcc: str) -> str:
-    return re.search(r"V([\d.]+)", run([nvcc, "--version"]).stdout)[1]
-
-
-def kernel_sources() -> list[Path]:
-    """Largest first, so that the last to be compiled is a short one."""
-    found = [path for path in SOURCES.rglob("*.cu") if path.name != "table.cu"]
-    return sorted(found, key=lambda path: (-path.stat().st_size, path.name))
-
-
 def compile_one(
     nvcc: str, source: Path, archs: list[str], folder: Path
 ) -> dict[str, dict[str, Usage]]:
@@ -201,14 +191,17 @@ def main() -> int:
     nvcc, archs = find_nvcc(), args.archs.split(",")
     if args.update and not set(BUDGETED) <= set(archs):
         parser.error(f"--update needs {' and '.join(BUDGETED)}")
-    sources = [p for p in kernel_sources() if not args.sources or p.name in args.sources]
+    found = [path for path in SOURCES.rglob("*.cu") if path.name != "table.cu"]
+    sources = [path for path in found if not args.sources or path.name in args.sources]
+    # Largest first, so that the last to be compiled is a short one.
+    sources.sort(key=lambda path: (-path.stat().st_size, path.name))
     if not sources or len(sources) < len(args.sources):
         parser.error(f"csrc/cuda has no such files: {' '.join(args.sources)}")
 
     started = time.monotonic()
     file, budget = load(BUDGET.read_text())
     tolerance = file["register_tolerance"]
-    version = nvcc_version(nvcc)
+    version = re.search(r"V([\d.]+)", run([nvcc, "--version"]).stdout)[1]
     kernels = measure(nvcc, sources, archs)
     if args.update:
         file["nvcc"] = version
