@@ -1,6 +1,5 @@
 // A minimal test framework, the Runtime of the tests, and random ternary matrices.
 #pragma once
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +9,6 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "core/operators.h"

@@ -7,12 +7,7 @@ using namespace randlora;
 namespace {
 
 using Words = std::vector<uint64_t>;  // both planes, as they lie in memory
-
-// Memory of exactly `count` elements, all bits set.
-template <class T>
-std::vector<T> unwritten(int64_t count) {
-  return std::vector<T>(count, T(-1));
-}
+using Shapes = std::vector<std::pair<int64_t, int64_t>>;
 
 std::vector<int> block_sizes() {
   return cuda_on_cpu::kThreadSanitizer ? std::vector<int>{32, 128} : std::vector<int>{32, 128, 256};
@@ -21,12 +16,11 @@ std::vector<int> block_sizes() {
 void generation() {
   ThreadRuntime rt(1);
   for (int threads : block_sizes())
-    for (auto [rows, cols] : std::vector<std::pair<int64_t, int64_t>>{
-             {1, 1}, {3, 64}, {2, 65}, {33, 63}, {5, 130}, {1, 1000}})
+    for (auto [rows, cols] : Shapes{{1, 1}, {3, 64}, {2, 65}, {33, 63}, {5, 130}, {1, 1000}})
       for (int64_t col : {int64_t{0}, int64_t{64}, int64_t{1}, int64_t{63}, int64_t{100}})
         for (double density : {0.05, 1.0 / 3, 1.0}) {
           const int64_t words = rows * words_of(cols);
-          Words want(2 * words), got = unwritten<uint64_t>(2 * words);
+          Words want(2 * words), got(2 * words, ~uint64_t{0});
           FillPlanes call{
               0x123456789abcdef0u, kRoleB, threshold(density), 7, rows, col, cols, want.data(),
               want.data() + words};
@@ -46,11 +40,11 @@ void lists(int64_t rows, int64_t cols, double density, int threads) {
       if (cols > 65536 && (by_column || !wide)) continue;
       TestDevice device(threads);
       const auto& want = by_column ? t.by_column : t.by_row;
-      auto offset = unwritten<int64_t>(want.offset.size());
+      std::vector<int64_t> offset(want.offset.size(), -1);
       const CountLists call{t.planes, rows, cols, by_column, offset.data()};
       device.count_lists(call);
-      auto index = unwritten<uint32_t>(want.wide.size());
-      auto narrow = unwritten<uint16_t>(want.wide.size());
+      std::vector<uint32_t> index(want.wide.size(), ~0u);
+      std::vector<uint16_t> narrow(want.wide.size(), 0xffff);
       device.fill_lists({call, wide, wide ? static_cast<void*>(index.data()) : narrow.data()});
       EXPECT(offset == want.offset && (wide ? index == want.wide : narrow == want.narrow),
              "lists (%ld, %ld) at %g, by_column %d, wide %d, threads %d", long(rows), long(cols),
@@ -87,7 +81,6 @@ void few() { lists(20, 300, 1.0 / 3, 64); }
 void tests() {
   generation();
   // Most of ThreadSanitizer's time goes into starting threads, so it sees fewer rows and columns.
-  using Shapes = std::vector<std::pair<int64_t, int64_t>>;
   const bool quick = cuda_on_cpu::kThreadSanitizer;
   for (auto [rows, cols] : quick
                                ? Shapes{{3, 64}, {65, 70}}

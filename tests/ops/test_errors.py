@@ -116,12 +116,6 @@ def packed(basis):
     return (hadamard if basis is HADAMARD else independent).operands(basis, "cpu")
 
 
-def shifted(offset, position, by):
-    offset = offset.clone()
-    offset[position] += by
-    return offset
-
-
 def malformed():
     lists, planes = packed(LISTS), packed(PLANES)
     yield {**planes, "b_planes": None}, "b_planes", "0 of the other four"
@@ -131,7 +125,7 @@ def malformed():
     yield {**planes, "a_tables": tables}, "a_tables", "(8) int32"
     for name in ("a_offset", "b_row_offset", "b_col_offset"):
         offset = lists[name]
-        few = len(offset) - 2
+        few, place = len(offset) - 2, torch.arange(len(offset))
         # Both lead out of memory; the steps of the second are positive modulo 2 ** 64.
         falls = torch.cat([offset[:1], offset[-1] + torch.arange(few).flip(0), offset[-1:]])
         wraps = torch.tensor([0, 2**62, -(2**63), -(2**62), *[0] * (few - 3), offset[-1]])
@@ -139,8 +133,8 @@ def malformed():
             (offset.int(), "int32", "int64"),
             (offset[:-1], f"({len(offset) - 1})"),
             (offset[None], f"(1, {len(offset)})"),
-            (shifted(offset, -1, -1),),
-            (shifted(offset, 0, 1), "0", "1"),
+            (offset - (place == few + 1).long(),),
+            (offset + (place == 0).long(), "0", "1"),
             (falls,),
             (wraps,),
         ):

@@ -1,4 +1,4 @@
-"""A hundred and fifty steps of soak.py (ten thousand by hand), and every operator 240 times."""
+"""A hundred and fifty steps of soak.py; ten thousand by hand."""
 
 import soak
 import torch

@@ -67,10 +67,8 @@ def check(kernels: Kernels, budget: Budget, tolerance: int) -> list[str]:
                 if usage.registers > registers + tolerance:
                     told = f"{usage.registers} registers, budget {registers} + {tolerance}"
                     wrong.append(f"{here}: {told}")
-    wrong += [
-        f"{name}: is in the budget but not in the source" for name in budget if name not in kernels
-    ]
-    return wrong
+    gone = [name for name in budget if name not in kernels]
+    return wrong + [f"{name}: is in the budget but not in the source" for name in gone]
 
 
 def new_budget(kernels: Kernels, old: Budget) -> Budget:
