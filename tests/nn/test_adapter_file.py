@@ -172,11 +172,6 @@ def replaced(path, module):
     return model
 
 
-def one_twice():
-    layer = nn.Linear(8, 8)
-    return nn.Sequential(layer, layer)
-
-
 def nested():
     holder = nn.ModuleDict({"base_layer": nn.Linear(24, 40)})
     return apply_randlora(nn.Sequential(holder), ["base_layer"], r=4)
@@ -185,7 +180,8 @@ def nested():
 MISFITS = {
     "wider": (adapted, lambda: Model(hidden=32), r"up: .*transposed are \[16, 32, "),
     "tied": (
-        lambda: randomize(apply_randlora(two_squares(), ["0", "1"], r=2)), one_twice,
+        lambda: randomize(apply_randlora(two_squares(), ["0", "1"], r=2)),
+        lambda: nn.Sequential(*[nn.Linear(8, 8)] * 2),
         "1: it is tied to 0, whose lambda and gamma",
     ),
     "not linear": (

@@ -34,15 +34,6 @@ def test_apply_by_suffix_and_by_pattern():
     assert not model["blocks"][0]["norm"].weight.requires_grad
 
 
-def adapted_in_part():
-    model = small_model()
-    model["empty"], model["compiled"] = nn.Linear(8, 0), torch.compile(nn.Linear(8, 8))
-    model["batch"] = nn.BatchNorm1d(8)
-    apply_randlora(model, ["0.down"], r=4)
-    model["blocks"][1]["q"].weight.requires_grad_(True)
-    return model
-
-
 ERRORS = {
     "no such name": (["k"], {}, r"target_modules \['k'\] matches no module .*blocks\.0\.q"),
     "a list is meant": ("q", {}, r"'q' matches no module .* did you mean \['q'\]"),
@@ -66,7 +57,11 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_apply_errors_change_nothing(case):
     targets, options, message = ERRORS[case]
-    model = adapted_in_part()
+    model = small_model()
+    model["empty"], model["compiled"] = nn.Linear(8, 0), torch.compile(nn.Linear(8, 8))
+    model["batch"] = nn.BatchNorm1d(8)
+    apply_randlora(model, ["0.down"], r=4)
+    model["blocks"][1]["q"].weight.requires_grad_(True)
     before, trained = [*layers(model)], [p.requires_grad for p in model.parameters()]
     with pytest.raises((TypeError, ValueError), match=message):
         apply_randlora(model, targets, **options)

@@ -90,11 +90,6 @@ class Own(nn.Module):
         self.experts, self.tied = nn.Parameter(torch.ones(shape, dtype=dtype)), nn.Identity()
 
 
-def shared():
-    own = Own(2, 3, 4)
-    return nn.ModuleList([own, own])
-
-
 ERRORS = [
     (lambda: nn.ModuleList([Own(2, 3, 4, 5)]), {}, ValueError, r"two or three dim.*\(2, 3, 4, 5\)"),
     (lambda: nn.ModuleList([Own(4)]), {}, ValueError, r"Own.experts must have two or three dimens"),
@@ -104,7 +99,7 @@ ERRORS = [
     (lambda: nn.ModuleList([Own(2, 3)]), {"rank": 3}, TypeError, "unexpected keyword .*'rank'"),
     (lambda: nn.ModuleList([nn.Linear(2, 3)]), {}, ValueError, "matches no parameter"),
     (lambda: Own(2, 3, 4), {}, ValueError, "'.experts' would not be adapted: the model is the lay"),
-    (shared, {}, ValueError, "0.experts' is used under several names"),
+    (lambda: nn.ModuleList([Own(2, 3, 4)] * 2), {}, ValueError, "0.experts' is used under several"),
 ]
 
 
