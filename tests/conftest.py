@@ -16,16 +16,13 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def threads_restored():
+def one_thread():
+    """In thousands of tiny calls, waking a second thread would take longer than the work.
+    ops/test_determinism.py shows that it changes no bit."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def one_thread(threads_restored):
-    """For tiny shapes: a second thread would only wait for the first."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from randlora_ext.basis.cache import _cache
 from randlora_ext.basis.ternary import PLANES_ABOVE_DENSITY
 from randlora_ext.devices import cuda_serves
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ops = torch.ops.randlora
 SHAPES = [(50, 37, 7), (37, 50, 7), (20, 24, 32), (1, 1, 1), (130, 200, 1), (3, 700, 2)]
 

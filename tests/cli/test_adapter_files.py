@@ -11,7 +11,7 @@ import torch
 from peft_helpers import accelerated, assert_unchanged, made, numbers, opened
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+pytestmark = pytest.mark.usefixtures("stock_peft")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 

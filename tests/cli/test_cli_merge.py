@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.usefixtures("stock_peft"),
     pytest.mark.filterwarnings("ignore:Specified to not save", "ignore:RandLoRA layers of this"),
 ]
 
@@ -37,18 +37,13 @@ def tensors_of(folder):
     return found
 
 
-@pytest.fixture(scope="module")
-def bf16(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bf16")
-    sharded(folder, torch.bfloat16)
-    return folder
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_merge_and_unload(tmp_path, sound, bf16, kind):
+def test_equals_merge_and_unload(tmp_path, sound, kind):
     # Of each dtype bases that are generated, drawn and uniform.
     low = kind in ("generated", "sparse saved", "uniform")
-    dtype, model = (torch.bfloat16, bf16) if low else (torch.float32, sound / "model")
+    dtype, model = torch.bfloat16 if low else torch.float32, sound / "model"
+    if low:
+        sharded(model := tmp_path / "model", dtype)
     save_adapter(llama().to(dtype), tmp_path / "adapter", **KINDS[kind])
     said = merge(tmp_path, model=model)
     assert "8 layers merged" in said and "merging model.layers.1" in said

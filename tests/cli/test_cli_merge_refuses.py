@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from randlora_ext.cli.checkpoint import Checkpoint
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "stock_peft"),
+    pytest.mark.usefixtures("stock_peft"),
     pytest.mark.filterwarnings("ignore:Specified to not save", "ignore:RandLoRA layers of this"),
 ]
 
@@ -20,14 +20,10 @@ def config(**changes):
     """As another program writes both files: the tensors do not record the configuration."""
 
     def change(root):
-        edit(root / "adapter" / "adapter_config.json", **changes)
+        edit(root / CONFIG, **changes)
         save_file(load_file(root / WEIGHTS), root / WEIGHTS)
 
     return change
-
-
-def edited(root):
-    edit(root / "adapter" / "adapter_config.json", r=6)
 
 
 def without_key(root):
@@ -84,7 +80,7 @@ BROKEN = {
     ),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
-    "other r": (edited, "r is 5, not 6: a save was interrupted, or the file was"),
+    "other r": (lambda r: edit(r / CONFIG, r=6), "r is 5, not 6: a save was interrupted, or the"),
     "no key": (without_key, "projection_prng_key is 'randlora_ext:independent-1"),
     "no record": (recording("{}"), "whose r is None, not 5"),
     "a list recorded": (recording("[]"), "whose r is None, not 5"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from randlora_ext import apply_randlora, merge_and_unload, save_adapter
 
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+pytestmark = pytest.mark.usefixtures("stock_peft")
 OPTIONS = {"r": 5, "randlora_alpha": 100, "density": 0.3, "seed": 9, "basis": "independent"}
 TOKENS = torch.arange(12).view(2, 6)
 

@@ -61,16 +61,13 @@ for version in sys.argv[1:]:
 """
 
 
-def interface() -> str:
-    """As setup.py computes it."""
+def test_only_an_old_driver_leaves_plain_torch_and_randlora_says_so(tmp_path):
+    # As setup.py computes it.
     files = sorted((ROOT / "csrc" / "core").glob("*.h"))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    return f"0x{hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]}u"
-
-
-def test_only_an_old_driver_leaves_plain_torch_and_randlora_says_so(tmp_path):
+    interface = f"0x{hashlib.sha256(''.join(digests).encode()).hexdigest()[:16]}u"
     for name, source in (("library.so", LIBRARY), ("libcuda.so.1", DRIVER)):
-        command = ["cc", "-x", "c", "-shared", "-fPIC", f"-DINTERFACE={interface()}", "-"]
+        command = ["cc", "-x", "c", "-shared", "-fPIC", f"-DINTERFACE={interface}", "-"]
         subprocess.run([*command, "-o", tmp_path / name], input=source, text=True, check=True)
     settings = {k: v for k, v in os.environ.items() if not k.startswith("RANDLORA_")}
     paths = filter(None, [str(tmp_path), settings.get("LD_LIBRARY_PATH")])

@@ -1,11 +1,8 @@
 // Arrays of any dtype whose ends the sanitizers know, random numbers, and comparison by norm.
 #pragma once
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <map>
-#include <memory>
-#include <new>
 #include <random>
 #include <tuple>
 #include <vector>
@@ -48,28 +45,6 @@ inline void store_rounded(double v, f16* to) {
   const _Float16 h = static_cast<_Float16>(static_cast<float>(v));
   std::memcpy(&to->bits, &h, 2);
 }
-
-// The dtype that lambda, gamma and their gradients have.
-inline DType compute_of(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
-
-// Memory of exactly this size, 256-byte aligned (or `shift` bytes past that), all bits set: NaN in
-// every dtype. ASan sees its ends.
-class Poisoned {
- public:
-  explicit Poisoned(int64_t bytes, int64_t shift = 0) : shift_(shift) {
-    const size_t size = static_cast<size_t>(bytes + shift);
-    if (posix_memalign(&memory_, 256, size)) throw std::bad_alloc();
-    std::memset(memory_, 0xff, size);
-  }
-  ~Poisoned() { std::free(memory_); }
-  Poisoned(const Poisoned&) = delete;
-  Poisoned& operator=(const Poisoned&) = delete;
-  void* get() const { return static_cast<char*>(memory_) + shift_; }
-
- private:
-  void* memory_ = nullptr;
-  int64_t shift_;
-};
 
 // Changes with every bit that a test reads out of an Array (tests/cuda/test_device.h).
 constexpr uint64_t kDigestStart = 0xcbf29ce484222325u;

@@ -1,14 +1,14 @@
 // A minimal test framework, the Runtime of the tests, and random ternary matrices.
 #pragma once
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "core/operators.h"
@@ -40,14 +40,29 @@ inline int finish() {
     }                                                             \
   } while (0)
 
-// One std::thread per slot, and scratch filled with NaN patterns so that reads of unwritten memory
-// show.
+// Memory of exactly this size, 256-byte aligned (or `shift` bytes past that), all bits set: NaN in
+// every dtype. ASan sees its ends.
+class Poisoned {
+ public:
+  explicit Poisoned(int64_t bytes, int64_t shift = 0) : shift_(shift) {
+    const size_t size = static_cast<size_t>(bytes + shift);
+    if (posix_memalign(&memory_, 256, size)) throw std::bad_alloc();
+    std::memset(memory_, 0xff, size);
+  }
+  ~Poisoned() { std::free(memory_); }
+  Poisoned(const Poisoned&) = delete;
+  Poisoned& operator=(const Poisoned&) = delete;
+  void* get() const { return static_cast<char*>(memory_) + shift_; }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t shift_;
+};
+
+// One std::thread per slot, and poisoned scratch, so that reads of unwritten memory show.
 class ThreadRuntime : public Runtime {
  public:
   explicit ThreadRuntime(int threads) : threads_(threads) {}
-  ~ThreadRuntime() override {
-    for (void* p : held_) std::free(p);
-  }
   int threads() const override { return threads_; }
   void run(int slots, void (*task)(void*, int), void* arg) override {
     std::vector<std::thread> pool;
@@ -56,15 +71,13 @@ class ThreadRuntime : public Runtime {
     for (std::thread& t : pool) t.join();
   }
   void* scratch(size_t bytes) override {
-    const size_t rounded = (bytes + 63) / 64 * 64 + 64;
-    held_.push_back(std::aligned_alloc(64, rounded));
-    std::memset(held_.back(), 0xff, rounded);
-    return held_.back();
+    held_.emplace_back(new Poisoned(static_cast<int64_t>((bytes + 63) / 64 * 64 + 64)));
+    return held_.back()->get();
   }
 
  private:
   int threads_;
-  std::vector<void*> held_;
+  std::vector<std::unique_ptr<Poisoned>> held_;
 };
 
 // The set of kernels that RANDLORA_ISA names.

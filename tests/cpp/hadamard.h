@@ -29,28 +29,15 @@ inline double h(int64_t a, int64_t b) { return __builtin_popcountll(a & b) % 2 ?
 
 struct HadamardProblem {
   HadamardCase c;
-  HadamardSizes sizes;
-  int64_t D, d, r, n, K, T, classes, experts;
-  std::vector<float> s, row, col;  // those of the experts, one behind the other, as lam and gam
-  Values lam, gam, B;
+  HadamardSizes sizes{c.D, c.d, c.r, (c.d + c.r - 1) / c.r};
+  int64_t D = c.D, d = c.d, r = c.r, n = sizes.n, K = sizes.K(), T = c.T, classes = sizes.classes(),
+          experts = c.experts;
+  // Those of the experts, one behind the other, as lam and gam.
+  std::vector<float> s = signs(d * experts, 1, true), row = signs(D * experts, 2, true),
+                     col = signs(K, 3, false);
+  Values lam = normal(K * experts, 4), gam = normal(n * d * experts, 5), B = B_of(0);
 
-  explicit HadamardProblem(const HadamardCase& c_)
-      : c(c_),
-        sizes{c.D, c.d, c.r, (c.d + c.r - 1) / c.r},
-        D(sizes.D),
-        d(sizes.d),
-        r(sizes.r),
-        n(sizes.n),
-        K(sizes.K()),
-        T(c.T),
-        classes(sizes.classes()),
-        experts(c.experts),
-        s(signs(d * experts, 1, true)),
-        row(signs(D * experts, 2, true)),
-        col(signs(K, 3, false)),
-        lam(normal(K * experts, 4)),
-        gam(normal(n * d * experts, 5)),
-        B(B_of(0)) {}
+  explicit HadamardProblem(const HadamardCase& c_) : c(c_) {}
 
   const float* s_of(int64_t e) const { return s.data() + c.own * e * d; }
   const float* row_of(int64_t e) const { return row.data() + c.own * e * D; }
@@ -123,7 +110,7 @@ void check_up(Kernels& kernels, const HadamardProblem& p, DType dtype, bool accu
   const double scale = 0.375;
   const int64_t skip = p.c.skip, behind = Kernels::kBehind;
   const Array z(class_dtype(dtype), normal(p.classes * p.T * p.n, 6), skip, behind),
-      lam(compute_of(dtype), p.lam, skip, behind);
+      lam(compute_dtype(dtype), p.lam, skip, behind);
   const Array y =
       accumulate ? Array(dtype, normal(p.T * p.D, 7), skip) : Array(dtype, p.T * p.D, skip);
   const Values before = y.values();
@@ -139,7 +126,7 @@ template <class Kernels>
 void check_down(Kernels& kernels, const HadamardProblem& p, DType dtype, int64_t slots,
                 bool with_z = true) {
   const int64_t skip = p.c.skip, behind = Kernels::kBehind, count = p.classes * p.T * p.n;
-  const DType compute = compute_of(dtype), between = class_dtype(dtype);
+  const DType compute = compute_dtype(dtype), between = class_dtype(dtype);
   const Array y(dtype, normal(p.T * p.D, 8), skip), lam(compute, p.lam, skip, behind);
   const Array z(between, normal(count, 9), skip, behind), w(between, count, skip, behind),
       sums(compute, slots * p.K, skip);
@@ -164,7 +151,7 @@ void check_down(Kernels& kernels, const HadamardProblem& p, DType dtype, int64_t
 template <class Kernels>
 void check_diagonals(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   const int64_t skip = p.c.skip, slots = p.T;
-  const DType compute = compute_of(dtype), between = class_dtype(dtype);
+  const DType compute = compute_dtype(dtype), between = class_dtype(dtype);
   Values want(p.gam.begin(), p.gam.begin() + p.n * p.d);
   const Array gam(compute, want, skip), out(between, p.n * p.d, skip);
   kernels.hadamard_gamma({p.sizes, gam.get(), p.s.data(), out.get(), dtype});
@@ -191,8 +178,8 @@ template <class Kernels>
 void check_weight(Kernels& kernels, const HadamardProblem& p, DType dtype, bool transposed) {
   const double scale = 0.01;
   const int64_t skip = p.c.skip, size = p.experts * p.D * p.d;
-  const Array lam(compute_of(dtype), p.lam, skip, Kernels::kBehind),
-      gam(compute_of(dtype), p.gam, skip), base(dtype, normal(size, 12), skip),
+  const Array lam(compute_dtype(dtype), p.lam, skip, Kernels::kBehind),
+      gam(compute_dtype(dtype), p.gam, skip), base(dtype, normal(size, 12), skip),
       out(dtype, size, skip), merged(dtype, size, skip);
   HadamardWeight call{p.operands(lam, gam, dtype, scale, transposed, nullptr), out.get()};
   kernels.hadamard_weight(call);
@@ -210,7 +197,7 @@ void check_weight(Kernels& kernels, const HadamardProblem& p, DType dtype, bool 
 template <class Kernels>
 void check_weight_backward(Kernels& kernels, const HadamardProblem& p, DType dtype,
                            bool transposed) {
-  const DType compute = compute_of(dtype);
+  const DType compute = compute_dtype(dtype);
   const int64_t skip = p.c.skip, each = p.D * p.d;
   const Array lam(compute, p.lam, skip), gam(compute, p.gam, skip),
       grad(dtype, normal(p.experts * each, 13), skip), dlam(compute, p.experts * p.K, skip),

@@ -8,13 +8,17 @@ namespace randlora {
 enum class Form { lists, planes };
 
 struct Layer {
-  int64_t D, d, r, n, K;
+  int64_t D, d, r, n = (d + r - 1) / r, K = r * n;
   double scale = 0.7;
   Ternary A, B;
-  Values lam, gam;
+  Values lam = normal(K, 1), gam = normal(n * d, 2);
 
-  Layer(int64_t D_, int64_t d_, int64_t r_, double density)
-      : Layer(D_, d_, r_, density, ThreadRuntime(1)) {}
+  Layer(int64_t D_, int64_t d_, int64_t r_, double density, ThreadRuntime&& rt = ThreadRuntime(1))
+      : D(D_),
+        d(d_),
+        r(r_),
+        A(r, d, density, unsigned(d + r), rt),
+        B(D, K, density, unsigned(D + r), rt) {}
 
   Basis basis(Form form, bool wide = false) const {
     Basis b;
@@ -50,18 +54,6 @@ struct Layer {
       }
     return {dlam, dgam};
   }
-
- private:
-  Layer(int64_t D_, int64_t d_, int64_t r_, double density, ThreadRuntime&& rt)
-      : D(D_),
-        d(d_),
-        r(r_),
-        n((d + r - 1) / r),
-        K(r * n),
-        A(r, d, density, unsigned(d + r), rt),
-        B(D, K, density, unsigned(D + r), rt),
-        lam(normal(K, 1)),
-        gam(normal(n * d, 2)) {}
 };
 
 template <class Kernels>
@@ -78,7 +70,7 @@ void check_linear(Kernels& kernels, const Layer& L, const Basis& basis, DType dt
                   bool expand, double bound) {
   set_case_of(kernels, L, basis, dtype, T, !expand, 0);
   const int64_t in = expand ? L.d : L.D, out = expand ? L.D : L.d;
-  const DType compute = compute_of(dtype);
+  const DType compute = compute_dtype(dtype);
   const Array lam(compute, L.lam), gam(compute, L.gam);
   const Array x(dtype, normal(T * in, 3)), dy(dtype, normal(T * out, 4));
   const Array y(dtype, T * out), dx(dtype, T * in), dx_alone(dtype, T * in);
@@ -112,7 +104,7 @@ template <class Kernels>
 Array check_scaled_basis(Kernels& kernels, Layer L, DType dtype, int64_t skip) {
   for (double& a : L.A.dense) a *= 1.75;
   set_case_of(kernels, L, L.basis(Form::lists), dtype, 0, false, skip);
-  const DType compute = compute_of(dtype);
+  const DType compute = compute_dtype(dtype);
   const Array A(compute, L.A.dense, skip), lam(compute, L.lam, skip), gam(compute, L.gam, skip),
       grad(dtype, normal(L.K * L.d, 3), skip), dlam(compute, L.K, skip),
       dgam(compute, L.n * L.d, skip);

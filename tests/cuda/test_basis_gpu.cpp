@@ -7,18 +7,8 @@ using namespace randlora;
 namespace {
 
 using Words = std::vector<uint64_t>;  // both planes, as they lie in memory
+using Shapes = std::vector<std::pair<int64_t, int64_t>>;
 
-// Memory of exactly `count` elements, all bits set.
-template <class T>
-std::vector<T> unwritten(int64_t count) {
-  return std::vector<T>(count, T(-1));
-}
-
-TestDevice device_with(int threads) {
-  TestDevice device;
-  device.max_threads = threads;
-  return device;
-}
 std::vector<int> block_sizes() {
   return cuda_on_cpu::kThreadSanitizer ? std::vector<int>{32, 128} : std::vector<int>{32, 128, 256};
 }
@@ -26,18 +16,17 @@ std::vector<int> block_sizes() {
 void generation() {
   ThreadRuntime rt(1);
   for (int threads : block_sizes())
-    for (auto [rows, cols] : std::vector<std::pair<int64_t, int64_t>>{
-             {1, 1}, {3, 64}, {2, 65}, {33, 63}, {5, 130}, {1, 1000}})
+    for (auto [rows, cols] : Shapes{{1, 1}, {3, 64}, {2, 65}, {33, 63}, {5, 130}, {1, 1000}})
       for (int64_t col : {int64_t{0}, int64_t{64}, int64_t{1}, int64_t{63}, int64_t{100}})
         for (double density : {0.05, 1.0 / 3, 1.0}) {
           const int64_t words = rows * words_of(cols);
-          Words want(2 * words), got = unwritten<uint64_t>(2 * words);
+          Words want(2 * words), got(2 * words, ~uint64_t{0});
           FillPlanes call{
               0x123456789abcdef0u, kRoleB, threshold(density), 7, rows, col, cols, want.data(),
               want.data() + words};
           cpu_kernels().fill_planes(call, rt);
           call.plus = got.data(), call.minus = got.data() + words;
-          device_with(threads).fill_planes(call);
+          TestDevice(threads).fill_planes(call);
           EXPECT(got == want, "planes (%ld, %ld) from column %ld at %g", long(rows), long(cols),
                  long(col), density);
         }
@@ -49,13 +38,13 @@ void lists(int64_t rows, int64_t cols, double density, int threads) {
   for (const bool by_column : {false, true})
     for (const bool wide : {false, true}) {
       if (cols > 65536 && (by_column || !wide)) continue;
-      TestDevice device = device_with(threads);
+      TestDevice device(threads);
       const auto& want = by_column ? t.by_column : t.by_row;
-      auto offset = unwritten<int64_t>(want.offset.size());
+      std::vector<int64_t> offset(want.offset.size(), -1);
       const CountLists call{t.planes, rows, cols, by_column, offset.data()};
       device.count_lists(call);
-      auto index = unwritten<uint32_t>(want.wide.size());
-      auto narrow = unwritten<uint16_t>(want.wide.size());
+      std::vector<uint32_t> index(want.wide.size(), ~0u);
+      std::vector<uint16_t> narrow(want.wide.size(), 0xffff);
       device.fill_lists({call, wide, wide ? static_cast<void*>(index.data()) : narrow.data()});
       EXPECT(offset == want.offset && (wide ? index == want.wide : narrow == want.narrow),
              "lists (%ld, %ld) at %g, by_column %d, wide %d, threads %d", long(rows), long(cols),
@@ -70,7 +59,7 @@ void dense(int64_t rows, int64_t cols, double density, DType dtype, int threads,
   const double value = 1 / std::sqrt(0.07);
   Array want(dtype, rows * cols);
   planes_to_dense({t.planes, rows, cols, value, want.get(), dtype}, rt);
-  TestDevice device = device_with(threads);
+  TestDevice device(threads);
   const Array out(dtype, rows * cols, skip);
   device.planes_to_dense({t.planes, rows, cols, value, out.get(), dtype});
   EXPECT(out.raw() == want.raw(), "planes (%ld, %ld) to dtype %d, threads %d", long(rows),
@@ -92,7 +81,6 @@ void few() { lists(20, 300, 1.0 / 3, 64); }
 void tests() {
   generation();
   // Most of ThreadSanitizer's time goes into starting threads, so it sees fewer rows and columns.
-  using Shapes = std::vector<std::pair<int64_t, int64_t>>;
   const bool quick = cuda_on_cpu::kThreadSanitizer;
   for (auto [rows, cols] : quick
                                ? Shapes{{3, 64}, {65, 70}}

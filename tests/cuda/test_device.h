@@ -15,10 +15,9 @@ namespace randlora {
 class TestDevice : public Device {
  public:
   static constexpr int64_t kBehind = 0;  // CUDA kernels read no element that is not there
-  TestDevice() {
-    multiprocessors = 3;
-    shared_bytes = 227 << 10;
-    max_threads = 128;  // what ThreadSanitizer takes
+  // ThreadSanitizer takes blocks of 128.
+  explicit TestDevice(int threads = 128, int64_t shared = 227 << 10, int multiprocessors_ = 3) {
+    max_threads = threads, shared_bytes = shared, multiprocessors = multiprocessors_;
   }
   void* scratch(size_t bytes) override {
     held_.emplace_back(new Poisoned(static_cast<int64_t>(bytes)));
@@ -37,47 +36,42 @@ class TestDevice : public Device {
   std::vector<std::unique_ptr<Poisoned>> held_;
 };
 
-// The dtypes with which case `number` of a test is tried: `count` of the list below, in turn, so
-// that neighbouring cases take different ones. ThreadSanitizer looks for races alone: float64's
-// kernels synchronise as float32's, float16's as bfloat16's.
+// The dtypes with which case `number` of a test is tried, each a kernel of its own: all, or, where
+// ThreadSanitizer looks for races alone, two of those that synchronise otherwise (kTypes), in turn.
 struct Product {
   DType dtype;
   bool tf32;
 };
-inline std::vector<Product> products(int number, int count) {
-  const std::vector<Product> kinds{{DType::f32, false},
-                                   {DType::bf16, false},
-                                   {DType::f32, true},
-#if !defined(__SANITIZE_THREAD__)
-                                   {DType::f64, false},
-                                   {DType::f16, false}
+inline std::vector<Product> products([[maybe_unused]] int number) {
+  std::vector<Product> kinds{{DType::f32, false}, {DType::bf16, false}, {DType::f32, true}};
+#if defined(__SANITIZE_THREAD__)
+  kinds.erase(kinds.begin() + number % 3);
+#else
+  kinds.insert(kinds.end(), {{DType::f64, false}, {DType::f16, false}});
 #endif
-  };
-  std::vector<Product> some;
-  for (int i = 0; i < count; ++i) some.push_back(kinds[(number + i) % kinds.size()]);
-  return some;
+  return kinds;
 }
 
 // The same results in whatever order blocks and threads run.
-inline void under_all_schedules(void (*tests)()) {
+template <class F>
+void under_all_schedules(const F& tests) {
+  using cuda_on_cpu::Schedule;
+  const Schedule before = cuda_on_cpu::schedule;
   std::vector<uint64_t> digests;
-  cuda_on_cpu::under_all_schedules([&] {
+  for (const Schedule s : {Schedule{}, {Schedule::reverse}, {Schedule::random, 1}}) {
+    cuda_on_cpu::schedule = s;
     digest = kDigestStart;
     tests();
     digests.push_back(digest);
-  });
+  }
+  cuda_on_cpu::schedule = before;
   for (const uint64_t d : digests) EXPECT(d == digests[0], "results depend on the schedule");
 }
 
 // Sanitizers take their time: they run the tests under one schedule, which CUDA_ON_CPU_SCHEDULE may
 // choose, and only `few` of them under all.
 inline int run_tests(void (*tests)(), void (*few)() = [] {}) {
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-  const bool one = true;
-#else
-  const bool one = std::getenv("CUDA_ON_CPU_SCHEDULE") != nullptr;
-#endif
-  if (one)
+  if (cuda_on_cpu::kSanitized || std::getenv("CUDA_ON_CPU_SCHEDULE"))
     under_all_schedules(few), tests();
   else
     under_all_schedules(tests);

@@ -9,18 +9,11 @@ namespace {
 
 using Case = HadamardCase;
 
-// How a test starts the kernels.
-struct Way : TestDevice {
-  explicit Way(int threads = 128, int64_t shared = 227 << 10, int multiprocessors_ = 3) {
-    max_threads = threads, shared_bytes = shared, multiprocessors = multiprocessors_;
-  }
-};
-
 // Rows of N numbers, 2048 and more, by several warps, in 16-byte accesses; slots of several tokens
 // and of none: all barriers of up and down separate warps here. Rows of 8192 have two middle
 // passes.
 void several_warps(DType dtype) {
-  Way device;
+  TestDevice device;
   for (const Case& c : {Case{40, 2040, 8, 4}, {40, 4200, 8, 3}, {64, 2048, 8, 3}}) {
     const HadamardProblem p(c);
     set_case_of(device, p, dtype);
@@ -31,7 +24,7 @@ void several_warps(DType dtype) {
 
 // hadamard_fits says for which N up and down have room in shared memory.
 void largest() {
-  Way device(128, kLeastShared);
+  TestDevice device(128, kLeastShared);
   for (const auto& [dtype, d] : {std::pair{DType::bf16, 4096}, {DType::f64, 2048}})
     for (const int64_t more : {0, 1}) {
       const HadamardProblem p({64, d + more, 8, 1});
@@ -60,7 +53,7 @@ void tests() {
                         {45, 100, 72, 3},                       // several blocks of ranks
                         {16, 512, 24, 5},                       // a whole one
                         {16, 256, 264, 2, 3}};
-  Way plain, one(32, 227 << 10, 1);
+  TestDevice plain, one(32, 227 << 10, 1);
   size_t turn = 0;
   for (const Case& c : cases) {
     ++turn;
@@ -69,12 +62,12 @@ void tests() {
   }
   for (const Case& c : {Case{2, 4090, 9, 5}, {32, 512, 512, 3, 1}, {80, 8000, 3, 2}})
     check_products(plain, c);
-  Way small(64, 1 << 10);  // columns of dW in parts
+  TestDevice small(64, 1 << 10);  // columns of dW in parts
   for (const Case& c : {Case{32, 512, 48}, {7, 61, 100, 3, 1}, {4, 90, 150}})
     check_weights(small, c);
   for (const Case& c :
        {Case{7, 61, 100, 1, 1, 3, true}, {16, 64, 24, 1, 0, 2}, {40, 90, 700, 1, 0, 2, true}})
-    for (Way* way : {&plain, &one, &small}) check_weights(*way, c);
+    for (TestDevice* way : {&plain, &one, &small}) check_weights(*way, c);
   check_weights(plain, {30, 1050, 5});
   for (const int64_t T : {0, 1}) check_products(plain, {5, 33, 20, T});
   few();

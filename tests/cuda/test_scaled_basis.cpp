@@ -8,8 +8,7 @@ using namespace randlora;
 namespace {
 
 void check(const Layer& L, DType dtype, int threads, int64_t skip) {
-  TestDevice device;
-  device.max_threads = threads;
+  TestDevice device(threads);
   CpuKernels cpu(1);
   const auto want = check_scaled_basis(cpu, L, dtype, 0).raw();
   EXPECT(check_scaled_basis(device, L, dtype, skip).raw() == want, "A' is not the CPU's,");

@@ -5,10 +5,7 @@
 
 namespace cuda_on_cpu {
 
-struct Card {
-  std::atomic<bool> has_context{false};
-};
-inline Card cards[2];
+inline std::atomic<bool> has_context[2];   // of each card
 inline thread_local int current_card = 0;  // a new thread's, without a context
 
 }  // namespace cuda_on_cpu
@@ -29,7 +26,7 @@ inline cudaError_t cudaGetDevice(int* index) {
 inline cudaError_t cudaSetDevice(int index) {
   if (index < 0 || index > 1) return cudaErrorInvalidDevice;
   cuda_on_cpu::current_card = index;
-  cuda_on_cpu::cards[index].has_context = true;
+  cuda_on_cpu::has_context[index] = true;
   return cudaSuccess;
 }
 // Three multiprocessors: work is split between blocks even if there is little of it.

@@ -104,7 +104,7 @@ CUDA_ON_CPU_UNSEEN void wait_at(const Site& site) {
   Thread& t = *block.current;
   t.state = Thread::waiting;
   t.site = site;
-  leave_fiber(*t.fiber, false);
+  leave_fiber(*t.fiber);
 }
 
 CUDA_ON_CPU_UNSEEN void barrier(Site site) {
@@ -200,8 +200,9 @@ CUDA_ON_CPU_UNSEEN void commit_copies() { ++block.current->groups; }
 
 // ---- running ------------------------------------------------------------------------------------
 
-CUDA_ON_CPU_UNSEEN void thread_main() {
-  enter_fiber();
+CUDA_ON_CPU_UNSEEN void run_thread() {
+  sync_acquire(&host.began);
+  sync_release(&host.ended);  // else TSan of gcc 12 has no stack for code before a barrier
   Block& b = block;
   Thread& t = *b.current;
   try {
@@ -216,7 +217,10 @@ CUDA_ON_CPU_UNSEEN void thread_main() {
     b.error = e.what();
   }
   t.state = Thread::done;
-  leave_fiber(*t.fiber, true);
+  leave_fiber(*t.fiber);
+}
+CUDA_ON_CPU_UNSEEN void threads_main() {
+  for (arrive_in_fiber(*block.current->fiber);;) run_thread();
 }
 
 CUDA_ON_CPU_UNSEEN void run_block(const int64_t* order) {
@@ -230,7 +234,7 @@ CUDA_ON_CPU_UNSEEN void run_block(const int64_t* order) {
     Thread& t = b.thread[i];
     t.state = Thread::ready, t.id = i;
     t.first_copy = t.end_copy = t.groups = 0;
-    t.fiber = &start_fiber(i, number, thread_main);
+    t.fiber = &start_fiber(i, number, threads_main);
   }
   for (bool any = true; any && b.error.empty();) {
     any = false;

@@ -26,6 +26,12 @@ constexpr bool kThreadSanitizer = true;
 #else
 constexpr bool kThreadSanitizer = false;
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kAddressSanitizer = true;
+#else
+constexpr bool kAddressSanitizer = false;
+#endif
+constexpr bool kSanitized = kThreadSanitizer || kAddressSanitizer;
 
 struct Error : std::runtime_error {  // the kernel breaks a rule of CUDA
   using std::runtime_error::runtime_error;

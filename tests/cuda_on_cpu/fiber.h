@@ -1,26 +1,24 @@
 // Fibers: stacks, switching between them, and what the sanitizers must know of both. A part of
 // engine.cpp, which alone includes it.
 #pragma once
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#include <sanitizer/tsan_interface.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <cstdint>
 #include <new>
 
 #include "engine.h"
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
 // Fake stacks for the fibers of every block would make runs ten times slower.
 extern "C" __attribute__((used, visibility("default"))) inline const char*
 __asan_default_options() {
   return "detect_stack_use_after_return=0";
 }
-#endif
-#if defined(__SANITIZE_THREAD__)
-#include <sanitizer/tsan_interface.h>
 // At exit, no other thread can still find a race.
 extern "C" __attribute__((used, visibility("default"))) inline const char*
 __tsan_default_options() {
@@ -30,58 +28,28 @@ extern "C" void AnnotateIgnoreReadsBegin(const char*, int);
 extern "C" void AnnotateIgnoreReadsEnd(const char*, int);
 extern "C" void AnnotateIgnoreWritesBegin(const char*, int);
 extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
-#endif
-
-#if !defined(__x86_64__)
-#error "the CUDA kernels run on the CPU on x86-64 alone"
-#endif
-// void cuda_on_cpu_switch(void** save, void* to): registers that a callee keeps, and the stack.
-asm(R"(
-.pushsection .text.cuda_on_cpu_switch,"axG",@progbits,cuda_on_cpu_switch,comdat
-.weak cuda_on_cpu_switch
-.hidden cuda_on_cpu_switch
-.type cuda_on_cpu_switch,@function
-cuda_on_cpu_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size cuda_on_cpu_switch,.-cuda_on_cpu_switch
-.popsection
-)");
-extern "C" void cuda_on_cpu_switch(void** save, void* to);
 
 namespace cuda_on_cpu {
 
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStack = 256 << 10;
-#else
-constexpr size_t kStack = 64 << 10;
-#endif
+constexpr size_t kStack = (kSanitized ? 256 : 64) << 10;
 
-using Context = void*;  // the stack pointer
+struct Context {
+  // Of __builtin_setjmp, which the sanitizers do not intercept, and which makes no system call.
+  void* at[5];
+  ucontext_t start;
+  bool starts = false;  // at `start` and not at `at`
+};
 CUDA_ON_CPU_UNSEEN void switch_context(Context& from, Context& to) {
-  cuda_on_cpu_switch(&from, to);
+  if (__builtin_setjmp(from.at)) return;
+  if (!to.starts) __builtin_longjmp(to.at, 1);
+  to.starts = false;
+  setcontext(&to.start);
 }
 CUDA_ON_CPU_UNSEEN void make_context(Context& c, char* stack, void (*entry)()) {
-  // From above: where `entry` would return to, `entry`, six registers; the ABI wants the stack 8
-  // below a multiple of 16 on entry.
-  void** top = reinterpret_cast<void**>(stack + kStack) - 1;
-  top[0] = nullptr;
-  top[-1] = reinterpret_cast<void*>(entry);
-  for (int r = 2; r <= 7; ++r) top[-r] = nullptr;
-  c = top - 7;
+  getcontext(&c.start);
+  c.start.uc_stack.ss_sp = stack, c.start.uc_stack.ss_size = kStack;
+  makecontext(&c.start, entry, 0);
+  c.starts = true;
 }
 
 // The host's thread; every fiber returns to it.
@@ -96,16 +64,10 @@ inline Host host;
 
 // Tells TSan that all before release(p) in one thread precedes all after acquire(p) in another.
 CUDA_ON_CPU_UNSEEN void sync_release(void* p) {
-#if defined(__SANITIZE_THREAD__)
-  __tsan_release(p);
-#endif
-  (void)p;
+  if constexpr (kThreadSanitizer) __tsan_release(p);
 }
 CUDA_ON_CPU_UNSEEN void sync_acquire(void* p) {
-#if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(p);
-#endif
-  (void)p;
+  if constexpr (kThreadSanitizer) __tsan_acquire(p);
 }
 
 struct Fiber {
@@ -117,6 +79,7 @@ struct Fiber {
 constexpr int64_t kSpoilt = -2;
 
 // A fiber for thread number `thread` of block number `block`, blocks counted through all launches.
+// `entry` runs one thread after another, and leaves the fiber after each.
 // To TSan a fiber is one thread: its work in one block precedes its work in the next. Through the
 // barriers, so does the work of all other threads, which would hide races between the two blocks.
 // So neighbouring blocks need different fibers, but TSan can tell only 255 threads apart. Fibers
@@ -137,75 +100,63 @@ CUDA_ON_CPU_UNSEEN Fiber& start_fiber(int thread, int64_t block, void (*entry)()
     if (p == MAP_FAILED) throw std::bad_alloc();
     mprotect(p, guard, PROT_NONE);
     f.stack = static_cast<char*>(p) + guard;
-#if defined(__SANITIZE_THREAD__)
-    if (f.tsan) __tsan_destroy_fiber(f.tsan);
-    f.tsan = __tsan_create_fiber(0);
-#endif
+    f.fake_stack = nullptr;
+    make_context(f.context, f.stack, entry);
+    if constexpr (kThreadSanitizer) {
+      if (f.tsan) __tsan_destroy_fiber(f.tsan);
+      f.tsan = __tsan_create_fiber(0);
+    }
   }
   f.block = block;
-  f.fake_stack = nullptr;
-  make_context(f.context, f.stack, entry);
   return f;
 }
 
 // Called when the host is done with a fiber; `abandoned` if it still waits for something.
 CUDA_ON_CPU_UNSEEN void end_fiber(Fiber& f, bool abandoned) {
-#if defined(__SANITIZE_ADDRESS__)
-  if (abandoned) __asan_unpoison_memory_region(f.stack, kStack);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(f.tsan, 1);  // 1: the switch itself orders nothing
-  __tsan_release(&host.ended);
-  __tsan_switch_to_fiber(host.tsan, 1);
-#endif
+  if constexpr (kAddressSanitizer)
+    if (abandoned) __asan_unpoison_memory_region(f.stack, kStack);
+  if constexpr (kThreadSanitizer) {
+    __tsan_switch_to_fiber(f.tsan, 1);  // 1: the switch itself orders nothing
+    __tsan_release(&host.ended);
+    __tsan_switch_to_fiber(host.tsan, 1);
+  }
   if (abandoned) f.block = kSpoilt;
 }
 
 // Runs a fiber from the host until it calls leave_fiber.
 CUDA_ON_CPU_UNSEEN void run_fiber(Fiber& f) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&host.fake_stack, f.stack, kStack);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  host.tsan = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(f.tsan, 1);
-#endif
+  if constexpr (kAddressSanitizer)
+    __sanitizer_start_switch_fiber(&host.fake_stack, f.stack, kStack);
+  if constexpr (kThreadSanitizer) {
+    host.tsan = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(f.tsan, 1);
+  }
   switch_context(host.context, f.context);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(host.fake_stack, nullptr, nullptr);
-#endif
+  if constexpr (kAddressSanitizer)
+    __sanitizer_finish_switch_fiber(host.fake_stack, nullptr, nullptr);
 }
-CUDA_ON_CPU_UNSEEN void enter_fiber() {  // first thing in a fiber
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &host.stack, &host.stack_bytes);
-#endif
-  sync_acquire(&host.began);
-  sync_release(&host.ended);  // else TSan of gcc 12 has no stack for code before a barrier
+CUDA_ON_CPU_UNSEEN void arrive_in_fiber(Fiber& f) {  // first thing in a fiber
+  if constexpr (kAddressSanitizer)
+    __sanitizer_finish_switch_fiber(f.fake_stack, &host.stack, &host.stack_bytes);
 }
-CUDA_ON_CPU_UNSEEN void leave_fiber(Fiber& f, bool for_ever) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_ever ? nullptr : &f.fake_stack, host.stack, host.stack_bytes);
-#endif
-#if defined(__SANITIZE_THREAD__)
-  __tsan_switch_to_fiber(host.tsan, 1);
-#endif
+CUDA_ON_CPU_UNSEEN void leave_fiber(Fiber& f) {
+  if constexpr (kAddressSanitizer)
+    __sanitizer_start_switch_fiber(&f.fake_stack, host.stack, host.stack_bytes);
+  if constexpr (kThreadSanitizer) __tsan_switch_to_fiber(host.tsan, 1);
   switch_context(f.context, host.context);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
-#endif
-  (void)for_ever;
+  arrive_in_fiber(f);
 }
 
 // Makes TSan ignore the thread. TSan then forgets earlier accesses to memory that the thread
 // allocates, and looks for no race when the thread frees memory.
 struct Ignored {
-#if defined(__SANITIZE_THREAD__)
-  Ignored() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
-  ~Ignored() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); }
-#else
-  Ignored() {}
-  ~Ignored() {}
-#endif
+  Ignored() {
+    if constexpr (kThreadSanitizer)
+      AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0);
+  }
+  ~Ignored() {
+    if constexpr (kThreadSanitizer) AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0);
+  }
 };
 
 // Exactly `bytes` of NaN.

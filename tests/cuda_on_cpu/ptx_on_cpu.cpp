@@ -14,15 +14,10 @@ struct MmaOperand {
   uint32_t a[4], b[2];
 };
 
-CUDA_ON_CPU_UNSEEN float as_float(uint32_t bits) {
-  float f;
-  __builtin_memcpy(&f, &bits, 4);
-  return f;
-}
 struct Bf16 {
   static constexpr int kPerRegister = 2;
   CUDA_ON_CPU_UNSEEN static float element(uint32_t reg, int i) {
-    return as_float(i ? reg & 0xffff0000u : reg << 16);
+    return float_of_bits(i ? reg & 0xffff0000u : reg << 16);
   }
 };
 struct F16 {
@@ -36,7 +31,9 @@ struct F16 {
 };
 struct TF32 {  // the unit ignores the low 13 bits
   static constexpr int kPerRegister = 1;
-  CUDA_ON_CPU_UNSEEN static float element(uint32_t reg, int) { return as_float(reg & 0xffffe000u); }
+  CUDA_ON_CPU_UNSEEN static float element(uint32_t reg, int) {
+    return float_of_bits(reg & 0xffffe000u);
+  }
 };
 
 // C (16, 8) += A (16, k) B (k, 8), k = 8 registers' worth.

@@ -14,8 +14,7 @@ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUD
 
 // To nearest, ties away from zero.
 inline uint32_t round_tf32(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
+  uint32_t bits = bits_of_float(x);
   if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;
   return bits & 0xffffe000u;
 }

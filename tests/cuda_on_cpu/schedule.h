@@ -34,28 +34,4 @@ struct Schedule {
 };
 inline Schedule schedule = Schedule::of_environment();
 
-// body() under every order.
-template <class F>
-void under_all_schedules(const F& body) {
-  const Schedule before = schedule;
-  for (Schedule s : {Schedule{Schedule::forward, 0}, Schedule{Schedule::reverse, 0},
-                     Schedule{Schedule::random, 1}}) {
-    schedule = s;
-    body();
-  }
-  schedule = before;
-}
-
-// Whether body(), which returns a vector, gives the same bits under every order.
-template <class F>
-bool same_bits_under_all_schedules(const F& body) {
-  std::vector<decltype(body())> results;
-  under_all_schedules([&] { results.push_back(body()); });
-  const auto& want = results[0];
-  return std::all_of(results.begin(), results.end(), [&](const auto& got) {
-    return got.size() == want.size() &&
-           !memcmp(got.data(), want.data(), want.size() * sizeof(want[0]));
-  });
-}
-
 }  // namespace cuda_on_cpu

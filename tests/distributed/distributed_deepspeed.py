@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from distributed_ranks import Place, adam, trained, worlds
-from distributed_training import SIZES, batch, share, train
+from distributed_training import base, batch, share, train
 from torch import nn
 
 import randlora_ext.peft as accelerated
@@ -21,11 +21,6 @@ CONFIG = {
     "zero_allow_untested_optimizer": True,
     "gradient_clipping": 0.0,  # by default 1.0, which one process would have to use, too
 }
-
-
-def base():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*reversed(SIZES)))
 
 
 def plain(model):

@@ -1,5 +1,6 @@
 """Checks of PEFT's models in several processes, run by test_distributed.py."""
 
+import expert_models
 import peft
 import pytest
 import torch
@@ -15,11 +16,8 @@ from distributed_ranks import (
     trained,
     worlds,
 )
-from distributed_training import SIZES, batch, share, train
-from expert_models import EXPERTS
-from expert_models import batch as experts_batch
-from expert_models import make as make_experts
-from peft_helpers import adapted, layers, randomize
+from distributed_training import base, batch, share, train
+from peft_helpers import adapted, layers, randomize, scales
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -38,11 +36,9 @@ LIMITS = dict(rtol=1e-4, atol=1e-5)  # PEFT keeps lambda and gamma in float32
 
 def make(ours=True, **kind):
     accelerated.enable() if ours else accelerated.disable()
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*reversed(SIZES)))
     options = dict(r=5, randlora_alpha=10, target_modules=["0", "2"], save_projection=False)
     chosen = accelerated.RandLoraConfig if ours else peft.RandLoraConfig
-    model = peft.get_peft_model(base, chosen(**(kind or {"sparse": True}), **options))
+    model = peft.get_peft_model(base(), chosen(**(kind or {"sparse": True}), **options))
     for parameter in trained(model):
         nn.init.normal_(parameter, std=0.3)
     return model
@@ -88,10 +84,6 @@ def check_fsdp(place: Place):
 
 def untrained():
     return randomize(make(basis="hadamard"), size=0)
-
-
-def scales(model):
-    return [layer.input_scales["default"] for layer in layers(model)]
 
 
 @worlds(2)
@@ -167,11 +159,11 @@ def check_tensor_parallelism_is_refused(place: Place):
 @worlds(2)
 def check_experts(place: Place):
     """Training, the adapter's file and merging of ``target_parameters`` as of one process."""
-    chosen = {"basis": "hadamard", "targets": [], "target_parameters": EXPERTS}
+    chosen = {"basis": "hadamard", "targets": [], "target_parameters": expert_models.EXPERTS}
     reference, model, ddp = (
-        randomize(adapted(make_experts("Mixtral"), r=4, **chosen), size=0) for _ in range(3)
+        randomize(adapted(expert_models.make("Mixtral"), r=4, **chosen), size=0) for _ in range(3)
     )
-    data = experts_batch()
+    data = expert_models.batch()
     own, both = slice(place.rank, place.rank + 1), slice(None)
     of = lambda rows: {name: value[rows] for name, value in data.items()}  # noqa: E731
     randlora_ext.calibrate(reference, [of(both)] * 4)
@@ -201,7 +193,7 @@ def check_experts(place: Place):
     model.unmerge_adapter()
     after = get_model_state_dict(model, options=full)
     assert place.rank or all(torch.equal(after[name], before[name]) for name in before)
-    cut = adapted(make_experts("Mixtral"), r=4, **chosen)
+    cut = adapted(expert_models.make("Mixtral"), r=4, **chosen)
     fully_shard(cut.base_model.model.model.layers[0].mlp.experts.get_base_layer())
     with pytest.raises(RuntimeError, match="let fully_shard take a module around this one"):
         cut(**data)

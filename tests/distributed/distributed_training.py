@@ -27,11 +27,13 @@ from randlora_ext import apply_randlora, delta_weight, load_adapter, save_adapte
 ROWS, SIZES = 8, (24, 40)
 
 
-def make(dtype=torch.float64, alike=False):
+def base():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(*SIZES, dtype=dtype), nn.Tanh(), nn.Linear(*reversed(SIZES), dtype=dtype)
-    )
+    return nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*reversed(SIZES)))
+
+
+def make(dtype=torch.float64, alike=False):
+    model = base().to(dtype)
     first = {} if alike else {"basis": "independent", "density": 1 / 3}
     apply_randlora(model, ["0"], r=5, randlora_alpha=10, **first)
     apply_randlora(model, ["2"], r=5, randlora_alpha=10)

@@ -22,6 +22,11 @@ def pytest_runtest_protocol(item):
             os._exit(1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Not here: what runs on the CPU for comparison is large."""
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """A card; in dry mode the CPU, served by the CUDA kernels compiled for it."""

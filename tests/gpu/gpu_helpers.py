@@ -12,6 +12,7 @@ import pytest
 import torch
 from layer_cases import Layer, ours
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure
 
 from randlora_ext import _C
 
@@ -36,11 +37,7 @@ def cpu_kernels():
 
 def moved(value, device):
     """Tensors, also in lists and tuples, on `device`; all else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (list, tuple)):
-        return type(value)(moved(v, device) for v in value)
-    return value
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), value)
 
 
 def on_both(device, function, *arguments):
@@ -52,13 +49,12 @@ def on_both(device, function, *arguments):
 
 def same(got, want) -> bool:
     """Equal to the last bit, NaN included."""
-    if isinstance(want, dict):
-        return got.keys() == want.keys() and all(same(got[k], want[k]) for k in want)
-    if isinstance(want, (list, tuple)):
-        return len(got) == len(want) and all(map(same, got, want))
-    if got.dtype != want.dtype or got.shape != want.shape:
+    if tree_structure(got) != tree_structure(want):
         return False
-    return torch.equal(*(t.contiguous().view(torch.uint8) for t in (got, want)))
+    return all(
+        a.dtype == b.dtype and torch.equal(*(t.contiguous().view(torch.uint8) for t in (a, b)))
+        for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True)
+    )
 
 
 def run_linear(layer: Layer, device) -> dict[str, Tensor]:

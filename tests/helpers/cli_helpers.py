@@ -64,14 +64,9 @@ def gpt2(folder, **options):
     return base
 
 
-def with_adapter(base, targets=TARGETS, r=5, **kind):
-    """A PeftModel on our kernels whose adapter is not zero."""
-    return adapted(base, targets, r, **kind).eval()
-
-
-def save_adapter(base, folder, **options):
-    """Saves an adapter of `base` in `folder`; returns the PeftModel."""
-    model = with_adapter(base, **options)
+def save_adapter(base, folder, targets=TARGETS, **options):
+    """Saves an adapter of `base`, which is not zero, in `folder`; returns the PeftModel."""
+    model = adapted(base, targets, **options).eval()
     model.save_pretrained(folder)
     return model
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from randlora_ext import Basis, linear
 from randlora_ext.basis.ternary import ImportedMatrices, pack_dense
 from randlora_ext.ops import dense, hadamard, independent
-from randlora_ext.reference import linear_reference
+from randlora_ext.reference import delta_weight_reference, linear_reference
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 NAMES = ("y", "dx", "dlam", "dgam")
@@ -146,6 +146,12 @@ def imported_basis(A: Tensor, B: Tensor, in_features: int, out_features: int) ->
 @functools.lru_cache(8)
 def matrices(basis: Basis, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return basis.dense(dtype=dtype)
+
+
+def delta_by_reference(basis: Basis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
+    """dW (out, in) by the plain PyTorch expression on float64 matrices."""
+    sizes = basis.out_features, basis.in_features
+    return delta_weight_reference(*matrices(basis, torch.float64), lam, gam, scaling, *sizes)
 
 
 def forward_backward(function, layer: Layer) -> dict[str, Tensor]:

@@ -85,6 +85,19 @@ def inputs(layer, *lead, dtype=torch.float32, seed=1):
     return x, torch.randn(*lead, layer.out_features, generator=generator).to(dtype)
 
 
+def uneven(*lead, seed=0):
+    """Activations of which two features are large."""
+    x = torch.randn(*lead, 24, generator=torch.Generator().manual_seed(seed))
+    return x * torch.where(torch.arange(24) < 2, 30.0, 1.0)
+
+
+def input_scale_of(*inputs):
+    """By the formula in the docstring of `calibrate`, over the rows of all inputs."""
+    rms = torch.cat([x.detach().flatten(0, -2) for x in inputs]).double().square().mean(0).sqrt()
+    scale = 1 / (rms + 0.1 * rms.median())
+    return (scale / scale.square().mean().sqrt()).float()
+
+
 def small_net(kind=0.1, **options):
     """24 -> 40 -> 24 with adapters of rank 5 in both layers, of a density or "hadamard"."""
     options |= {"basis": kind} if kind == "hadamard" else {"density": kind, "basis": "independent"}

@@ -173,6 +173,11 @@ def layers(model):
     return [m for m in model.modules() if isinstance(m, peft.tuners.randlora.RandLoraLayer)]
 
 
+def scales(model, name="default"):
+    """Of the inputs of each layer; None where the adapter has none."""
+    return [layer.input_scales.get(name) for layer in layers(model)]
+
+
 def deltas(model):
     return [layer.get_delta_weight("default") for layer in layers(model)]
 
@@ -205,7 +210,3 @@ def assert_close(results, expected, tolerance):
 def inputs(in_features, out_features, dtype=torch.float32, tokens=12):
     torch.manual_seed(1)
     return [torch.randn(2, tokens, n).to(dtype) for n in (in_features, out_features)]
-
-
-def basis_of(layer):
-    return layer.basis_of("default", torch.device("cpu"))

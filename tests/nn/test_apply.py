@@ -10,8 +10,6 @@ from torch import nn
 
 from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, unload
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def small_model():
     torch.manual_seed(0)
@@ -34,15 +32,6 @@ def test_apply_by_suffix_and_by_pattern():
     assert [*layers(model)] == ["blocks.0.q", "blocks.1.q", "blocks.1.down"]
     assert model["blocks"][0]["q"].randlora_lambda["mine"].requires_grad
     assert not model["blocks"][0]["norm"].weight.requires_grad
-
-
-def adapted_in_part():
-    model = small_model()
-    model["empty"], model["compiled"] = nn.Linear(8, 0), torch.compile(nn.Linear(8, 8))
-    model["batch"] = nn.BatchNorm1d(8)
-    apply_randlora(model, ["0.down"], r=4)
-    model["blocks"][1]["q"].weight.requires_grad_(True)
-    return model
 
 
 ERRORS = {
@@ -68,7 +57,11 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_apply_errors_change_nothing(case):
     targets, options, message = ERRORS[case]
-    model = adapted_in_part()
+    model = small_model()
+    model["empty"], model["compiled"] = nn.Linear(8, 0), torch.compile(nn.Linear(8, 8))
+    model["batch"] = nn.BatchNorm1d(8)
+    apply_randlora(model, ["0.down"], r=4)
+    model["blocks"][1]["q"].weight.requires_grad_(True)
     before, trained = [*layers(model)], [p.requires_grad for p in model.parameters()]
     with pytest.raises((TypeError, ValueError), match=message):
         apply_randlora(model, targets, **options)

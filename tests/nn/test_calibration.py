@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layer_helpers import assert_right, inputs, pickled, randomize, relative
+from layer_helpers import assert_right, input_scale_of, inputs, pickled, randomize, relative, uneven
 from torch import nn
 
 import randlora_ext
@@ -31,20 +31,6 @@ class Net(nn.Module):
 
 def net(**options):
     return randlora_ext.apply_randlora(Net(), ["one", "two"], r=5, basis="hadamard", **options)
-
-
-def uneven(*lead, features=24, seed=0):
-    """Activations of which two features are large."""
-    x = torch.randn(*lead, features, generator=torch.Generator().manual_seed(seed))
-    return x * torch.where(torch.arange(features) < 2, 30.0, 1.0)
-
-
-def expected(*inputs):
-    """The docstring's formula, over the rows of all inputs."""
-    rows = torch.cat([x.flatten(0, -2) for x in inputs]).double()
-    rms = rows.square().mean(0).sqrt()
-    scale = 1 / (rms + 0.1 * rms.median())
-    return scale / scale.square().mean().sqrt()
 
 
 SIZES = [(24, 40), (40, 24), (33, 33), (6, 90)]
@@ -85,7 +71,7 @@ def test_the_vector_is_that_of_the_formula(batch):
     assert len(seen["one"]) == 4  # twice a batch
     for name, at in seen.items():
         scale = getattr(model, name).input_scales["default"]
-        assert scale.dtype == torch.float32 and relative(scale, expected(*at)) < 1e-6
+        assert scale.dtype == torch.float32 and relative(scale, input_scale_of(*at)) < 1e-6
     first = copy.deepcopy(model.one.input_scales)
     calibrate(model, [batches[0]])  # replaces
     assert not torch.equal(first["default"], model.one.input_scales["default"])
@@ -97,7 +83,7 @@ def test_padding_is_left_out(monkeypatch):
     x, mask = uneven(2, 7), torch.ones(2, 7, dtype=torch.long)
     mask[0, :4] = 0
     calibrate(model, [{"x": x, "attention_mask": mask}])
-    assert relative(model.one.input_scales["default"], expected(x[mask != 0])) < 1e-6
+    assert relative(model.one.input_scales["default"], input_scale_of(x[mask != 0])) < 1e-6
 
 
 def test_only_active_hadamard_adapters():

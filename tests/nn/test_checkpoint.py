@@ -17,8 +17,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ops = torch.ops.randlora
 OURS = [ops.independent_linear.default, ops.hadamard_linear.default]
 

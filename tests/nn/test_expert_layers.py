@@ -5,36 +5,15 @@ import copy
 import pytest
 import torch
 from expert_models import EXPERTS, MODELS, batch, logits, make, train, with_scales
+from layer_helpers import layers, randomize
 from torch import nn
 
-from randlora_ext import (
-    RandLoraParameter,
-    apply_randlora,
-    load_adapter,
-    merge_and_unload,
-    save_adapter,
-    unload,
-)
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from randlora_ext import apply_randlora, load_adapter, merge_and_unload, save_adapter, unload
 
 
 def applied(name="Mixtral", **options):
     options = {"r": 4, "seed": 1, "target_parameters": EXPERTS} | options
     return apply_randlora(make(name), **options)
-
-
-def layers(model):
-    return [m for m in model.modules() if isinstance(m, RandLoraParameter)]
-
-
-def randomize(model):
-    torch.manual_seed(2)
-    for layer in layers(model):
-        for name in layer.scaling:
-            nn.init.normal_(layer.randlora_lambda[name], std=1e-3)
-            nn.init.normal_(layer.randlora_gamma[name])
-    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -49,14 +28,14 @@ def test_a_model(name, tmp_path):
     save_adapter(model, tmp_path / "adapter.safetensors")
     opened = load_adapter(base, tmp_path / "adapter.safetensors")
     assert torch.equal(logits(opened), y)
-    for layer in layers(model):
+    for layer in layers(model).values():
         layer.merge()
     assert (logits(model) - y).abs().max() < 1e-5 * y.abs().max()
-    for layer in layers(model):
+    for layer in layers(model).values():
         layer.disable()
     after = model.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)
-    for layer in layers(model):
+    for layer in layers(model).values():
         layer.enable()
     model.load_state_dict(before)
     assert torch.equal(logits(model), y)
@@ -71,12 +50,12 @@ def test_a_second_adapter(tmp_path):
     model = randomize(applied())
     y = logits(model)
     save_adapter(model, tmp_path / "one")
-    for layer in layers(model):
+    for layer in layers(model).values():
         layer.update_layer("two", 8)
         layer.set_adapter("two")
     assert torch.equal(logits(model), logits(make("Mixtral")))
     load_adapter(model, tmp_path / "one", "three")
-    for layer in layers(model):
+    for layer in layers(model).values():
         layer.set_adapter("three")
     assert torch.equal(logits(model), y)
     with pytest.raises(RuntimeError, match="does not fit"):
@@ -88,8 +67,8 @@ def test_a_second_adapter(tmp_path):
 @pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
 def test_experts_have_input_scales_of_their_own_or_one_for_all(name, own, tmp_path):
     model = randomize(applied(name, target_parameters=EXPERTS[::-1]))
-    plain = [layer.get_delta_weight("default") for layer in layers(model)]
-    for layer, delta in zip(layers(with_scales(model, own)), plain, strict=True):
+    plain = [layer.get_delta_weight("default") for layer in layers(model).values()]
+    for layer, delta in zip(layers(with_scales(model, own)).values(), plain, strict=True):
         scale = layer.input_scales["default"]
         assert scale.shape == (4, layer.in_features) and own != torch.equal(scale[0], scale[1])
         by_hand = delta * (scale[..., None] if layer.transposed else scale[..., None, :])
@@ -101,7 +80,7 @@ def test_experts_have_input_scales_of_their_own_or_one_for_all(name, own, tmp_pa
     opened = load_adapter(make(name), tmp_path / "adapter")
     assert torch.equal(logits(opened), y)
     opened.load_state_dict((other := randomize(applied(name))).state_dict())
-    assert not any(layer.input_scales for layer in layers(opened))
+    assert not any(layer.input_scales for layer in layers(opened).values())
     assert torch.equal(logits(opened), logits(other))  # layers are nested in one order
 
 
@@ -129,11 +108,6 @@ def test_a_file_of_a_linear_layer_inside_an_adapted_module(tmp_path):
     assert len(trained) == 4 and all(map(torch.equal, again, trained))
 
 
-def shared():
-    own = Own(2, 3, 4)
-    return nn.ModuleList([own, own])
-
-
 ERRORS = [
     (lambda: nn.ModuleList([Own(2, 3, 4, 5)]), {}, ValueError, r"two or three dim.*\(2, 3, 4, 5\)"),
     (lambda: nn.ModuleList([Own(4)]), {}, ValueError, r"Own.experts must have two or three dimens"),
@@ -143,7 +117,7 @@ ERRORS = [
     (lambda: nn.ModuleList([Own(2, 3)]), {"rank": 3}, TypeError, "unexpected keyword .*'rank'"),
     (lambda: nn.ModuleList([nn.Linear(2, 3)]), {}, ValueError, "matches no parameter"),
     (lambda: Own(2, 3, 4), {}, ValueError, "'.experts' would not be adapted: the model is the lay"),
-    (shared, {}, ValueError, "0.experts' is used under several names"),
+    (lambda: nn.ModuleList([Own(2, 3, 4)] * 2), {}, ValueError, "0.experts' is used under several"),
 ]
 
 

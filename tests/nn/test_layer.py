@@ -5,21 +5,11 @@ import copy
 import pytest
 import torch
 from layer_cases import run_python
-from layer_helpers import (
-    assert_right,
-    inputs,
-    make_base,
-    oracle,
-    randomize,
-    relative,
-    two_adapters,
-)
+from layer_helpers import assert_right, inputs, make_base, oracle, randomize, relative, two_adapters
 from torch import nn
 from torch.nn import functional as F
 
 from randlora_ext import RandLoraLinear
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("basis", ["independent", "hadamard"])
@@ -140,10 +130,8 @@ def test_core_needs_torch_alone():
 BAD_OPTIONS = [
     ({"alpha": 16}, TypeError, "got an .* argument 'alpha'"),
     ({"r": 0}, ValueError, "r must be an integer in \\[1, 65536\\], got 0"),
-    ({"density": 1.5, "basis": "independent"}, ValueError, "density must .* got 1.5"),
     ({"density": 0.3, "basis": "hadamard"}, ValueError, "density must be None for Hadamard bases"),
     ({"basis": "indep"}, ValueError, "^basis must be .*'indep'; did you mean 'independent'"),
-    ({"seed": -1}, ValueError, r"seed must be an integer in \[0, 2\*\*64\).*-1"),
     ({"randlora_dropout": 1.0}, ValueError, r"randlora_dropout must .* in \[0, 1\), got 1\.0"),
     ({"randlora_dropout": "x"}, TypeError, r"randlora_dropout .*'x'"),
     *(

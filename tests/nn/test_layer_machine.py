@@ -10,13 +10,13 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from layer_cases import delta_by_reference
 from layer_helpers import make_base, pickled, relative
 from property_cases import DEEP, densities, examples, seeds
 from torch.nn import functional as F
 
 from randlora_ext import RandLoraLinear
 from randlora_ext.nn.merging import KEEP_WEIGHT
-from randlora_ext.reference import delta_weight_reference
 
 NAMES = ("default", "two", "three")
 names = st.sampled_from(NAMES)
@@ -130,11 +130,8 @@ class Machine(RuleBasedStateMachine):
         weight = self.W.T if layer.fan_in_fan_out else self.W
         part = [] if self.disabled else self.active
         for name in {*self.merged, *part}:
-            A, B = layer.bases[name].dense(dtype=torch.float64)
-            lam, gam = layer.randlora_lambda[name], layer.randlora_gamma[name]
-            scaling = layer.scaling[name]
-            sizes = layer.out_features, layer.in_features
-            weight = weight + delta_weight_reference(A, B, lam, gam, scaling, *sizes).detach()
+            diagonals = layer.randlora_lambda[name].detach(), layer.randlora_gamma[name].detach()
+            weight = weight + delta_by_reference(layer.bases[name], *diagonals, layer.scaling[name])
         expected = F.linear(self.x, weight, layer.bias)
         assert relative(layer(self.x).detach(), expected.detach()) < 1e-9
 

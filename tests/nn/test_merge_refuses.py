@@ -48,11 +48,10 @@ def same_memory():
     return model
 
 
-def of_peft():
-    return in_a_model(True, *two_bases())[0].base_model.model
-
-
-SHARED = {"one module": same_module, "tied": tied, "one memory": same_memory, "PEFT": of_peft}
+SHARED = {
+    "one module": same_module, "tied": tied, "one memory": same_memory,
+    "PEFT": lambda: in_a_model(True, *two_bases())[0].base_model.model,
+}  # fmt: skip
 
 
 @pytest.fixture(params=SHARED)

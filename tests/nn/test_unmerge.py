@@ -11,10 +11,8 @@ from torch import nn
 
 from randlora_ext.nn import merging
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*merg"),  # PEFT warns of second and of unmerged adapters
-]
+# PEFT warns of second and of unmerged adapters.
+pytestmark = pytest.mark.filterwarnings("ignore:.*merg")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

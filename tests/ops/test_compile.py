@@ -6,14 +6,7 @@ import weakref
 
 import pytest
 import torch
-from compile_helpers import (
-    assert_steps_agree,
-    compiled,
-    graphs,
-    mixed_net,
-    needs_compiler,
-    step,
-)
+from compile_helpers import assert_steps_agree, compiled, graphs, mixed_net, needs_compiler, step
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from layer_cases import CALLS, call, make_layer, run_python
 from layer_helpers import randomize, small_net

@@ -53,7 +53,6 @@ def test_threads_that_make_and_drop_layers():
     def drawn(seed):
         return Basis(40, 30, 4, 0.3, seed % 3).dense()[1]
 
-    torch.set_num_threads(1)
     expected = [drawn(seed) for seed in range(3)]
 
     def work(worker):

@@ -43,7 +43,6 @@ DIAGONALS = [
     ({"lam": torch.ones(3, 2, dtype=torch.int64)}, ["lam", "int64", "floating"]),
     ({"lam": [1.0]}, ["lam", "list", "tensor"]),
     ({"gam": torch.ones(2, 8)}, ["gam", "(2, 8)", "(2, 6)"]),
-    ({"gam": torch.ones(6, 2)}, ["gam", "(6, 2)", "(2, 6)"]),
     ({"gam": torch.ones(2, 6, dtype=torch.bool)}, ["gam", "bool", "floating"]),
     ({"gam": None}, ["gam", "NoneType", "tensor"]),
     ({"gam": torch.ones(2, 6, device="meta")}, ["gam", "meta", "cpu"]),
@@ -64,7 +63,6 @@ def test_diagonals(basis, change, expected):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ({"x": torch.ones(4, 8, dtype=torch.int64)}, ["x", "int64", "float"]),
         ({"x": torch.ones(4, 8, dtype=torch.complex64)}, ["x", "complex64", "float"]),
         ({"x": torch.ones(4, 7)}, ["x", "(4, 7)", "8"]),
         ({"x": torch.ones(())}, ["x", "()", "8"]),
@@ -74,7 +72,6 @@ def test_diagonals(basis, change, expected):
         ({"weight": torch.ones(6)}, ["weight", "(6)", "(6, 8)"]),
         ({"weight": torch.ones(6, 8).double()}, ["weight", "float64", "float32"]),
         ({"weight": torch.ones(6, 8, device="meta")}, ["weight", "meta", "cpu"]),
-        ({"bias": torch.ones(8)}, ["bias", "(8)", "(6)"]),
         ({"bias": torch.ones(1)}, ["bias", "(1)", "(6)"]),  # torch would broadcast it
         ({"bias": torch.ones(6).half()}, ["bias", "float16"]),
         ({"bias": torch.ones(6, device="meta")}, ["bias", "meta", "cpu"]),
@@ -97,11 +94,9 @@ def test_linear(basis, change, expected):
     "change, expected",
     [
         ({"A": torch.ones(3, 6, dtype=torch.int32)}, ["A", "int32", "float32"]),
-        ({"A": torch.ones(3, 6, dtype=torch.complex64)}, ["A", "complex64", "float32"]),
         ({"A": torch.ones(3, 1, 6)}, ["A", "(3, 1, 6)", "(r, d)"]),
         ({"A": torch.ones(3, 7)}, ["gam", "(2, 6)", "(2, 7)"]),
         ({"A": torch.ones(4, 6)}, ["lam", "(3, 2)", "r = 4"]),
-        ({"lam": torch.ones(3, 3)}, ["gam", "(2, 6)", "(3, 6)"]),
         ({"gam": torch.ones(2, 5)}, ["gam", "(2, 5)", "(2, 6)"]),
         ({"A": torch.ones(3, 6, device="meta")}, ["A", "meta", "cpu"]),
         ({"lam": torch.ones(3, 2, device="meta")}, ["lam", "meta", "cpu"]),
@@ -121,12 +116,6 @@ def packed(basis):
     return (hadamard if basis is HADAMARD else independent).operands(basis, "cpu")
 
 
-def shifted(offset, position, by):
-    offset = offset.clone()
-    offset[position] += by
-    return offset
-
-
 def malformed():
     lists, planes = packed(LISTS), packed(PLANES)
     yield {**planes, "b_planes": None}, "b_planes", "0 of the other four"
@@ -136,7 +125,7 @@ def malformed():
     yield {**planes, "a_tables": tables}, "a_tables", "(8) int32"
     for name in ("a_offset", "b_row_offset", "b_col_offset"):
         offset = lists[name]
-        few = len(offset) - 2
+        few, place = len(offset) - 2, torch.arange(len(offset))
         # Both lead out of memory; the steps of the second are positive modulo 2 ** 64.
         falls = torch.cat([offset[:1], offset[-1] + torch.arange(few).flip(0), offset[-1:]])
         wraps = torch.tensor([0, 2**62, -(2**63), -(2**62), *[0] * (few - 3), offset[-1]])
@@ -144,8 +133,8 @@ def malformed():
             (offset.int(), "int32", "int64"),
             (offset[:-1], f"({len(offset) - 1})"),
             (offset[None], f"(1, {len(offset)})"),
-            (shifted(offset, -1, -1),),
-            (shifted(offset, 0, 1), "0", "1"),
+            (offset - (place == few + 1).long(),),
+            (offset + (place == 0).long(), "0", "1"),
             (falls,),
             (wraps,),
         ):
@@ -195,7 +184,6 @@ def test_malformed_packed(case):
     "change, expected, by_both",
     [
         ({"lam": torch.ones(6)}, ["lam"], True),
-        ({"lam": torch.ones(4, 2)}, ["col", "8"], True),
         ({"gam": torch.ones(2, 1)}, ["gam", "(2, 1)"], True),
         ({"col": torch.ones(7)}, ["col", "6", "7"], True),
         ({"s": torch.ones(6).char()}, ["s", "float32", "int8"], True),

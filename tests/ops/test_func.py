@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from layer_cases import call, make_basis, make_layer, matrices
+from layer_cases import call, delta_by_reference, make_basis, make_layer, matrices
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
 from randlora_ext import delta_weight, linear, scaled_basis
-from randlora_ext.reference import delta_weight_reference, linear_reference, scaled_basis_reference
+from randlora_ext.reference import linear_reference, scaled_basis_reference
 
 SCALING = 0.5
 CASES = [
@@ -85,14 +85,12 @@ def test_linear(case, transform):
 def test_other_functions(case):
     torch.manual_seed(0)
     basis = make_basis(*case)
-    A, B = basis.dense(dtype=torch.float64)
-    sizes = basis.out_features, basis.in_features
-    weights = (
-        partial(delta_weight, basis, scaling=SCALING),
-        partial(delta_weight_reference, A, B, scaling=SCALING, out_features=sizes[0],
-                in_features=sizes[1]),
-    )  # fmt: skip
-    scaled = partial(scaled_basis, basis), partial(scaled_basis_reference, A)
+    weights = partial(delta_weight, basis), partial(delta_by_reference, basis)
+    weights = [partial(function, scaling=SCALING) for function in weights]
+    scaled = (
+        partial(scaled_basis, basis),
+        partial(scaled_basis_reference, matrices(basis, torch.float64)[0]),
+    )
     lam, gam = normal(4, basis.r, basis.n), normal(4, basis.n, basis.d)
     for ours, reference in (weights, scaled):
         assert_same(lambda f: vmap(f), ours, reference, (lam, gam))

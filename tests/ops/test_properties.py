@@ -9,13 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_cases import ours
-from property_cases import (
-    assert_all_within,
-    densities,
-    examples,
-    layers,
-    seeds,
-)
+from property_cases import assert_all_within, densities, examples, layers, seeds
 
 from randlora_ext._C import threshold
 from randlora_ext.basis.description import as_signed

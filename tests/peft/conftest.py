@@ -5,7 +5,7 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_stock_peft(one_thread, stock_peft):
+def always_stock_peft(stock_peft):
     """Every test enables what it needs."""
 
 

@@ -5,6 +5,7 @@ import pickle
 import peft
 import pytest
 import torch
+from layer_cases import delta_by_reference
 from peft_helpers import (
     Deep,
     Headed,
@@ -26,7 +27,6 @@ from transformers import GenerationConfig
 
 from randlora_ext import Basis
 from randlora_ext.peft.bases import new_bases
-from randlora_ext.reference import delta_weight_reference
 
 OTHERS = [
     (3, {"sparse": True}),
@@ -217,9 +217,8 @@ def test_every_change_shows_in_the_next_call():
         y = layer.base_layer(x).double()
         for name in layer.active_adapters:
             diagonals = (getattr(layer, f"randlora_{each}")[name] for each in ("lambda", "gamma"))
-            factors = *bases[name].dense(dtype=torch.float64), *(t.double() for t in diagonals)
-            dW = delta_weight_reference(*factors, layer.scaling[name], 40, 24)
-            y = y + x.double() @ dW.T
+            factors = (t.double() for t in diagonals)
+            y = y + x.double() @ delta_by_reference(bases[name], *factors, layer.scaling[name]).T
         assert relative(model(x), y) < 1e-6
 
 

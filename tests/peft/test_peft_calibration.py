@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from cli_helpers import llama, run
+from layer_helpers import uneven
 from peft_helpers import (
     accelerated,
     adapted,
@@ -18,6 +19,7 @@ from peft_helpers import (
     peft,
     randomize,
     relative,
+    scales,
     trainer_of,
 )
 from safetensors.torch import load_file
@@ -27,24 +29,15 @@ import randlora_ext
 OPTIONS = {"basis": "hadamard", "projection_prng_key": 7}
 
 
-def uneven(seed=0):
-    x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(seed))
-    return x * torch.where(torch.arange(24) < 2, 30.0, 1.0)
-
-
 def calibrated(**options):
     """A model with random diagonals, whose inputs are scaled."""
     model = randomize(made(**OPTIONS | options), size=0)
-    randlora_ext.calibrate(model, [uneven()])
+    randlora_ext.calibrate(model, [uneven(2, 9)])
     return randomize(model, size=0.1)
 
 
-def scales(model, name="default"):
-    return [layer.input_scales.get(name) for layer in layers(model)]
-
-
 def test_every_door(tmp_path):
-    model, x = calibrated(), uneven(1)
+    model, x = calibrated(), uneven(2, 9, seed=1)
     want = model(x)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -64,7 +57,7 @@ def test_every_door(tmp_path):
 
 
 def test_a_file_without_a_vector_takes_it_away(tmp_path):
-    bare, x = made(**OPTIONS), uneven(1)
+    bare, x = made(**OPTIONS), uneven(2, 9, seed=1)
     bare.save_pretrained(tmp_path)
     load = peft.PeftModel.load_adapter
     for door in (lambda *to: load(*to, "default"), accelerated.hotswap_adapter):
@@ -74,7 +67,7 @@ def test_a_file_without_a_vector_takes_it_away(tmp_path):
 
 
 def test_several_adapters_a_mixed_batch_and_deletion():
-    model, x = calibrated(), uneven(1)
+    model, x = calibrated(), uneven(2, 9, seed=1)
     with torch.no_grad():
         model.add_adapter("two", config(5, accelerated.RandLoraConfig, **OPTIONS))
         model.set_adapter("two")
@@ -88,7 +81,7 @@ def test_several_adapters_a_mixed_batch_and_deletion():
 
 
 def test_stock_peft_opens_what_can_be_folded_into_gamma(tmp_path):
-    model, x = calibrated(targets="a"), uneven(1)
+    model, x = calibrated(targets="a"), uneven(2, 9, seed=1)
     want = model(x)
     accelerated.export_to_peft(model, tmp_path / "one")
     wide = calibrated()

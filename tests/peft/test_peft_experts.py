@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from compile_helpers import assert_steps_agree, graphs, needs_compiler
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from expert_models import EXPERTS, MODELS, SIZES, batch, logits, make, train, transformers
+from layer_cases import delta_by_reference
+from layer_helpers import input_scale_of
 from peft_helpers import (
     accelerated,
     adapted,
@@ -18,11 +20,11 @@ from peft_helpers import (
     peft,
     randomize,
     relative,
+    scales,
 )
 from safetensors.torch import load_file
 
 from randlora_ext import apply_randlora, calibrate
-from randlora_ext.reference import delta_weight_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant)")
 
@@ -41,10 +43,9 @@ def wrappers(model):
 
 def oracle(layer):
     """dW of each expert by the reference, as the parameter is stored."""
-    A, B = layer.basis_of("default", torch.device("cpu")).dense(dtype=torch.float64)
+    basis, scaling = layer.basis_of("default", torch.device("cpu")), layer.scaling["default"]
     each = zip(layer.randlora_lambda["default"], layer.randlora_gamma["default"], strict=True)
-    sizes = layer.scaling["default"], layer.out_features, layer.in_features
-    dW = [delta_weight_reference(A, B, *(t.double() for t in e), *sizes) for e in each]
+    dW = [delta_by_reference(basis, *(t.double() for t in e), scaling) for e in each]
     return torch.stack([d.T if layer.transposed else d for d in dW])
 
 
@@ -215,10 +216,6 @@ def test_refused_uses(tmp_path):
         torch.jit.trace(wrappers(model)[0], torch.ones(2, 32))
 
 
-def scales(model):
-    return [layer.input_scales["default"] for layer in layers(model)]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_calibrated(name, tmp_path):
     """A vector for each expert, the same however the experts are computed."""
@@ -265,21 +262,15 @@ def mixture(multiply):
     )
 
 
-def halves(h, up):
-    return [h @ up[e, rows].T for e in range(3) for rows in (slice(0, 12), slice(12, 24))]
-
-
-def padded(h, up):
-    return torch.bmm(F.pad(h, (0, 0, 0, 9)).expand(3, -1, -1), up.mT)
-
-
 WAYS = {
     "matmul": lambda h, up: h @ up.mT,
     "four dimensions": lambda h, up: h[None, :, None].transpose(1, 2) @ up.mT,
     "vectors": lambda h, up: [[F.linear(row, w) for row in h] for w in up],
     "keywords": lambda h, up: [F.linear(input=h, weight=w) for w in up],
-    "halves": halves,
-    "padded": padded,
+    "halves": lambda h, up: [
+        h @ up[e, rows].T for e in range(3) for rows in (slice(0, 12), slice(12, 24))
+    ],
+    "padded": lambda h, up: torch.bmm(F.pad(h, (0, 0, 0, 9)).expand(3, -1, -1), up.mT),
 }
 
 
@@ -290,7 +281,7 @@ def test_however_experts_multiply(way):
     layer = model.base_model.model[0]
     h = layer.get_base_layer().linear.base_layer(x)
     for scale in layer.input_scales["default"]:
-        torch.testing.assert_close(scale, vector(h))
+        torch.testing.assert_close(scale, input_scale_of(h))
     assert layer.get_base_layer().linear.input_scales
 
 
@@ -350,13 +341,7 @@ def test_batches_may_be_made_by_other_mixtures():
     calibrate(model, batches())
     layer = model.base_model.model[0]
     h = layer.get_base_layer().linear.base_layer(x)
-    torch.testing.assert_close(layer.input_scales["default"][0], vector(h))
-
-
-def vector(x):
-    rms = x.detach().double().square().mean(0).sqrt()
-    scale = 1 / (rms + 0.1 * rms.median())
-    return (scale / scale.square().mean().sqrt()).float()
+    torch.testing.assert_close(layer.input_scales["default"][0], input_scale_of(h))
 
 
 def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
@@ -367,7 +352,7 @@ def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
     layer = model.base_model.model[0]
     calibrate(torch.compile(layer), [(x,)])
     h = layer.get_base_layer().linear.base_layer(x)
-    want = torch.stack([vector(h[:40]), vector(h[40:90]), vector(h)])
+    want = torch.stack([input_scale_of(h[:40]), input_scale_of(h[40:90]), input_scale_of(h)])
     torch.testing.assert_close(layer.input_scales["default"], want)
 
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from cli_helpers import KINDS, llama, with_adapter
+from cli_helpers import KINDS, TARGETS, llama
 from huggingface_hub import ModelCard
 from peft_helpers import (
     PEFT,
@@ -120,13 +120,6 @@ def same(model, other, tolerance=0):
     assert relative(model(tokens).logits, other(tokens).logits) <= tolerance
 
 
-def converted(model, folder, rank, base):
-    peft.save_as_lora(folder, model, rank=rank)
-    loaded = opened(folder, base)
-    assert isinstance(loaded.base_model, peft.tuners.lora.LoraModel)
-    return loaded.eval()
-
-
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_of_full_rank_nothing_is_lost(tmp_path, kind, dtype, x):
@@ -134,7 +127,9 @@ def test_of_full_rank_nothing_is_lost(tmp_path, kind, dtype, x):
         return Deep().to(dtype)
 
     model = adapted(base(), "abc", 5, **kind)
-    lora = converted(model, tmp_path, 24, base)
+    peft.save_as_lora(tmp_path, model, rank=24)
+    lora = opened(tmp_path, base).eval()
+    assert isinstance(lora.base_model, peft.tuners.lora.LoraModel)
     with torch.no_grad():
         y, want = lora(x.to(dtype)), model(x.to(dtype))
     assert relative(y, want) < (5e-6 if dtype == torch.float32 else 0.02)
@@ -144,7 +139,7 @@ def test_of_full_rank_nothing_is_lost(tmp_path, kind, dtype, x):
 def model(tmp_path, monkeypatch):
     """The present folder is a new one."""
     monkeypatch.chdir(tmp_path)
-    return with_adapter(llama(), r=4, basis="independent")
+    return adapted(llama(), TARGETS, 4, basis="independent").eval()
 
 
 def run_snippet(folder):
@@ -172,7 +167,7 @@ def test_the_snippet_opens_what_was_saved(model, tmp_path):
 def test_what_stock_peft_opens_has_its_card(model, tmp_path):
     model.save_pretrained("adapter")
     accelerated.export_to_peft(model, "adapter")  # over the card that names us
-    with_adapter(llama(), r=4, sparse=True).save_pretrained("stock")
+    adapted(llama(), TARGETS, 4, sparse=True).save_pretrained("stock")
     for folder in ("adapter", "stock"):
         text = (tmp_path / folder / "README.md").read_text()
         assert "randlora_ext" not in text

@@ -8,6 +8,7 @@ import torch
 from cli_helpers import llama
 from compile_helpers import assert_steps_agree, compiled, graphs
 from compile_helpers import fresh_dynamo as fresh_dynamo
+from expert_models import batch
 from peft_helpers import (
     Deep,
     Wide,
@@ -38,11 +39,6 @@ pytestmark = [
 ]
 
 
-def batch():
-    tokens = torch.randint(1, 50, (3, 10), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": tokens, "labels": tokens}
-
-
 def models(make):
     base, chosen = make()
     return pair(base, lambda: config(8, sparse=True, **chosen))
@@ -71,7 +67,7 @@ def test_trainer(tmp_path):
     losses, resumed = [], []
     for i, model in enumerate(models(small_llama)):
         model.enable_input_require_grads()  # transformers 4 checkpoints reentrantly
-        folder, rows = tmp_path / str(i), [*batch()["input_ids"]] * 2
+        folder, rows = tmp_path / str(i), [*batch()["input_ids"]] * 3
         trainer = trainer_of(model, folder, rows, gradient_checkpointing=True)
         # ours also from the checkpoint of stock: adapter, optimizer and scheduler
         for found, start in ((losses, None), (resumed, str(tmp_path / "0" / "checkpoint-2"))):

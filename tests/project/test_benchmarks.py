@@ -19,7 +19,7 @@ import record
 from methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.usefixtures("one_thread", "stock_peft")
+pytestmark = pytest.mark.usefixtures("stock_peft")
 
 
 SMALL = "--sizes 48x64 --tokens 4 --repeats 1 --densities"

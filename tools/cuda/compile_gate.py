@@ -23,14 +23,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kernel_usage import (
-    INSTRUCTIONS,
-    ToolError,
-    Usage,
-    instructions_by_name,
-    parse_ptxas,
-    short_names,
-)
+from kernel_usage import INSTRUCTIONS, Usage, instructions_by_name, parse_ptxas, short_names
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -62,29 +55,20 @@ def check(kernels: Kernels, budget: Budget, tolerance: int) -> list[str]:
             wrong.append(f"{name}: is not in the budget")
         for arch, usage in by_arch.items():
             here = f"{name} on {arch}"
-            if usage.spills:
-                wrong.append(f"{here}: spills {usage.spills} bytes")
-            if usage.stack:
-                wrong.append(f"{here}: has a stack of {usage.stack} bytes")
-            if usage.shared:
-                wrong.append(f"{here}: has {usage.shared} bytes of static shared memory")
+            for what in ("spills", "stack", "shared"):  # none of which a kernel may have
+                if size := getattr(usage, what):
+                    wrong.append(f"{here}: {what} of {size} bytes")
             if LOCK in usage.instructions:
                 wrong.append(f"{here}: has {LOCK}")
-            for instruction in allowed["has"]:
-                if instruction not in usage.instructions:
-                    wrong.append(f"{here}: has no {instruction}, and the budget says it has")
-            registers = allowed["registers"].get(arch)
-            if registers is None:
-                if arch in BUDGETED and name in budget:
-                    wrong.append(f"{name}: the budget does not know {arch}")
-            elif usage.registers > registers + tolerance:
-                wrong.append(
-                    f"{here}: {usage.registers} registers, budget {registers} + {tolerance}"
-                )
-    wrong += [
-        f"{name}: is in the budget but not in the source" for name in budget if name not in kernels
-    ]
-    return wrong
+            for instruction in set(allowed["has"]) - usage.instructions:
+                wrong.append(f"{here}: has no {instruction}, and the budget says it has")
+            if arch in BUDGETED and name in budget:
+                registers = allowed["registers"][arch]
+                if usage.registers > registers + tolerance:
+                    told = f"{usage.registers} registers, budget {registers} + {tolerance}"
+                    wrong.append(f"{here}: {told}")
+    gone = [name for name in budget if name not in kernels]
+    return wrong + [f"{name}: is in the budget but not in the source" for name in gone]
 
 
 def new_budget(kernels: Kernels, old: Budget) -> Budget:
@@ -131,7 +115,7 @@ def dump(nvcc: str, tolerance: int, sources: dict[str, Budget]) -> str:
 def run(command: list[str]) -> subprocess.CompletedProcess:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ToolError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        sys.exit(f"compile gate: {' '.join(command)}\n{done.stdout}{done.stderr}")
     return done
 
 
@@ -139,16 +123,6 @@ def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     found = shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
     return found or sys.exit("compile gate: there is no nvcc: set CUDA_HOME, or put it on PATH")
-
-
-def nvcc_version(nvcc: str) -> str:
-    return re.search(r"V([\d.]+)", run([nvcc, "--version"]).stdout)[1]
-
-
-def kernel_sources() -> list[Path]:
-    """Largest first, so that the last to be compiled is a short one."""
-    found = [path for path in SOURCES.rglob("*.cu") if path.name != "table.cu"]
-    return sorted(found, key=lambda path: (-path.stat().st_size, path.name))
 
 
 def compile_one(
@@ -166,7 +140,7 @@ def compile_one(
         said = run(command)
         found[arch] = parse_ptxas(said.stderr + said.stdout)
         if set(found[arch]) != set(instructions):
-            raise ToolError(f"{source.name}: the PTX has other functions than ptxas tells of")
+            sys.exit(f"compile gate: {source.name}: ptxas tells of other functions than PTX")
         for name, usage in found[arch].items():
             usage.instructions = instructions[name]
     return found
@@ -191,7 +165,7 @@ def measure(nvcc: str, sources: list[Path], archs: list[str]) -> dict[str, Kerne
     for source, found in kernels.items():
         for name, by_arch in found.items():
             if missing := set(archs) - set(by_arch):
-                raise ToolError(f"{source}: {name} does not exist on {sorted(missing)}")
+                sys.exit(f"compile gate: {source}: {name} does not exist on {sorted(missing)}")
     return kernels
 
 
@@ -215,20 +189,18 @@ def main() -> int:
     nvcc, archs = find_nvcc(), args.archs.split(",")
     if args.update and not set(BUDGETED) <= set(archs):
         parser.error(f"--update needs {' and '.join(BUDGETED)}")
-    sources = [p for p in kernel_sources() if not args.sources or p.name in args.sources]
+    found = [path for path in SOURCES.rglob("*.cu") if path.name != "table.cu"]
+    sources = [path for path in found if not args.sources or path.name in args.sources]
+    # Largest first, so that the last to be compiled is a short one.
+    sources.sort(key=lambda path: (-path.stat().st_size, path.name))
     if not sources or len(sources) < len(args.sources):
         parser.error(f"csrc/cuda has no such files: {' '.join(args.sources)}")
 
     started = time.monotonic()
     file, budget = load(BUDGET.read_text())
     tolerance = file["register_tolerance"]
-    version = nvcc_version(nvcc)
-    try:
-        kernels = measure(nvcc, sources, archs)
-    except ToolError as error:
-        print(f"compile gate: failed:\n{error}")
-        return 1
-
+    version = re.search(r"V([\d.]+)", run([nvcc, "--version"]).stdout)[1]
+    kernels = measure(nvcc, sources, archs)
     if args.update:
         file["nvcc"] = version
         for source, found in kernels.items():

@@ -1,13 +1,12 @@
-"""What ptxas says about kernels and what their PTX holds, read for the compile gate."""
+"""What ptxas says about kernels and what their PTX holds, read for the compile gate.
+
+What is not understood ends the program: it is never taken for "nothing to see".
+"""
 
 import re
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
-
-
-class ToolError(Exception):
-    """A tool said something that is not understood: never taken for "nothing to see"."""
 
 
 @dataclass
@@ -36,27 +35,23 @@ INSTRUCTIONS = {
 def parse_ptxas(text: str) -> dict[str, Usage]:
     """Usage by mangled name from `-Xptxas -v`. A function that is not inlined has no registers of
     its own but may spill; it is listed under its own name."""
-    entries = set(re.findall(r"Compiling entry function '(\S+)' for 'sm_\w+'", text))
+    functions = re.findall(
+        r"Function properties for (\S+)\n +(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads(?:\nptxas info +: Used (\d+) registers(.*))?",
+        text,
+    )
     usages = {}
-    for block in re.split(r"Function properties for ", text)[1:]:
-        name = block.split(None, 1)[0]
-        memory = re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
-        )
-        used = re.search(r"Used (\d+) registers(.*)", block)
-        if memory is None or (used is None and name in entries):
-            raise ToolError(f"ptxas says too little about {name}:\n{block}")
-        rest = used[2] if used else ""
-        shared = re.search(r"(\d+) bytes smem", rest)
-        stack = re.search(r"(\d+) bytes cumulative stack", rest)
+    for name, frame, stores, loads, registers, rest in functions:
+        more = {what: int(n) for n, what in re.findall(r"(\d+) bytes (smem|cumulative st)", rest)}
         usages[name] = Usage(
-            registers=int(used[1]) if used else 0,
-            shared=int(shared[1]) if shared else 0,
-            stack=max(int(memory[1]), int(stack[1]) if stack else 0),
-            spills=int(memory[2]) + int(memory[3]),
+            registers=int(registers or 0),
+            shared=more.get("smem", 0),
+            stack=max(int(frame), more.get("cumulative st", 0)),
+            spills=int(stores) + int(loads),
         )
-    if missing := entries - set(usages):
-        raise ToolError(f"ptxas says nothing about {', '.join(sorted(missing))}")
+    entries = re.findall(r"Compiling entry function '(\S+)'", text)
+    if unknown := [n for n in entries if n not in usages or not usages[n].registers]:
+        raise SystemExit(f"compile gate: ptxas says too little about {unknown}:\n{text}")
     return usages
 
 
@@ -84,5 +79,5 @@ def short_names(mangled: list[str]) -> dict[str, str]:
     )
     names = dict(zip(mangled, map(short_name, done.stdout.splitlines()), strict=True))
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
-        raise ToolError(f"several kernels are called {', '.join(twice)}: rename them")
+        raise SystemExit(f"several kernels are called {', '.join(twice)}: rename them")
     return names

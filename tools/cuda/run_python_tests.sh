@@ -34,7 +34,6 @@ cpu_only=(
   tests/ops/test_errors.py::test_packing_operators
   # Threads are nothing to a card; tests/gpu compares two runs.
   tests/ops/test_determinism.py::test_linear
-  tests/ops/test_experts.py::test_the_same_for_any_number_of_threads
   # The CPU's memory.
   tests/ops/test_autograd.py::test_scratch_does_not_grow_with_tokens
   # Half a minute; tests/cuda has smaller ones.
