@@ -205,9 +205,9 @@ class _Products(TorchFunctionMode):
             return
         W, sums = layer._base_weight(), self.sums[layer]
         along = W.stride(-2 if layer.transposed else -1)  # the input side
-        if w.shape[:-1] == (layer.in_features,) and w.stride(0) == along:
+        at = w.data_ptr() - W.data_ptr()
+        if w.shape[:-1] == (layer.in_features,) and w.stride(0) == along and at < W.nbytes:
             rows = x.reshape(-1, layer.in_features)
-            at = w.data_ptr() - W.data_ptr()
             # Llama 4 gives every expert all tokens, zero where they belong to another.
             _add_rows(sums[at * len(sums) // W.nbytes], rows[(rows != 0).any(1)])
 

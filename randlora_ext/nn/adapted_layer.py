@@ -114,7 +114,7 @@ class AdaptedLayer(KeepsWeight):
             name = names[0]
             dropout = self._modules["randlora_dropout"]._modules[name]
             drops = isinstance(dropout, nn.Dropout) and dropout.training
-            if not drops and self._cast(name, x) is x:
+            if not drops and not self._widens(name, x):
                 if (weight := plain_weight(base, x)) is not None:
                     return self._part(name, x, weight, base.bias)
         if names:
@@ -133,8 +133,12 @@ class AdaptedLayer(KeepsWeight):
         basis = self.basis_of(name, device)
         return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
 
+    def _widens(self, name: str, x: Tensor) -> bool:
+        """Whether the adapter multiplies in a wider dtype than the base layer."""
+        return False
+
     def _cast(self, name: str, x: Tensor) -> Tensor:
-        """x as the adapter takes it, in a wider dtype perhaps than the base layer."""
+        """x as the adapter takes it if it runs apart from the base layer."""
         return x
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -71,7 +71,7 @@ def _plain_linear(x, weight, bias, lam, gam, s, row, col, expand, scale):
     flat = x.reshape(-1, x.shape[-1])
     y, *_ = _plain_product(flat, None, expand, lam, gam, s, row, col, scale)
     y = y if weight is None else y + F.linear(flat, weight, bias)
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+    return y.to(x.dtype).contiguous().view(*x.shape[:-1], y.shape[1])
 
 
 def _plain_linear_backward(
@@ -82,7 +82,7 @@ def _plain_linear_backward(
     other = other if need_diagonals else None
     dx, *of_diagonals = _plain_product(flat, other, not expand, lam, gam, s, row, col, scale)
     dx = dx if weight is None else dx + flat @ weight
-    return dx.to(x.dtype).view(x.shape) if need_x else None, *of_diagonals
+    return dx.to(x.dtype).contiguous().view(x.shape) if need_x else None, *of_diagonals
 
 
 def _check(x, weight, bias, lam, gam, s, row, col, expand, dy=None) -> None:
@@ -105,7 +105,8 @@ def _plain_product(given, other, up, lam, gam, s, row, col, scale):
     (r, n), d = lam.shape, len(s)
     classes, N = -(-d // n), 1 << (r * n - 1).bit_length()
     j, m, o = (torch.arange(size, device=s.device) for size in (r, classes, len(row)))
-    H, rows, row = sylvester(j, m).to(wide), o % N, row.to(wide)
+    H, rows = sylvester(j, m).to(wide), o % N
+    s, row, col = (t.to(wide) for t in (s, row, col))
 
     def by_class(t: Tensor) -> Tensor:
         """(T, d) as (T, classes, n); columns that are missing are zero."""

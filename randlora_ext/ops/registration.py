@@ -222,7 +222,7 @@ def linear_entry(name: str, rows_of_B: Callable) -> Callable:
             # They may train beside the adapter (PEFT's bias="all").
             tokens = [*range(dy.dim() - 1)]
             dweight = torch.tensordot(dy, x, (tokens, tokens)) if need_weight else None
-            dbias = torch.einsum("...o->o", dy) if need_bias else None
+            dbias = dy.unsqueeze(0).flatten(0, -2).sum(0) if need_bias else None
             return dx, dweight, dbias, dlam, dgam, *of_basis
 
     return entry(name, Linear, cast=("x", "weight", "bias", "B"))

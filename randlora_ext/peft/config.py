@@ -204,11 +204,13 @@ def _recorded_in(tensors: Path) -> str | None:
 
 
 def _fields_in(text: str) -> dict:
-    """Those of a JSON object, with lists in order, since PEFT saves sets; none of anything else."""
+    """Those of a JSON object; none of anything else."""
     with suppress(ValueError, RecursionError):
         fields = json.loads(text)
         if isinstance(fields, dict):
-            return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in fields.items()}
+            if isinstance(targets := fields.get("target_modules"), list):  # PEFT saves a set
+                fields["target_modules"] = sorted(targets, key=str)
+            return fields
     return {}
 
 

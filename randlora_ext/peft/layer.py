@@ -101,9 +101,15 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"bases": {}}  # found again
 
+    def _widens(self, name: str, x: Tensor) -> bool:
+        return self.float32_products and self._is_dense_in_16_bits(name, x)
+
     def _cast(self, name: str, x: Tensor) -> Tensor:
-        widens = self.float32_products and x.dtype.itemsize == 2
-        return x.float() if widens and self.basis_of(name, x.device).kind == "dense" else x
+        keeps = not self.float32_products and self._is_dense_in_16_bits(name, x)
+        return x if keeps else x.to(self._dtype_of(name))
+
+    def _is_dense_in_16_bits(self, name: str, x: Tensor) -> bool:
+        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
 
     def _dtype_of(self, adapter: str) -> torch.dtype:
         lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]

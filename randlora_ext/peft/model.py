@@ -79,6 +79,19 @@ class AcceleratedRandLoraModel(RandLoraModel):
             drawn.peft_config = of_peft
             drawn._check_new_adapter_config(config)
 
+    def inject_adapter(self, model, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # The bases of an adapter of that name, or of one that could not be added, are not its.
+        both = self.randlora_A, self.randlora_B
+        old = [bases.pop(adapter_name, None) for bases in both]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            for bases, basis in zip(both, old, strict=True):
+                bases.pop(adapter_name, None)
+                if basis is not None:
+                    bases[adapter_name] = basis
+            raise
+
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.
         layer = next((m for m in model.modules() if isinstance(m, AcceleratedLinear)), None)
@@ -151,7 +164,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int) -> None:
         """Takes another adapter's, whatever their flags, as stock PEFT does, or makes new ones."""
-        for i, name in enumerate(name for name in self.randlora_A if name != adapter_name):
+        for i, name in enumerate(self.randlora_A):
             other, A, B = self.peft_config[name], self.randlora_A[name], self.randlora_B[name]
             same = (other.r, other.projection_prng_key) == (config.r, config.projection_prng_key)
             sizes = A.shape[-1], B.shape[0]

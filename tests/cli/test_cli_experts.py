@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from cli_helpers import refused, run
 from expert_models import EXPERTS, MODELS, make, with_scales
-from peft_helpers import adapted, randomize
+from peft_helpers import adapted, edit, randomize
 from safetensors.torch import load_file, save_file
 
 from randlora_ext import apply_randlora, merge_and_unload, save_adapter
@@ -39,6 +40,9 @@ def test_refused(tmp_path):
     make("Mixtral").save_pretrained(tmp_path / "base")
     chosen = {"basis": "hadamard", "target_parameters": EXPERTS}
     adapted(make("Mixtral"), [], 4, **chosen).save_pretrained(tmp_path / "adapter")
+    shutil.copytree(tmp_path / "adapter", edited := tmp_path / "edited")
+    edit(edited / "adapter_config.json", target_parameters=EXPERTS[::-1])  # of other nesting
+    assert "does not belong" in refused("merge", tmp_path / "base", edited, tmp_path / "merged")
     file = tmp_path / "base" / "model.safetensors"
     tensors, last = load_file(file), "model.layers.1.block_sparse_moe.experts.3."
     for missing, told in (

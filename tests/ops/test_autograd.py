@@ -120,3 +120,16 @@ def test_backward_twice_through_a_kept_graph_but_not_after_a_change_in_place(bas
     layer.lam.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@CALLS
+@pytest.mark.parametrize("lead", [(), (2, 3), (0,)], ids=str)
+def test_gradients_of_weight_and_bias_are_those_of_a_linear_layer(basis, lead):
+    layer = make_layer(8, 5, 2, basis, 1, torch.float64)
+    x, dy = layer.x.new_ones(*lead, 8), layer.dy.new_ones(*lead, 5)
+    leaves = layer.weight.requires_grad_(), layer.bias.requires_grad_()
+    mine = torch.autograd.grad(call(layer, x=x), leaves, dy)
+    true = torch.autograd.grad(torch.nn.functional.linear(x, *leaves), leaves, dy)
+    torch.testing.assert_close(mine, true)
+    mine[1].zero_()  # which is no memory of dy
+    assert bool((dy == 1).all())

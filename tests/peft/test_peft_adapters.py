@@ -241,7 +241,33 @@ def test_a_second_adapter_of_the_same_name_has_its_own_bases(second):
     model = made(basis="hadamard")
     model.add_adapter("two", model.peft_config["default"])  # one object for both
     assert [*model.base_model.randlora_A] == ["default", "two"]
-    with pytest.raises(ValueError, match="matches no linear layer"):
-        model.base_model.peft_config["default"].target_modules = {"none"}
-        model.base_model.inject_adapter(model.base_model.model, "default")
-    assert [*model.base_model.randlora_A] == ["default", "two"]
+
+
+def test_an_adapter_that_fails_at_its_first_layer_leaves_the_bases():
+    accelerated.enable()
+    net = nn.Sequential(nn.Embedding(5, 24), nn.Linear(24, 40))
+    good = config(5, accelerated.RandLoraConfig, "1", basis="hadamard")
+    bad = config(5, accelerated.RandLoraConfig, ["0", "1"], density=0.2)
+    (layer,) = layers(model := randomize(peft.get_peft_model(net, good)))
+    wanted = layer.get_delta_weight("default")
+    adds = lambda: model.add_adapter("two", bad), lambda: peft.inject_adapter_in_model(bad, net)
+    for add in adds:
+        with pytest.raises(ValueError, match="Embedding"):
+            add()
+        assert torch.equal(layer.get_delta_weight("default"), wanted)
+    model.add_adapter("two", good)
+
+
+def test_adapters_beside_a_layer_are_summed_in_float32():
+    """Where one operator does not compute all: two that cancel, beyond the range of float16."""
+    accelerated.enable()
+    net = nn.Sequential(nn.Linear(24, 40)).half()
+    chosen = config(5, accelerated.RandLoraConfig, "0", basis="hadamard", randlora_alpha=100)
+    model = peft.get_peft_model(net, chosen)
+    model.add_adapter("two", chosen)
+    model.base_model.set_adapter(["default", "two"])
+    (layer,) = layers(model)
+    for name, value in (("default", 3e4), ("two", -3e4)):
+        nn.init.constant_(layer.randlora_lambda[name], value)
+    x = torch.ones(3, 24).half()
+    torch.testing.assert_close(model(x), layer.base_layer(x), rtol=0, atol=0.1)
