@@ -91,7 +91,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             "set of options, so give them adapters of other names"
         )
     own: dict[str, Any] = {
-        unwrapped(name): parameter
+        unwrapped(inner, name): parameter
         for name, parameter in inner.named_parameters()
         if parameter.requires_grad and not any(f"{kind}." in name for kind in DIAGONALS)
     }

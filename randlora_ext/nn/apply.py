@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .adapted_layer import AdaptedLayer
 from .base_layer import (
     check_base_layer,
     check_is_called,
@@ -211,13 +212,17 @@ def unload(model: nn.Module) -> nn.Module:
 def adapted_layers(model: nn.Module, kind: type[Any] = RandLoraLinear) -> dict[str, Any]:
     """By their paths, and those of parameters by the names of these; a tied one several times."""
     modules = model.named_modules(remove_duplicate=False)
-    return {unwrapped(m.name_at(path)): m for path, m in modules if isinstance(m, kind)}
+    return {m.name_at(unwrapped(model, path)): m for path, m in modules if isinstance(m, kind)}
 
 
-def unwrapped(path: str) -> str:
-    """The path in the base model."""
-    path = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-    return re.sub(r"(\.base_layer)+\.", ".", path)  # of experts
+def unwrapped(module: Any, path: str) -> str:
+    """The path in the base model, without what wrappers and layers of parameters put into it."""
+    kept = []
+    for part in filter(None, path.split(".")):
+        is_ours = part == "base_layer" and isinstance(module, AdaptedLayer)
+        kept += [] if is_ours or part in _WRAPPERS else [part]
+        module = getattr(module, part)
+    return ".".join(kept)
 
 
 def _without(model: nn.Module) -> nn.Module:

@@ -80,26 +80,23 @@ class AcceleratedRandLoraModel(RandLoraModel):
             drawn._check_new_adapter_config(config)
 
     def inject_adapter(self, model, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # The bases of an adapter of that name, or of one that could not be added, are not its.
+        # Bases of that name are not its, nor are those of an adapter that could not be added.
         both = self.randlora_A, self.randlora_B
         old = [bases.pop(adapter_name, None) for bases in both]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
             for bases, basis in zip(both, old, strict=True):
-                bases.pop(adapter_name, None)
                 if basis is not None:
                     bases[adapter_name] = basis
             raise
+        guard(self.model)
 
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.
         layer = next((m for m in model.modules() if isinstance(m, AcceleratedLinear)), None)
         for name in BASIS_NAMES:
             setattr(self, name, PackedBufferDict() if layer is None else getattr(layer, name))
-
-    def _post_injection_hook(self, model, config, adapter_name) -> None:
-        guard(model)
 
     def _create_and_replace(
         self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None
@@ -164,7 +161,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int) -> None:
         """Takes another adapter's, whatever their flags, as stock PEFT does, or makes new ones."""
-        for i, name in enumerate(self.randlora_A):
+        known = [name for name in self.randlora_A if name in self.peft_config]
+        for i, name in enumerate(known):
             other, A, B = self.peft_config[name], self.randlora_A[name], self.randlora_B[name]
             same = (other.r, other.projection_prng_key) == (config.r, config.projection_prng_key)
             sizes = A.shape[-1], B.shape[0]

@@ -91,21 +91,19 @@ class Own(nn.Module):
 
 
 def test_a_file_of_a_linear_layer_inside_an_adapted_module(tmp_path):
-    """It has the path that the layer has in the base model."""
+    """It has the path of the base model, in which a user's module may be called base_layer."""
 
     def model():
         outer = Own(2, 4, 4)
-        outer.tied = nn.Linear(4, 4)
+        outer.tied, outer.base_layer = nn.Linear(4, 4), nn.ModuleDict({"tied": nn.Linear(4, 4)})
         return nn.Sequential(outer)
 
-    saved = apply_randlora(model(), ["tied"], target_parameters=["experts"], r=2)
+    saved = randomize(apply_randlora(model(), ["tied"], target_parameters=["experts"], r=2))
     trained = [p for p in saved.parameters() if p.requires_grad]
-    for parameter in trained:
-        nn.init.normal_(parameter)
     save_adapter(saved, tmp_path / "adapter")
     opened = load_adapter(model(), tmp_path / "adapter")
     again = [p for p in opened.parameters() if p.requires_grad]
-    assert len(trained) == 4 and all(map(torch.equal, again, trained))
+    assert len(trained) == 6 and all(map(torch.equal, again, trained))
 
 
 ERRORS = [

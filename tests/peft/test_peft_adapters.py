@@ -238,24 +238,26 @@ def test_a_second_adapter_of_the_same_name_has_its_own_bases(second):
     want, _ = make(nn.Sequential(nn.Linear(24, 40)), **second)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     assert not pickle.loads(pickle.dumps(layer)).bases  # found again, not held twice
-    model = made(basis="hadamard")
-    model.add_adapter("two", model.peft_config["default"])  # one object for both
-    assert [*model.base_model.randlora_A] == ["default", "two"]
 
 
 def test_an_adapter_that_fails_at_its_first_layer_leaves_the_bases():
     accelerated.enable()
-    net = nn.Sequential(nn.Embedding(5, 24), nn.Linear(24, 40))
+    net = nn.Sequential(nn.Embedding(5, 24), nn.Linear(24, 40), nn.Embedding(2, 2))
     good = config(5, accelerated.RandLoraConfig, "1", basis="hadamard")
-    bad = config(5, accelerated.RandLoraConfig, ["0", "1"], density=0.2)
+    early = config(5, accelerated.RandLoraConfig, ["0", "1"], density=0.2)
+    late = config(5, accelerated.RandLoraConfig, ["1", "2"], density=0.2)
     (layer,) = layers(model := randomize(peft.get_peft_model(net, good)))
     wanted = layer.get_delta_weight("default")
-    adds = lambda: model.add_adapter("two", bad), lambda: peft.inject_adapter_in_model(bad, net)
+    adds = lambda: peft.inject_adapter_in_model(early, net), lambda: model.add_adapter("two", late)
     for add in adds:
         with pytest.raises(ValueError, match="Embedding"):
             add()
         assert torch.equal(layer.get_delta_weight("default"), wanted)
-    model.add_adapter("two", good)
+    assert layer(torch.ones(2, 24)).isfinite().all()
+    model.add_adapter("three", good)  # one object for three adapters
+    model.unload()
+    model.add_adapter("four", good)
+    assert len(net._load_state_dict_pre_hooks) == 1
 
 
 def test_adapters_beside_a_layer_are_summed_in_float32():
