@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,7 @@ class Basis(Shape):
         self._source, self._sizes = source, (in_features, out_features, r)
         self._key = *self._sizes, source.key
         self._packed: dict[tuple, PackedTensors] = {}  # by device and dtype or None
+        self._traced = SimpleNamespace()  # the same, for compiled code
         # Of this object, in this process: compiled code guards on it.
         self.token = str(next(_tokens))
 
@@ -159,7 +161,7 @@ class Basis(Shape):
         Warns if A or B has no non-zero element at all.
         """
         if torch.compiler.is_dynamo_compiling():
-            return getattr(self, self._while_tracing(self.token, torch.device(device), dtype))
+            return getattr(self._traced, self._traced_name(self.token, torch.device(device), dtype))
         found = self._packed.get((device, dtype))  # found at once for a tensor's device
         if found is None:
             on = torch.empty(0, device=device).device  # "cuda" and "cuda:0" share one entry
@@ -188,20 +190,20 @@ class Basis(Shape):
                 stacklevel=3,  # the caller of `packed`
             )
 
-    # Dynamo calls this with constants while it traces (torch 2.11 takes no object as an argument)
-    # and finds the tensors as an attribute, which makes them inputs of the graph. Constants of the
-    # graph would live as long as it does, and no guard could tell that a model has moved. As
-    # parameters they have no symbolic sizes, and CUDA graphs need not copy them.
-    def _while_tracing(self, token: str, device: torch.device, dtype: torch.dtype | None) -> str:
-        name = f"_packed_{device}_{str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
+    # Dynamo calls this with constants while it traces (torch 2.11 takes no object as an argument).
+    # What it finds in the namespace is an input of the graph; into a dictionary it looks once a
+    # trace, and no guard could tell that a model has moved if the tensors were constants of the
+    # graph. As parameters they have no symbolic sizes, and CUDA graphs need not copy them.
+    def _traced_name(self, token: str, device: torch.device, dtype: torch.dtype | None) -> str:
+        name = f"{device} {str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
         made = self.packed(device, dtype)
         if not torch.compiler.is_exporting():  # which knows the parameters of modules alone
             made = [nn.Parameter(t, requires_grad=False) for t in made]
-        setattr(self, name, made)
+        vars(self._traced)[name] = made
         return name
 
     # torch.compiler.assume_constant_result, without its import of torch._dynamo (1.5 s).
-    _while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def dense(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
