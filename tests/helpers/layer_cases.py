@@ -45,7 +45,7 @@ class Layer:
     lam: Tensor
     gam: Tensor
     dy: Tensor
-    scaling: float = 0.7
+    scaling: float = 0.75
 
     def to(self, target: torch.dtype | torch.device | str) -> "Layer":
         """With its tensors in that dtype, or on that device."""

@@ -190,6 +190,12 @@ def test_plain_torch_computes_what_a_card_cannot_hold(monkeypatch):
     assert "nothing" in functional.what_computes(basis, torch.device("meta"), torch.float32)
 
 
+def test_plain_torch_takes_the_scale_in_float64():
+    layer = make_layer(9, 5, 2, "hadamard", 3, torch.float64)
+    layer.scaling = 0.1
+    torch.testing.assert_close(by_plain_torch(layer), ours(layer), rtol=1e-13, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", ["linear", "linear_backward", "weight"])
 def test_plain_torch_is_registered_for_every_other_device(name):
     has, name = torch._C._dispatch_has_kernel_for_dispatch_key, f"randlora::hadamard_{name}"
