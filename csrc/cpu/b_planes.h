@@ -76,8 +76,8 @@ inline void number_lines(const Basis& b, const QuadNumbers& to, Runtime& rt) {
   });
 }
 
-// The tables of every second quad of the first 64 of `rows` source rows; missing rows are zero. An
-// entry is a sum of the first two rows plus one of the others.
+// Fills kQuads tables: number q is of the source rows 8 q .. 8 q + 3, of which those from `rows` on
+// count as zero. An entry adds one of nine sums of the first two rows to one of the other two.
 template <class B>
 void fill_tables(const typename B::C* src, int64_t rows, typename B::C* table) {
   using V = typename B::V;

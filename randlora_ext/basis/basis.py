@@ -191,9 +191,9 @@ class Basis(Shape):
             )
 
     # Dynamo calls this with constants while it traces (torch 2.11 takes no object as an argument).
-    # What it finds in the namespace is an input of the graph; into a dictionary it looks once a
-    # trace, and no guard could tell that a model has moved if the tensors were constants of the
-    # graph. As parameters they have no symbolic sizes, and CUDA graphs need not copy them.
+    # The tensors are attributes of a namespace, since Dynamo looks into a dictionary only once a
+    # trace. So they are inputs of the graph, and a guard sees when the model has moved. Parameters
+    # have no symbolic sizes, and CUDA graphs need not copy them.
     def _traced_name(self, token: str, device: torch.device, dtype: torch.dtype | None) -> str:
         name = f"{device} {str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
         made = self.packed(device, dtype)

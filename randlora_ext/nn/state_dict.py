@@ -15,8 +15,8 @@ INPUT_SCALE = "randlora_input_scale"
 
 
 def guard(model: nn.Module) -> None:
-    """Has a model with RandLoRA layers call `refuse_misfit`, once: all are checked before the first
-    one is loaded. Takes it from a model without."""
+    """Registers `refuse_misfit` once on a model with RandLoRA layers: all are checked before the
+    first one is loaded. Removes it from a model without such layers."""
     hooks = model._load_state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is refuse_misfit]:
         del hooks[key]

@@ -133,7 +133,7 @@ def _below_autograd(op, *inputs):
 
 
 def _differentiable(function: type[Function], *inputs):
-    # It is off in compiled code and in backward, but for create_graph=True and torch.func.
+    # Off in compiled code, and in backward unless create_graph=True or torch.func turn it on.
     return (function.apply if torch.is_grad_enabled() else function.forward)(*inputs)
 
 

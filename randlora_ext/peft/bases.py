@@ -168,7 +168,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
                 if key in self._bases:  # PEFT moves bases with a weight; these would be lost
                     return
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
-            # Layers multiply by one that is not ternary as it is.
+            # One that is not ternary stays dense.
             if packed := pack_dense(basis.detach().reshape(len(basis), -1)):
                 basis = BasisTensor(*packed, basis.shape, basis.dtype, basis.device)
         self._bases[key] = basis

@@ -80,7 +80,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             drawn._check_new_adapter_config(config)
 
     def inject_adapter(self, model, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # Bases of that name are not its, nor are those of an adapter that could not be added.
+        # The adapter gets bases of its own; if it fails, an older one of its name keeps its bases.
         both = self.randlora_A, self.randlora_B
         old = [bases.pop(adapter_name, None) for bases in both]
         try:
