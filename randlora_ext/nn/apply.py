@@ -19,7 +19,7 @@ from .base_layer import (
 )
 from .experts import RandLoraParameter, matching_parameters
 from .linear import RandLoraLinear
-from .merging import merged_layers
+from .merging import forget_merged
 from .state_dict import guard
 
 # Names that torch.compile and activation checkpointing put into the paths of modules.
@@ -226,7 +226,8 @@ def unwrapped(module: Any, path: str) -> str:
 
 
 def _without(model: nn.Module) -> nn.Module:
-    merged_layers.difference_update(adapted_layers(model).values())
+    for layer in adapted_layers(model).values():
+        forget_merged(layer)
     if isinstance(model, RandLoraLinear):
         return model.get_base_layer()
     # Listed before anything is replaced, inner ones first; a tied layer has several names.

@@ -76,7 +76,7 @@ class KeepsWeight(_Layer):
         """Merges adapters that are known and not merged yet."""
         check_kind("keep_weight", keep_weight, KEEP_WEIGHT)
         weight = self._dense_weight()
-        for other in merged_layers:
+        for other in merged_layers():
             refuse_shared(other, self)
         total = self._plus(weight, names, +1)
         if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):
@@ -84,16 +84,23 @@ class KeepsWeight(_Layer):
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
                 "broken; safe_merge allows only finite values, and nothing was changed"
             )
+        merged = [*self.merged_adapters, *names]
         kept, without = (self._kept, self._kept_without) if self.merged else (None, ())
-        keeps = keep_weight != "nothing"
-        # Ranks might disagree about their parts of DTensors. A sum could still turn -0 into 0.
-        same = keeps and not is_dtensor(total) and torch.equal(total, weight)
-        write = do_nothing if same else self._writer(total)
-        if keeps and kept is None and not same:
+        with_these = (*without, *names)
+        if keep_weight == "nothing":
+            if kept is not None:  # by an earlier merge; that weight is without these adapters, too
+                without = with_these
+            self._replace(self._writer(total), merged, kept, without)
+            return
+        # Ranks might disagree about their parts of DTensors.
+        if not is_dtensor(total) and torch.equal(total, weight):
+            # Nothing is written, because a sum could still turn -0 into 0.
+            self._replace(do_nothing, merged, kept, with_these)
+            return
+        write = self._writer(total)
+        if kept is None:
             kept = self._keep(keep_weight)
-        if same or kept is not None:
-            without = (*without, *names)
-        self._replace(write, [*self.merged_adapters, *names], kept, without)
+        self._replace(write, merged, kept, with_these)
 
     def _replace(
         self, write: Callable, merged: list[str], kept: Any = None, without: tuple[str, ...] = ()
@@ -104,7 +111,10 @@ class KeepsWeight(_Layer):
             write()
             self._kept, self._kept_without = kept, without
             self.merged_adapters = merged
-            (merged_layers.add if merged else merged_layers.discard)(self)
+            if merged:
+                remember_merged(self)
+            else:
+                forget_merged(self)
 
         try:
             try:
@@ -119,7 +129,7 @@ class KeepsWeight(_Layer):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         if self.merged:  # a copy
-            merged_layers.add(self)
+            remember_merged(self)
 
     def _plus(self, weight: Tensor, names: Sequence[str], sign: int) -> Tensor:
         # Wider than the weight where the sum would otherwise be rounded more than once.
@@ -159,5 +169,21 @@ class KeepsWeight(_Layer):
         return lambda: weight.copy_(kept)
 
 
-# Those in which an adapter is merged and could be unmerged: `_merge` looks for its weight there.
-merged_layers: "weakref.WeakSet[KeepsWeight]" = weakref.WeakSet()
+# By their ids, the layers in which an adapter is merged and could be unmerged. Not a WeakSet: other
+# threads merge other models, and to iterate over a set that changes is an error.
+_merged_layers: "weakref.WeakValueDictionary[int, KeepsWeight]" = weakref.WeakValueDictionary()
+
+
+def merged_layers() -> list[KeepsWeight]:
+    """The layers, of any model, that `_merge` compares with the one that it merges."""
+    living = (reference() for reference in _merged_layers.valuerefs())  # copied in one step
+    return [layer for layer in living if layer is not None]
+
+
+def remember_merged(layer: KeepsWeight) -> None:
+    _merged_layers[id(layer)] = layer
+
+
+def forget_merged(layer: KeepsWeight) -> None:
+    """Also if it is still merged, but nothing can unmerge it any more."""
+    _merged_layers.pop(id(layer), None)

@@ -15,7 +15,7 @@ from ..basis.description import check_kind
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.experts import AdaptedParameter
-from ..nn.merging import merged_layers
+from ..nn.merging import forget_merged
 from .bases import BasisTensor, PackedBufferDict, layer_basis
 
 
@@ -137,7 +137,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         """What PEFT puts in the layer's place; nothing is kept, because nothing can unmerge it."""
         if merge:
             self.merge(safe_merge, adapter_names, keep_weight="nothing")
-        merged_layers.discard(self)
+        forget_merged(self)
         return self.get_base_layer()
 
 

@@ -26,7 +26,7 @@ from ..nn.base_layer import (
 )
 from ..nn.experts import matching_parameters, sizes_of
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
-from ..nn.merging import merged_layers
+from ..nn.merging import remember_merged
 from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
@@ -284,7 +284,7 @@ def accelerate_layer(layer: Any) -> Any:
         layer.bases, layer.input_scales = {}, {}
         force_module_call(layer)
         if layer.merged:  # by stock PEFT
-            merged_layers.add(layer)
+            remember_merged(layer)
     return layer
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 from collections import OrderedDict
 
 import pytest
@@ -133,3 +134,22 @@ def test_weights_that_accelerate_has_put_elsewhere_are_merged():
     assert all(layer.merged for layer in layers) and relative(model(x), want) < 1e-5
     model.unmerge_adapter()
     assert torch.equal(model(x), want)
+
+
+def test_a_model_is_merged_while_another_thread_merges_another_model(monkeypatch):
+    """Merging looks at the weights of all merged layers; meanwhile others may be merged."""
+    first, second, of_thread = (RandLoraLinear(make_base(24, 24), r=5) for _ in range(3))
+    first.merge(keep_weight="nothing")
+    held = RandLoraLinear._held_weight
+    threads = []
+
+    def held_weight(layer):
+        if layer is first and not threads:
+            threads.append(threading.Thread(target=of_thread.merge))
+            threads[0].start()
+            threads[0].join()
+        return held(layer)
+
+    monkeypatch.setattr(RandLoraLinear, "_held_weight", held_weight)
+    second.merge()
+    assert threads and of_thread.merged and second.merged
