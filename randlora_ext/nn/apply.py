@@ -11,7 +11,6 @@ from .adapted_layer import AdaptedLayer
 from .base_layer import (
     check_base_layer,
     check_is_called,
-    check_mergeable,
     check_no_plan,
     disable_nested_tensors,
     first,
@@ -20,6 +19,7 @@ from .base_layer import (
 from .experts import RandLoraParameter, matching_parameters
 from .linear import RandLoraLinear
 from .merging import forget_merged
+from .shared import check_mergeable, warn_of_shared
 from .state_dict import guard
 
 # Names that torch.compile and activation checkpointing put into the paths of modules.
@@ -126,6 +126,9 @@ def adapting(
         for name, (path, own) in stacks.items():
             base = outermost.get(path) or model.get_submodule(path)
             made[name] = outermost[path] = RandLoraParameter(base, own, **layer_options)
+        for name, layer in made.items():
+            layer.path = name
+        warn_of_shared(model, made, stacklevel=4)  # where `apply_randlora` was called
         yield made
     except BaseException:  # the layers have frozen their base layers
         for parameter in before:
@@ -135,8 +138,6 @@ def adapting(
         model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    for name, layer in made.items():
-        layer.path = name
     for name in targets:
         model.set_submodule(name, made[name])
         disable_nested_tensors(model, name)
@@ -192,10 +193,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     The model is then as it was before `apply_randlora`, with W + dW for W, and still frozen.
     Adapters that are not active are dropped. Returns `model`, or its base layer if it is a
     `RandLoraLinear` itself. Raises as `RandLoraLinear.merge`, or RuntimeError if two layers share a
-    weight, before anything changes. Source: PEFT's method.
+    weight, before anything changes. Warns if a module without an adapter shares the weight of a
+    layer, as an embedding tied to the head: it changes, too. Source: PEFT's method.
     """
     layers = adapted_layers(model)
     check_mergeable(layers)
+    modules = model.named_modules(remove_duplicate=False)
+    at = {path: module for path, module in modules if isinstance(module, RandLoraLinear)}
+    warn_of_shared(model, at, stacklevel=2)
     for layer in layers.values():
         if names := layer._names():
             layer.merge(adapter_names=names, keep_weight="nothing")

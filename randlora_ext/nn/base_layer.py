@@ -3,7 +3,6 @@
 import math
 import re
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
 from ..ops.registration import autocast_is_on
-from ..ranks import is_dtensor, local_tensor
+from ..ranks import is_dtensor
 
 _NOT_CUT = (
     "tensor parallelism is not supported beside adapters; DDP, DeepSpeed ZeRO and FSDP2 are, by "
@@ -86,18 +85,6 @@ def refuse_cut(base_layer: Any) -> None:
             )
 
 
-def check_mergeable(layers: Mapping[str, Any]) -> None:
-    """Raises, before one of a model's adapted layers is merged, what another's weight forbids."""
-    seen: dict[int, Any] = {}
-    for path, layer in layers.items():
-        layer.path = path
-        weight = layer._held_weight()
-        if weight is not None and weight.is_meta and hasattr(layer.get_base_layer(), "_hf_hook"):
-            continue  # accelerate will bring it
-        check_writable(layer)
-        refuse_shared(seen.setdefault(_memory(layer), layer), layer)
-
-
 def check_writable(layer: Any) -> None:
     """Raises TypeError or RuntimeError if dW cannot be written into the weight or would be lost."""
     if (weight := layer._held_weight()) is None:
@@ -105,11 +92,12 @@ def check_writable(layer: Any) -> None:
     base = layer.get_base_layer()
     if not any(weight is t for t in (*base.parameters(recurse=False), *base.buffers(False))):
         raise TypeError(
-            f"{_name(layer)}: base_layer.weight is computed at every use (by a parametrization, "
-            "weight_norm, spectral_norm or pruning) and cannot be merged into; remove that first"
+            f"{layer_name(layer)}: base_layer.weight is computed at every use (by a "
+            "parametrization, weight_norm, spectral_norm or pruning) and cannot be merged into; "
+            "remove that first"
         )
     if weight.is_meta:
-        raise RuntimeError(f"{_name(layer)}: base_layer.weight has no numbers (meta device)")
+        raise RuntimeError(f"{layer_name(layer)}: base_layer.weight has no numbers (meta device)")
     if not weight.is_floating_point():
         raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
     if weight.numel() != math.prod((*layer.experts, layer.in_features, layer.out_features)):
@@ -120,22 +108,8 @@ def check_writable(layer: Any) -> None:
         )
 
 
-def refuse_shared(first: Any, second: Any) -> None:
-    """Raises RuntimeError, naming both layers, if they have one weight: W can hold one dW."""
-    if first is not second and _memory(first) == _memory(second):
-        raise RuntimeError(
-            f"{_name(first)} and {_name(second)} share one weight, which can hold the change of "
-            "one of them only; use them unmerged"
-        )
-
-
-def _memory(layer: Any) -> int:
-    """Equal for layers of one weight."""
-    weight = layer._held_weight()
-    return id(layer) if weight is None else local_tensor(weight).data_ptr() or id(weight)
-
-
-def _name(layer: Any) -> str:
+def layer_name(layer: Any) -> str:
+    """What messages call the layer: its path, if it knows that."""
     told = f"{type(layer).__name__}({layer.extra_repr()})"
     return f"layer {layer.path!r}" if layer.path else told
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..basis.description import check_kind
 from ..ranks import full_tensor, is_dtensor, local_tensor
-from .base_layer import check_writable, do_nothing, refuse_shared
+from .base_layer import check_writable, do_nothing
+from .shared import refuse_shared
 
 KEEP_WEIGHT = ("host", "device", "nothing")
 

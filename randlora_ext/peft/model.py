@@ -15,7 +15,6 @@ from ..basis.description import check_r
 from ..nn.apply import check_not_nested
 from ..nn.base_layer import (
     check_is_called,
-    check_mergeable,
     check_no_plan,
     check_whole,
     disable_nested_tensors,
@@ -27,6 +26,7 @@ from ..nn.base_layer import (
 from ..nn.experts import matching_parameters, sizes_of
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import remember_merged
+from ..nn.shared import check_mergeable, warn_of_shared
 from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
@@ -189,8 +189,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        modules = self.model.named_modules()
-        check_mergeable({path: m for path, m in modules if isinstance(m, AcceleratedLinear)})
+        modules = self.model.named_modules(remove_duplicate=False)
+        layers = {path: m for path, m in modules if isinstance(m, AcceleratedLinear)}
+        check_mergeable(layers)
+        warn_of_shared(self.model, layers, stacklevel=3)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

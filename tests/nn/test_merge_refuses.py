@@ -3,6 +3,7 @@
 import copy
 import itertools
 import threading
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -25,6 +26,16 @@ def in_a_model(with_peft, *bases):
         return model, (model.merge_adapter, model.merge_and_unload)
     apply_randlora(model, r"[abc]", r=5)
     return randomize(model), (lambda: merge_and_unload(model),)
+
+
+def shared_views(at, size):
+    """Two layers whose weights are slices of one matrix, the second from `at`."""
+    W = torch.randn(40, 40)
+    row, column = at
+    bases = [nn.Linear(24, 24), nn.Linear(*size)]
+    bases[0].weight.data = W[:24, :24]
+    bases[1].weight.data = W[row : row + size[1], column : column + size[0]]
+    return bases
 
 
 def two_bases(tied=True):
@@ -95,6 +106,93 @@ def test_models_are_checked_before_a_layer_is_merged(with_peft):
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
     assert not any(m.merged for m in model.modules() if hasattr(m, "merged_adapters"))
     assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("with_peft", [False, True])
+@pytest.mark.parametrize("at, size", [((8, 0), (24, 24)), ((23, 23), (8, 9)), ((0, 12), (12, 24))])
+def test_views_that_overlap_share_a_weight(with_peft, at, size):
+    model, merges = in_a_model(with_peft, *shared_views(at, size))
+    layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
+    before = copy.deepcopy(model.state_dict())
+    for merge in merges:
+        with pytest.raises(RuntimeError, match="layer 'a' and layer 'b' share one weight"):
+            merge()
+    layers[1].merge()
+    with pytest.raises(RuntimeError, match="share one weight"):
+        layers[0].merge()
+    layers[1].unmerge()
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize("at, size", [((24, 0), (40, 16)), ((0, 24), (16, 24)), ((24, 24), (9, 8))])
+def test_views_beside_each_other_are_merged(at, size):
+    bases = shared_views(at, size)
+    model, merges = in_a_model(False, *bases)
+    with torch.no_grad():
+        want = [
+            base.weight + layer.get_delta_weight("default")
+            for base, layer in zip(bases, model, strict=True)
+        ]
+    for merge in merges:
+        merge()
+    for base, weight in zip(bases, want, strict=True):
+        assert relative(base.weight, weight) < 1e-6
+
+
+class Tied(nn.Module):
+    """A head that has the weight of something without an adapter: as a whole or a part of it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 24), nn.Linear(24, 24)
+        if how == "parameter":
+            self.embed = nn.Embedding(24, 24)
+            self.head.weight = self.embed.weight
+        elif how == "view":
+            self.head.weight = nn.Parameter(self.embed.weight.data[6:])
+        elif how == "buffer":
+            self.register_buffer("same", self.head.weight.data)
+        elif how == "module":
+            self.again = nn.ModuleList([self.head])
+
+    def forward(self, x):
+        return self.head(x)
+
+
+NAMES = {
+    "parameter": "embed.weight",
+    "view": "embed.weight",
+    "buffer": "same",
+    "module": "again.0.weight",
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("how", [*NAMES, "no"])
+def test_merging_tells_of_a_module_without_an_adapter_that_shares_the_weight(how):
+    def told(caught):
+        return [str(w.message) for w in caught if "share weights" in str(w.message)]
+
+    model = Tied(how)
+    wanted = f"layer 'head' with '{NAMES[how]}'" if how in NAMES else "nothing"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        apply_randlora(model, r"head", r=5)
+        randomize(model)
+        at_apply = told(caught)
+        merge_and_unload(model)
+    at_merge = told(caught)[len(at_apply) :]
+    for messages in (at_apply, at_merge):
+        assert len(messages) == (how in NAMES)
+        assert all(wanted in message for message in messages)
+    assert all(w.filename == __file__ for w in caught)
+
+
+def test_peft_tells_it_when_it_merges():
+    peft_helpers = pytest.importorskip("peft_helpers")
+    model = peft_helpers.adapted(Tied("parameter"), ["head"], sparse=True)
+    with pytest.warns(UserWarning, match="layer 'head' with 'embed.weight'"):
+        model.merge_adapter()
 
 
 COMPUTED = {
