@@ -87,6 +87,13 @@ std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_
   return {offset, index};
 }
 
+// CUDA kernels count the columns of a dense matrix, and go some past its end, in 32-bit integers.
+void check_dense_columns(int64_t cols) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  RANDLORA_CHECK(cols >= 0 && cols <= kMost, "cols = ", cols,
+                 " leaves the allowed range [0, 2^30] of a dense matrix");
+}
+
 DType dense_dtype(ScalarType t) {
   const auto dtype = dtype_of(t);
   RANDLORA_CHECK(dtype, "dtype must be float32, float64, bfloat16 or float16");
@@ -95,6 +102,7 @@ DType dense_dtype(ScalarType t) {
 
 Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType dtype) {
   const int64_t rows = check_planes(planes, cols);
+  check_dense_columns(cols);
   const DType type = dense_dtype(dtype);
   Tensor out = allocate({rows, cols}, dtype, planes);
   run(planes, PlanesToDense{view(planes), rows, cols, value, out.mutable_data_ptr(), type});
@@ -106,7 +114,7 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
   const DType type = dense_dtype(dtype);
   const int64_t rows = offset.numel() / 2;
   const AnyLists lists = check_lists(offset, index, rows, "");
-  RANDLORA_CHECK(cols >= 0, "cols may not be negative, got ", cols);
+  check_dense_columns(cols);
   Tensor out = allocate({rows, cols}, dtype, offset);
   // On CUDA positions go unchecked: reading them would make the host wait.
   const int64_t readable = runs_on_cuda(offset) ? 0 : lists.count;
