@@ -105,7 +105,7 @@ class Product {
     if (in_caches() && T >= kFewest)
       while (chunks_ < T && (T + chunks_ - 1) / chunks_ % 16 == 0) ++chunks_;
     largest_ = chunks_ ? (T + chunks_ - 1) / chunks_ : 0;
-    slots_ = runs_on_cuda(like) ? std::min<int64_t>(largest_, 512)
+    slots_ = runs_on_cuda(like) ? slots_on_card(largest_)
                                 : std::min<int64_t>((largest_ + 15) / 16, 64);
     if (dtype_ != class_dtype_) wide_ = Temporary(largest_ * s_.d, class_dtype_, like);
   }
@@ -138,6 +138,12 @@ class Product {
   }
 
  private:
+  // At most 512, all of which run at once, and not more than give the longest slot as few tokens:
+  // each writes K sums.
+  static int64_t slots_on_card(int64_t tokens) {
+    const int64_t longest = std::max<int64_t>((tokens + 511) / 512, 1);
+    return (tokens + longest - 1) / longest;
+  }
   // (classes, tokens, n), with room for a vector behind it.
   Temporary for_classes() const {
     return Temporary(s_.classes() * largest_ * s_.n + 64, class_dtype_, like_);

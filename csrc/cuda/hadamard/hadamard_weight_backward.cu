@@ -157,8 +157,9 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
            kAcross << ranks.split < r)
       ++ranks.split;
     ranks.of_lane = static_cast<int>(ceil_div(r, kAcross << ranks.split)) * kAcross;
-    const int64_t slots =
-        std::min(ceil_div(t.tiles, 2), ceil_div(4 * device.multiprocessors, p.experts));
+    // Rounded down: blocks beyond two rounds of two on each multiprocessor would need a third.
+    const int64_t of_expert = std::max<int64_t>(4 * device.multiprocessors / p.experts, 1);
+    const int64_t slots = std::min(ceil_div(t.tiles, 2), of_expert);
     C* sums = scratch<C>(device, p.experts * slots * K);
     launch(device, "hadamard_weight_backward",
            p.transposed ? hadamard_weight_backward_kernel<S, true>
