@@ -30,11 +30,13 @@ def appear(file: str | os.PathLike) -> Iterator[Path]:
     """A scratch path, renamed to `file` when the block ends. Its folder must exist.
 
     `file` may be a folder, which then must be empty or missing. If the block raises, nothing has
-    changed. OSError, ``FILE cannot be written: REASON``, if that is the reason.
+    changed. OSError, ``FILE cannot be written: REASON``, if that is the reason: also if something
+    else is there, such as a FIFO or a device, which a rename would replace.
     """
     place = _resolved(file)
     with _scratch_in(place.parent, file) as scratch:
         yield scratch / place.name
+        _refuse_special(place)
         os.replace(scratch / place.name, place)
 
 
@@ -49,8 +51,13 @@ def appear_together(folder: str | os.PathLike) -> Iterator[Path]:
     with _scratch_in(place, folder, make=True) as scratch:
         yield scratch
         files = [path for path in scratch.rglob("*") if path.is_file()]
-        for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
+        files.sort(key=lambda path: (path.suffix == ".json", path))
+        places = {}
+        for path in files:
             at = Path(os.path.realpath(place / path.relative_to(scratch)))  # may be a link, too
+            _refuse_special(at)
+            places[path] = at
+        for path, at in places.items():
             at.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, at)
 
@@ -71,15 +78,24 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
 
 
 def _resolved(path: str | os.PathLike) -> Path:
+    if not os.fspath(path):
+        raise OSError(f"''{_FAILED}the name is empty")
     place = Path(os.path.realpath(path))
-    if not os.fspath(path) or not place.name:
-        raise OSError(f"{os.fspath(path) or repr('')}{_FAILED}the name is empty")
+    if not place.name:
+        raise OSError(f"{os.fspath(path)}{_FAILED}it is the root folder; name a place below it")
     return place
+
+
+def _refuse_special(place: Path) -> None:
+    """OSError unless there is a regular file, a folder or nothing; `place` is no link."""
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        raise OSError(f"{place} is neither a regular file nor a folder")
 
 
 @contextmanager
 def _scratch_in(folder: Path, path: str | os.PathLike, make: bool = False) -> Iterator[Path]:
     try:
+        _refuse_special(Path(os.path.realpath(path)))
         if make:
             folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder), tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
@@ -98,7 +114,7 @@ def _scratch_in(folder: Path, path: str | os.PathLike, make: bool = False) -> It
 def _locked(folder: Path) -> Iterator[None]:
     """Scratch folders in a folder that no process has locked are left-overs: the kernel releases a
     process's lock when it dies."""
-    lock = os.open(folder, os.O_RDONLY)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a FIFO would make it wait
     try:
         with suppress(OSError):  # another process is writing, or the file system has no locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

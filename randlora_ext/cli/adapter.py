@@ -12,6 +12,7 @@ from torch import Tensor
 from ..basis import Basis
 from ..files import read_safetensors
 from ..nn.adapter_file import read_adapter_file
+from ..nn.paths import in_base_model, nesting
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE, check_diagonals
 from ..ops.functional import merged_weight
 from . import CliError, told_of
@@ -78,7 +79,10 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     if not paths:
         raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
     stacks = {at: tensors[at + ends[0]].shape[:-2] for at in paths}
-    names = {at: _parameter(at, config) if stacks[at] else f"{at}.weight" for at in paths}
+    names = {}
+    for at in paths:
+        path, depth = in_base_model(at, paths), nesting(at, paths)
+        names[at] = _parameter(path, depth, config) if stacks[at] else f"{path}.weight"
     name_in = locate([*names.values()], checkpoint)
     layouts = {}
     for at, experts in stacks.items():
@@ -102,7 +106,7 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
         added[names[at]] = partial(_plus_delta, basis, lam, gam, scaling, transposed)
     if alien := next((key for key in tensors if key.rpartition(".")[0] in paths), None):
         raise ValueError(f"it has {alien}, which an adapted layer does not have")
-    others = {name_in(key.replace(".base_layer.", ".")): each for key, each in tensors.items()}
+    others = {name_in(in_base_model(key, paths)): each for key, each in tensors.items()}
     for name in checkpoint.parameters.keys() - others.keys():
         whole = [module for module in config.modules_to_save or () if f".{module}." in f".{name}"]
         if whole:
@@ -129,14 +133,16 @@ def _read_peft(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     return config, {key.removeprefix("base_model.model."): each for key, each in saved.items()}
 
 
-def _parameter(at: str, config: Any) -> str:
-    """The name of the parameter to which a layer of experts belongs. Those of one module are nested
-    in the order of ``target_parameters``, the first one innermost."""
-    path, depth = at.replace(".base_layer", ""), at.count(".base_layer")
+def _parameter(path: str, depth: int, config: Any) -> str:
+    """The name of the parameter of the module `path` to which a layer of experts belongs. Those of
+    one module are nested in the order of ``target_parameters``, the first one innermost; `depth`
+    lie around this one."""
     names = ((f"{path}.{t.rpartition('.')[2]}", f".{t}") for t in config.target_parameters or ())
     found = [*dict.fromkeys(name for name, end in names if f".{name}".endswith(end))]
     if depth >= len(found):
-        raise ValueError(f"{at} is no layer of target_parameters {config.target_parameters}")
+        raise ValueError(
+            f"{path} has more layers than target_parameters {config.target_parameters}"
+        )
     return found[-1 - depth]
 
 

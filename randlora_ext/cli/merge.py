@@ -23,6 +23,12 @@ def merge(model: Path, source: Path, out: Path) -> int:
     Every other byte of the files stays. Needs the memory of two copies of the adapter and of one
     layer, and the disk space of the model.
     """
+    for operand, place in (("MODEL", model), ("ADAPTER", source)):
+        if not place.exists():
+            raise CliError(
+                f"{operand} {place} does not exist here; of the hub's, `hf download NAME "
+                "--local-dir FOLDER` makes a folder"
+            )
     checkpoint = read_checkpoint(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CliError(f"{out} exists; choose another name or remove it first")

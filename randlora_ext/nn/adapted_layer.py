@@ -180,3 +180,9 @@ class AdaptedLayer(KeepsWeight):
             state = ", merged" if name in self.merged_adapters else state
             parts.append(f"{name}: {self.describe(name)}{state}")
         return "; ".join(parts)
+
+
+def layers_by_path(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The layers with adapters, ours without PEFT and with it; a tied one under several paths."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {path: module for path, module in modules if isinstance(module, AdaptedLayer)}

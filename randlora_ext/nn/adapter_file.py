@@ -15,9 +15,11 @@ from ..basis import Basis, BasisDescription
 from ..basis.description import check_kind
 from ..files import appear, read_safetensors
 from ..ranks import failing_together, full_tensor, is_dtensor
-from .apply import adapted_layers, adapting, unwrapped
+from .adapted_layer import layers_by_path
+from .apply import adapted_layers, adapting
 from .experts import matching_parameters
 from .linear import check_alpha, check_dropout
+from .paths import in_base_model
 from .state_dict import DIAGONALS, INPUT_SCALE, check_diagonals, misfit, refuse
 
 _METADATA = "randlora_adapter"
@@ -90,8 +92,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
             f"adapter {adapter_name!r} has layers of {options} and of {another}; a file holds one "
             "set of options, so give them adapters of other names"
         )
+    by_path = layers_by_path(inner)
     own: dict[str, Any] = {
-        unwrapped(inner, name): parameter
+        in_base_model(name, by_path): parameter
         for name, parameter in inner.named_parameters()
         if parameter.requires_grad and not any(f"{kind}." in name for kind in DIAGONALS)
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapted_layer import AdaptedLayer
+from .adapted_layer import layers_by_path
 from .base_layer import (
     check_base_layer,
     check_is_called,
@@ -19,11 +19,9 @@ from .base_layer import (
 from .experts import RandLoraParameter, matching_parameters
 from .linear import RandLoraLinear
 from .merging import forget_merged
+from .paths import in_base_model
 from .shared import check_mergeable, warn_of_shared
 from .state_dict import guard
-
-# Names that torch.compile and activation checkpointing put into the paths of modules.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def apply_randlora(
@@ -216,18 +214,9 @@ def unload(model: nn.Module) -> nn.Module:
 
 def adapted_layers(model: nn.Module, kind: type[Any] = RandLoraLinear) -> dict[str, Any]:
     """By their paths, and those of parameters by the names of these; a tied one several times."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {m.name_at(unwrapped(model, path)): m for path, m in modules if isinstance(m, kind)}
-
-
-def unwrapped(module: Any, path: str) -> str:
-    """The path in the base model, without what wrappers and layers of parameters put into it."""
-    kept = []
-    for part in filter(None, path.split(".")):
-        is_ours = part == "base_layer" and isinstance(module, AdaptedLayer)
-        kept += [] if is_ours or part in _WRAPPERS else [part]
-        module = getattr(module, part)
-    return ".".join(kept)
+    layers = layers_by_path(model)
+    of_kind = {path: layer for path, layer in layers.items() if isinstance(layer, kind)}
+    return {layer.name_at(in_base_model(path, layers)): layer for path, layer in of_kind.items()}
 
 
 def _without(model: nn.Module) -> nn.Module:

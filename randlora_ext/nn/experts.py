@@ -10,9 +10,10 @@ from torch.func import functional_call
 
 from ..ops import hadamard
 from ..ranks import is_dtensor, laid_out_like
-from .adapted_layer import AdaptedLayer
+from .adapted_layer import AdaptedLayer, layers_by_path
 from .base_layer import check_is_called, check_no_plan, check_whole, first
 from .linear import RandLoraLinear
+from .paths import in_base_model
 
 _TRANSPOSED = {"Llama4TextExperts"}  # classes that store (experts, in, out) and do not say so
 
@@ -134,10 +135,10 @@ def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, t
     if not targets:
         return {}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    ends, found = tuple(f".{name}" for name in targets), {}
+    ends, layers, found = tuple(f".{name}" for name in targets), layers_by_path(model), {}
     for path, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
-            name = f"{path.replace('.base_layer', '')}.{own}"
+            name = f"{in_base_model(path, layers)}.{own}"
             if not f".{name}".endswith(ends):
                 continue
             check_no_plan(model, name, told := f"target_parameters: {name!r}")

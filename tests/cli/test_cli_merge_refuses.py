@@ -63,8 +63,8 @@ SHARD, WEIGHTS = "model/model-*.safetensors", "adapter/adapter_model.safetensors
 LAMBDA, GAMMA = f"{Q0}.randlora_lambda", f"{Q0}.randlora_gamma"
 DEEP = "[" * 100_000
 BROKEN = {
-    "no model": (lambda r: shutil.rmtree(r / "model"), "model.safetensors must be a sound"),
-    "no adapter": (lambda r: shutil.rmtree(r / "adapter"), "No such file or directory"),
+    "no model": (lambda r: shutil.rmtree(r / "model"), "model does not exist here"),
+    "no adapter": (lambda r: shutil.rmtree(r / "adapter"), "adapter does not exist here"),
     "out exists": (lambda r: ((r / "out").mkdir(), (r / "out" / "a").touch()), "exists"),
     "shard missing": (lambda r: sorted(r.glob(SHARD))[0].unlink(), "No such file or directory"),
     "shard truncated": (written(SHARD, lambda data: data[:-5]), "must be a sound"),

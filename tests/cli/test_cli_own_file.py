@@ -83,9 +83,9 @@ def test_what_does_not_fit_is_told(sound, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "randlora_ext.peft", None)
     for model, adapter, told in (
         (tmp_path / "other", file, "in_features and out_features are (32, 64), not (32, 48)"),
-        ("nowhere", file, "nowhere/model.safetensors must be a sound safetensors file"),
-        ("nowhere", "nor here", "nowhere/model.safetensors must be a sound safetensors file"),
-        (sound / "model", "nor here", "No such file or directory: 'nor here/adapter_config.json'"),
+        ("HUB/NAME", file, "MODEL HUB/NAME does not exist here; of the hub's, `hf download NAME"),
+        ("nowhere", "nor here", "MODEL nowhere does not exist here"),
+        (sound / "model", "HUB/NAME", "ADAPTER HUB/NAME does not exist here; of the hub's, `hf"),
         (sound / "model", tmp_path, "adapter_config.json"),
     ):
         assert told in refused("merge", model, adapter, out)

@@ -9,6 +9,7 @@ from layer_helpers import layers, randomize
 from torch import nn
 
 from randlora_ext import apply_randlora, load_adapter, merge_and_unload, save_adapter, unload
+from randlora_ext.nn.apply import adapted_layers
 
 
 def applied(name="Mixtral", **options):
@@ -99,6 +100,24 @@ def test_a_file_of_a_linear_layer_inside_an_adapted_module(tmp_path):
         return nn.Sequential(outer)
 
     saved = randomize(apply_randlora(model(), ["tied"], target_parameters=["experts"], r=2))
+    trained = [p for p in saved.parameters() if p.requires_grad]
+    save_adapter(saved, tmp_path / "adapter")
+    opened = load_adapter(model(), tmp_path / "adapter")
+    again = [p for p in opened.parameters() if p.requires_grad]
+    assert len(trained) == 6 and all(map(torch.equal, again, trained))
+
+
+def test_a_file_of_experts_inside_a_module_called_base_layer(tmp_path):
+    """Its own name stays, below another module and below one of our layers."""
+
+    def model():
+        outer = Own(2, 4, 4)
+        outer.base_layer = nn.ModuleDict({"inner": Own(3, 5, 4)})
+        return nn.Sequential(outer, nn.ModuleDict({"base_layer": Own(2, 4, 4)}))
+
+    names = ["0.experts", "0.base_layer.inner.experts", "1.base_layer.experts"]
+    saved = randomize(apply_randlora(model(), target_parameters=["experts"], r=2))
+    assert [*adapted_layers(saved)] == names
     trained = [p for p in saved.parameters() if p.requires_grad]
     save_adapter(saved, tmp_path / "adapter")
     opened = load_adapter(model(), tmp_path / "adapter")

@@ -1,0 +1,28 @@
+"""Where our layers lie in the path of a module or of a saved tensor."""
+
+from collections.abc import Container
+
+# Names that torch.compile and activation checkpointing put into the paths of modules.
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+
+def in_base_model(path: str, layers: Container[str]) -> str:
+    """The path in the base model: without what wrappers and our layers have put into it.
+
+    `layers` are the paths of our layers, as `path` has them. Each keeps what it replaced as
+    ``base_layer``, but a user's module may have that name, too: one is ours directly below a layer.
+    """
+    kept, parts = [], path.split(".")
+    for depth, part in enumerate(parts):
+        is_ours = part == "base_layer" and ".".join(parts[:depth]) in layers
+        if not is_ours and part not in _WRAPPERS:
+            kept.append(part)
+    return ".".join(kept)
+
+
+def nesting(path: str, layers: Container[str]) -> int:
+    """How many of our layers lie around the one at `path`, of other parameters of its module."""
+    depth, outer = 0, path.removesuffix(".base_layer")
+    while outer != path and outer in layers:
+        depth, path, outer = depth + 1, outer, outer.removesuffix(".base_layer")
+    return depth
