@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import Basis
+from ..checks import check_diagonals, check_dimensions, check_linear, check_operand
 from ..reference import scaled_basis_reference
 from .registration import Operator, entry, fake, gradients, linear_entry
 
@@ -39,12 +40,25 @@ def scaled_basis(A, lam, **_):
     return A.new_empty((lam.shape[0] * lam.shape[1], A.shape[1]))
 
 
+def _check(A: Tensor, lam: Tensor, gam: Tensor) -> None:
+    """Checks what csrc/torch/scaled_basis.cpp checks."""
+    check_dimensions("A", A, "r, d")
+    check_dimensions("lam", lam, "r, n")
+    (r, d), n = A.shape, lam.shape[1]
+    check_operand("A", A, (r, d), A.device)
+    check_operand("lam", lam, (r, n), A.device)
+    check_operand("gam", gam, (n, d), A.device)
+
+
 def _plain_scaled_basis(A: Tensor, lam: Tensor, gam: Tensor) -> Tensor:
+    _check(A, lam, gam)
     wide = torch.promote_types(A.dtype, torch.float32)
     return scaled_basis_reference(A.to(wide), lam.to(wide), gam.to(wide)).to(A.dtype)
 
 
 def _plain_scaled_basis_backward(grad, A, lam, gam) -> tuple[Tensor, Tensor]:
+    _check(A, lam, gam)
+    check_operand("grad", grad, (lam.numel(), A.shape[1]), A.device)
     wide = torch.promote_types(grad.dtype, torch.float32)
     by_rank = grad.to(wide).unflatten(0, lam.shape) * A.to(wide)[:, None]  # (r, n, d)
     dlam = torch.einsum("jik,ik->ji", by_rank, gam.to(wide))
@@ -70,37 +84,18 @@ def delta(basis: Basis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
     return (product if basis.expand else product.T).to(lam.dtype)
 
 
-def check_plain(x, weight, bias, lam, gam, r, d, D, expand, dy=None) -> None:
-    """Checks for plain torch what csrc/torch checks for the kernels; torch would broadcast."""
-    if weight is None and bias is not None:
-        raise RuntimeError("randlora: bias was given without a weight; add it to the base output")
-    n = lam.shape[-1] if lam.dim() else 0
-    ends = (d, D) if expand else (D, d)
-    for name, t, shape in (
-        ("lam", lam, (r, n)),
-        ("gam", gam, (n, d)),
-        ("x", x, (*x.shape[:-1], ends[0])),
-        ("weight", weight, ends[::-1]),
-        ("bias", bias, ends[1:]),
-        ("dy", dy, (*x.shape[:-1], ends[1])),
-    ):
-        if t is None:
-            continue
-        same = t.device == x.device and (name in ("lam", "gam") or t.dtype == x.dtype)
-        if not same or not t.is_floating_point() or tuple(t.shape) != shape:
-            raise RuntimeError(
-                f"randlora: {name} must be a floating tensor {shape} on {x.device}, in the dtype "
-                f"of x {tuple(x.shape)} {x.dtype} unless it is lam or gam, got {tuple(t.shape)} "
-                f"{t.dtype} on {t.device}"
-            )
-
-
 class _Products:
     """The products of one call, on x and dy as matrices (T, features)."""
 
     def __init__(self, x, weight, bias, lam, gam, A, B, expand, scale, dy=None):
+        check_dimensions("A", A, "r, d")
+        check_dimensions("B", B, "D, K")
         (r, d), (D, K) = A.shape, B.shape
-        check_plain(x, weight, bias, lam, gam, r, d, D, expand, dy)
+        check_diagonals(lam, gam, d)
+        check_linear(x, weight, bias, lam, (d, D) if expand else (D, d), dy)
+        check_operand("lam", lam, (r, lam.shape[1]), lam.device)
+        check_operand("A", A, (r, d), lam.device)
+        check_operand("B", B, (D, lam.numel()), lam.device, x.dtype)
         self.lam, self.gam, self.A, self.B = lam, gam, A.to(x.dtype), B
         self.weight, self.scale, self.expand = weight, scale, expand
         self.x = x.reshape(-1, x.shape[-1])

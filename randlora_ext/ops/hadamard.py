@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..basis.hadamard import sylvester
-from .dense import check_plain
+from ..checks import check_diagonals, check_dimensions, check_linear, check_operand
 from .registration import Operator, entry, fake, gradients, linear_entry
 
 _ops = torch.ops.randlora
@@ -85,14 +85,19 @@ def _plain_linear_backward(
     return dx.to(x.dtype).contiguous().view(x.shape) if need_x else None, *of_diagonals
 
 
+def _check_basis(lam, gam, s, row, col) -> tuple[int, int]:
+    """Checks what csrc/torch/hadamard.cpp checks; returns (d, D)."""
+    for name, signs, size in (("s", s, "d"), ("row", row, "D"), ("col", col, "K")):
+        check_dimensions(name, signs, size)
+    check_diagonals(lam, gam, len(s))
+    for name, signs, count in (("s", s, len(s)), ("row", row, len(row)), ("col", col, lam.numel())):
+        check_operand(name, signs, (count,), lam.device, torch.float32)
+    return len(s), len(row)
+
+
 def _check(x, weight, bias, lam, gam, s, row, col, expand, dy=None) -> None:
-    """Checks what csrc/torch/hadamard.cpp checks."""
-    check_plain(x, weight, bias, lam, gam, lam.shape[:1].numel(), len(s), len(row), expand, dy)
-    for name, t, count in (("s", s, len(s)), ("row", row, len(row)), ("col", col, lam.numel())):
-        if tuple(t.shape) != (count,) or t.dtype != torch.float32:
-            raise RuntimeError(
-                f"randlora: {name} must be ({count}) float32, got {tuple(t.shape)} {t.dtype}"
-            )
+    d, D = _check_basis(lam, gam, s, row, col)
+    check_linear(x, weight, bias, lam, (d, D) if expand else (D, d), dy)
 
 
 def _plain_product(given, other, up, lam, gam, s, row, col, scale):
@@ -150,11 +155,12 @@ def _transform(v: Tensor) -> Tensor:
 
 def _each(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:
     """Every expert's part of these tensors; None and vectors are for all."""
+    check_dimensions("lam", lam, "experts, r, n")
     parts: list = []
     for t in tensors:
         if t is None or t.dim() == 1:
             parts.append([t] * len(lam))
-        elif len(t) == len(lam):
+        elif t.dim() > 0 and len(t) == len(lam):
             parts.append(t)
         else:
             raise RuntimeError(f"randlora: lam has {len(lam)} experts, beside {tuple(t.shape)}")
@@ -165,10 +171,10 @@ def _plain_weight(weight, lam, gam, s, row, col, expand, scale):
     if lam.dim() == 3:
         parts = _each(lam, weight, lam, gam, s, row)
         return torch.stack([_plain_weight(*part, col, expand, scale) for part in parts])
+    d, D = _check_basis(lam, gam, s, row, col)
+    if weight is not None:
+        check_operand("weight", weight, (D, d) if expand else (d, D), lam.device)
     like = lam if weight is None else weight
-    sizes = (len(row), len(s)) if expand else (len(s), len(row))
-    if weight is not None and tuple(weight.shape) != sizes:
-        raise RuntimeError(f"randlora: weight must be {sizes}, got {tuple(weight.shape)}")
     # Row k is column k of B (lambda * A * gamma).
     delta = _plain_linear(_identity(like, s), None, None, lam, gam, s, row, col, True, scale)
     delta = delta.T if expand else delta
@@ -180,6 +186,8 @@ def _plain_weight_backward(grad, lam, gam, s, row, col, expand, scale):
         parts = _each(lam, grad, lam, gam, s, row)
         results = [_plain_weight_backward(*part, col, expand, scale) for part in parts]
         return tuple(map(torch.stack, zip(*results, strict=True)))
+    d, D = _check_basis(lam, gam, s, row, col)
+    check_operand("grad", grad, (D, d) if expand else (d, D), lam.device)
     one = _identity(grad, s)
     inputs = (grad.T if expand else grad).to(one), one, None, lam, gam, s, row, col, True, scale
     return _plain_linear_backward(*inputs, need_x=False, need_diagonals=True)[1:]

@@ -1,5 +1,6 @@
 """Bad input raises an exception that names the argument, what it was and what is allowed."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from layer_cases import make_basis, make_layer, operands, operator
 
 from randlora_ext import Basis, delta_weight, linear, merged_weight, scaled_basis
-from randlora_ext.ops import hadamard, independent
+from randlora_ext.ops import dense, hadamard, independent
 
 ops = torch.ops.randlora
 ERRORS = (ValueError, TypeError, RuntimeError)
@@ -206,6 +207,66 @@ def test_hadamard_operators(change, expected, by_both):
         refuses(op, inputs, "randlora: ", *expected)
         if by_both:
             refuses(getattr(hadamard, name.replace("hadamard", "_plain")), inputs, *expected[:2])
+
+
+def odd(t):
+    """Tensors that could stand by mistake where `t` belongs; some are right."""
+    yield from (torch.ones(()), torch.ones(0), torch.ones(3), torch.ones(0, *t.shape[1:]))
+    yield from (t.flatten(), t[None], t[None].repeat(2, *[1] * t.dim()))
+    yield from (t[..., :-1], t[:-1], torch.cat([t, t]))
+    yield from (t.to(dtype) for dtype in (torch.float64, torch.float16, torch.int32, torch.cfloat))
+    yield t.to("meta")
+
+
+PLAIN = {
+    "hadamard_linear": (hadamard._plain_linear, HADAMARD),
+    "hadamard_linear_backward": (hadamard._plain_linear_backward, HADAMARD),
+    "hadamard_weight": (hadamard._plain_weight, HADAMARD),
+    "hadamard_weight_backward": (hadamard._plain_weight_backward, HADAMARD),
+    "scaled_basis": (dense._plain_scaled_basis, DENSE),
+    "scaled_basis_backward": (dense._plain_scaled_basis_backward, DENSE),
+    "dense_linear": (dense._dense_linear, DENSE),
+    "dense_linear_backward": (dense._dense_linear_backward, DENSE),
+}
+
+
+@pytest.mark.parametrize(
+    "name, experts",
+    [(name, False) for name in PLAIN]
+    + [("hadamard_weight", True), ("hadamard_weight_backward", True)],
+)
+def test_plain_torch_refuses_what_kernels_refuse(name, experts):
+    """With an error of ours, not one of some function of torch, and takes what they take."""
+    plain, basis = PLAIN[name]
+    module = hadamard if basis is HADAMARD else dense
+    good = arguments(basis) | module.operands(basis, "cpu", 1.0, torch.float32)
+    good |= {"dy": torch.ones(4, 6), "need_x": True, "need_diagonals": True}
+    good["grad"] = torch.ones(6, 6) if "scaled" in name else torch.ones(6, 8)
+    if experts:
+        for each in ("lam", "gam", "weight", "grad"):
+            good[each] = torch.stack([good[each]] * 3)
+    kernel = getattr(ops, name)
+    good = {each.name: good[each.name] for each in kernel.default._schema.arguments}
+    seen = Counter()
+    for argument, value in good.items():
+        for other in odd(value) if isinstance(value, torch.Tensor) else ():
+            inputs = {**good, argument: other}
+            taken = name.startswith("dense")  # which has no kernels
+            if not taken:
+                try:
+                    kernel(**inputs)
+                    taken = True
+                except RuntimeError as error:
+                    assert "randlora: " in str(error)
+            try:
+                plain(**inputs)
+                seen["taken"] += 1
+                assert taken, f"{argument} {tuple(other.shape)} {other.dtype} {other.device}"
+            except RuntimeError as error:
+                assert str(error).startswith("randlora: ")
+                seen["refused"] += 1
+                assert not taken or name.startswith("dense"), str(error)
+    assert seen["taken"] > 2 and seen["refused"] > 20
 
 
 def wrong_lists(offset, index, *expected, device="cpu"):

@@ -1,0 +1,70 @@
+"""Checks of arguments, whose errors name the argument, what it was and what is allowed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# ---- for operators in plain torch, what csrc/torch/check.cpp checks for the kernels --------------
+
+# Torch would broadcast or compute in another dtype.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_operand(
+    name: str, t: Any, shape: tuple[int, ...], on: torch.device, dtype: torch.dtype | None = None
+) -> None:
+    """Raises RuntimeError unless `t` is a tensor of that shape, on that device and of that dtype;
+    None stands for all dtypes that kernels take."""
+    dtypes = _DTYPES if dtype is None else (dtype,)
+    fits = isinstance(t, Tensor) and tuple(t.shape) == shape and t.dtype in dtypes
+    if fits and t.device == on:
+        return
+    allowed = "float32, float64, bfloat16 or float16" if dtype is None else str(dtype)
+    raise RuntimeError(
+        f"randlora: {name} must be a tensor {shape} of {allowed} on {on}, got {_described(t)}"
+    )
+
+
+def check_dimensions(name: str, t: Any, shape: str) -> None:
+    """Raises RuntimeError unless `t` is a tensor with as many dimensions as the names in `shape`,
+    none of them empty."""
+    count = shape.count(",") + 1
+    if not isinstance(t, Tensor) or t.dim() != count or t.numel() == 0:
+        raise RuntimeError(f"randlora: {name} must be a tensor ({shape}), got {_described(t)}")
+
+
+def _described(t: Any) -> str:
+    if isinstance(t, Tensor):
+        return f"{tuple(t.shape)} {t.dtype} on {t.device}"
+    return repr(t)
+
+
+def check_diagonals(lam: Any, gam: Any, d: int) -> None:
+    """Raises RuntimeError unless lam is (r, n) and gam (n, d), with d at most r * n."""
+    check_dimensions("lam", lam, "r, n")
+    r, n = lam.shape
+    check_operand("lam", lam, (r, n), lam.device)
+    check_operand("gam", gam, (n, d), lam.device)
+    if d > r * n:
+        raise RuntimeError(
+            f"randlora: gam must be (n, d) with d at most r * n = {r * n}, got {_described(gam)}"
+        )
+
+
+def check_linear(
+    x: Any, weight: Any, bias: Any, lam: Tensor, sizes: tuple[int, int], dy: Any = None
+) -> None:
+    """Raises RuntimeError unless these fit a linear layer of `sizes`, (in, out), beside `lam`."""
+    if weight is None and bias is not None:
+        raise RuntimeError("randlora: bias was given without a weight; add it to the base output")
+    n_in, n_out = sizes
+    lead = tuple(x.shape[:-1]) if isinstance(x, Tensor) else ()
+    on = lam.device
+    check_operand("x", x, (*lead, n_in), on)
+    if weight is not None:
+        check_operand("weight", weight, (n_out, n_in), on, x.dtype)
+    if bias is not None:
+        check_operand("bias", bias, (n_out,), on, x.dtype)
+    if dy is not None:
+        check_operand(f"dy for x {tuple(x.shape)}", dy, (*lead, n_out), on, x.dtype)
