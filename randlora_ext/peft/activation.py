@@ -21,11 +21,12 @@ from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
 from ..basis.description import check_kind
+from ..nn.adapter_config import NEEDS_OURS, PEFT_TYPES
 from ..nn.base_layer import check_no_plan
 from ..nn.merging import KEEP_WEIGHT
 from ..nn.state_dict import guard
 from .bases import BASIS_NAMES, PackedBufferDict
-from .config import NEEDS_OURS, PEFT_TYPES, RandLoraConfig, one_save
+from .config import RandLoraConfig, one_save
 from .layer import AcceleratedLinear, layers_with
 from .loading import check_load_over, warn_of_misfits
 from .model import AcceleratedRandLoraModel, accelerate_layer, change_class

@@ -17,8 +17,8 @@ from ..basis.basis import DenseMatrices
 from ..basis.cache import ordinary_tensors, share
 from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices, pack_dense
+from ..nn.adapter_config import description_of
 from ..nn.state_dict import misfit
-from .config import description_of
 
 BASIS_NAMES = ("randlora_A", "randlora_B")  # PEFT's attributes of models and layers
 

@@ -18,20 +18,16 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ..basis import BasisDescription
-from ..basis.description import SPECIFICATIONS, check_integer, check_kind, check_r, check_seed
+from ..basis.description import check_kind, check_r
+from ..nn.adapter_config import NEEDS_OURS, SPARSE, description_of
 from ..nn.linear import check_alpha, check_dropout, check_options
 from ..nn.state_dict import INPUT_SCALE, no_scale
 
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
 )  # fmt: skip
-# The type in files that stock PEFT cannot open: its error quotes a type that it does not know.
-NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
-PEFT_TYPES = (PeftType.RANDLORA.value, NEEDS_OURS)
 _TEXTS = "target_modules", "layers_pattern"
 _LISTS = "modules_to_save", "target_parameters"
-_SPARSE = "sparse", "very_sparse"
 _OURS = "basis", "density", "target_parameters"
 
 _METADATA = "randlora_ext"  # the entry of a safetensors header
@@ -126,38 +122,6 @@ def _check_types(config: RandLoraConfig) -> None:
     check_kind("bias", config.bias, ("none", "all", "randlora_only"))
 
 
-def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
-    """What generates an adapter's bases by the fields of its configuration, ours or PEFT's; None if
-    PEFT draws them. TypeError or ValueError, naming the field, for what is not allowed.
-
-    A text in ``projection_prng_key`` is complete; the other fields may only agree with it.
-    """
-    kind, density = fields.get("basis", "peft"), fields.get("density")
-    key, flags = fields["projection_prng_key"], [n for n in _SPARSE if fields.get(n)]
-    check_kind("basis", kind, ("peft", *SPECIFICATIONS))
-    BasisDescription("independent", density, 0)  # whether it is a density
-    if isinstance(key, str):
-        try:
-            made = BasisDescription.parse(key)
-        except ValueError as error:
-            raise ValueError(f"projection_prng_key: {error}") from error
-        if kind not in ("peft", made.kind) or density not in (None, made.density) or flags:
-            raise ValueError(
-                f"projection_prng_key={key!r} contradicts basis={kind!r}, density={density}, "
-                f"flags {flags}; the text says all, give it alone"
-            )
-        return made
-    if kind != "peft" or density is not None:
-        kind = "independent" if kind == "peft" else kind
-        if flags:
-            raise ValueError(f"{flags[0]} is of PEFT's own bases; basis={kind!r} takes a density")
-        check_seed("projection_prng_key", key)
-        return BasisDescription(kind, density, key)
-    # As torch takes it.
-    check_integer("projection_prng_key", key, -(2**63), 2**64 - 1, "[-2**63, 2**64)")
-    return None
-
-
 def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """How the bases of the configuration `saved`, and the parameters whose layers have no names of
     their own in files, differ from those of `own`, in words."""
@@ -174,7 +138,7 @@ def _bases_in_words(fields: Mapping[str, Any]) -> str:
     if (made := description_of(fields)) is not None:
         return made.key()
     # very_sparse overrules the other flag
-    flag = next((name for name in reversed(_SPARSE) if fields.get(name)), "uniform")
+    flag = next((name for name in reversed(SPARSE) if fields.get(name)), "uniform")
     return f"PEFT's, {flag}, of projection_prng_key={fields['projection_prng_key']}"
 
 

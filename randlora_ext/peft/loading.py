@@ -11,11 +11,12 @@ import torch
 from peft import PeftModel
 from peft.utils.save_and_load import load_peft_weights
 
+from ..nn.adapter_config import PEFT_TYPES
 from ..nn.base_layer import first
 from ..nn.linear import check_alpha
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 from .bases import BASIS_NAMES
-from .config import PEFT_TYPES, one_save, other_bases
+from .config import one_save, other_bases
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 

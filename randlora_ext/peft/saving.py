@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..files import appear_together
+from ..nn.adapter_config import NEEDS_OURS, description_of
 from ..nn.state_dict import INPUT_SCALE
 from .bases import BASIS_NAMES, BasisTensor, as_dense, largest
-from .config import NEEDS_OURS, description_of, record_configurations
+from .config import record_configurations
 from .layer import layers_with
 
 _MERGE = "merge instead (merge_and_unload or `randlora merge`)"
