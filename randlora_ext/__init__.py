@@ -21,6 +21,7 @@ from ._C import isa as _isa
 from .basis import Basis
 from .calibration import calibrate
 from .devices import CUDA_STATUS as _CUDA_STATUS
+from .dial import dial_curve, set_dial
 from .nn.adapter_file import load_adapter, save_adapter
 from .nn.apply import apply_randlora, merge_and_unload, unload
 from .nn.experts import RandLoraParameter
@@ -44,11 +45,13 @@ __all__ = [
     "build_info",
     "calibrate",
     "delta_weight",
+    "dial_curve",
     "linear",
     "load_adapter",
     "merge_and_unload",
     "merged_weight",
     "save_adapter",
     "scaled_basis",
+    "set_dial",
     "unload",
 ]

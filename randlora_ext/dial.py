@@ -1,0 +1,216 @@
+"""A dial between what a trained adapter has learned and what it has forgotten.
+
+A trained update times 0.7 keeps most of what it learned and gives back most of what it forgot: more
+than training at a lower rate does (docs/density.md). `dial_curve` shows what each factor costs,
+`set_dial` chooses one.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .basis.description import check_kind, check_number
+from .nn.adapted_layer import AdaptedLayer
+from .nn.apply import adapted_layers
+
+FACTORS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.0)
+NO_LABEL = -100  # of transformers
+
+
+class DialPoint(NamedTuple):
+    """Mean losses of a model whose dW is multiplied by `factor`."""
+
+    factor: float
+    task: float
+    text: float
+
+
+Measured = Iterable[Any] | Callable[[nn.Module], float]
+
+
+@torch.no_grad()
+def dial_curve(
+    model: nn.Module,
+    task: Measured,
+    text: Measured,
+    factors: Sequence[float] = FACTORS,
+    adapter_name: str = "default",
+    plot: str | os.PathLike | None = None,
+) -> list[DialPoint]:
+    """Measures, prints and draws a model with factor * dW in place of dW; changes nothing.
+
+    For each factor equivalent to the mean of ``model(**batch).loss`` over the batches, weighted by
+    how many of their labels are not -100, after `set_dial` with this factor::
+
+        curve = randlora_ext.dial_curve(model, held_out_batches, text_batches, plot="dial.png")
+        randlora_ext.set_dial(model, 0.7)
+
+    Args:
+        model: with a trained adapter, by `apply_randlora` or PEFT. It runs in eval mode; afterwards
+            each module is in its old mode.
+        task: batches of the task that it was trained for, best held-out ones: mappings of the
+            model's arguments with "labels", or tensors (rows, tokens) of token numbers without
+            padding, which are their own labels. Or a function of the model that returns its loss.
+        text: likewise, anything that the model should not forget.
+        factors: numbers from 0 on. The loss at 0, without dW, is what the others are compared with.
+        adapter_name: which adapter; the model's other active adapters stay as they are.
+        plot: a picture to write, which needs matplotlib.
+
+    Returns the points of the curve in the order of `factors`. Trained biases and
+    ``modules_to_save`` are not multiplied. If torch.distributed is initialized, the losses are
+    those of each rank's own batches, and the first rank prints and draws; if FSDP2 has sharded the
+    model, all ranks must call, with equally many batches.
+
+    Raises TypeError or ValueError: a factor is no finite number from 0 on, the adapter is not
+    there, not active or merged, or there is no batch.
+
+    Source: scaling a finished update is known from LoRA (PEFT's ``scale_layer``) and from model
+    arithmetic (arXiv:2212.04089).
+    """
+    for factor in factors:
+        check_number("factors", factor, "finite numbers from 0 on", lambda v: 0 <= v < math.inf)
+    layers = _layers(model, adapter_name)
+    for path, layer in layers.items():
+        if layer.disabled or adapter_name not in layer.active_adapters:
+            raise ValueError(
+                f"adapter_name {adapter_name!r} is not active in layer {path!r}, so no factor "
+                "would change anything"
+            )
+    measures = [_measure(name, given) for name, given in (("task", task), ("text", text))]
+    points = []
+    for factor in factors:
+        with _as_measured(model, set(layers.values()), adapter_name, factor):
+            points.append(DialPoint(float(factor), *(measure(model) for measure in measures)))
+    distributed = dist.is_available() and dist.is_initialized()
+    if not distributed or dist.get_rank() == 0:
+        print(table(points))
+        if plot is not None:
+            _write_plot(points, plot)
+    return points
+
+
+@torch.no_grad()
+def set_dial(model: nn.Module, factor: float, adapter_name: str = "default") -> None:
+    """Multiplies an adapter's dW by a factor, for good: ``dW = factor * dW``.
+
+    Lambda takes the factor, in place. dW is linear in lambda, so the result is exact up to one
+    rounding of each element, and lambda goes everywhere: into files and state dicts, with PEFT and
+    without, merged weights, `hotswap_adapter`, ``peft.save_as_lora`` and ``randlora merge``.
+    ``scaling`` would not: no state dict holds it, PEFT's ``load_adapter`` over an adapter keeps
+    the old one, and alpha in a configuration is an integer by PEFT's declaration.
+
+    Call it after training; an optimizer knows nothing of it. Factors multiply: 0.7 and then 0.5 is
+    0.35.
+
+    Args:
+        model: with adapters by `apply_randlora` or PEFT.
+        factor: a positive finite number.
+        adapter_name: which adapter, active or not.
+
+    Raises, and changes nothing: TypeError or ValueError if factor is no such number, the adapter is
+    not there or merged, or this process lacks its values (meta device, DeepSpeed ZeRO-3).
+
+    Source: as `dial_curve`.
+    """
+    check_number("factor", factor, "a positive finite number", lambda v: 0 < v < math.inf)
+    layers = _layers(model, adapter_name)
+    lambdas = [layer.randlora_lambda[adapter_name] for layer in set(layers.values())]
+    for lam in lambdas:
+        if lam.is_meta or not lam.numel():
+            raise ValueError("lambda has no numbers here (meta device, DeepSpeed ZeRO-3)")
+    for lam in lambdas:
+        lam.mul_(factor)
+
+
+def table(points: Sequence[DialPoint]) -> str:
+    """The points as lines of text, and the rise of the text's loss if one of them is without dW."""
+    without = [point.text for point in points if point.factor == 0]
+    lines = ["factor of dW  loss on the task  loss on the text" + "    rise" * bool(without)]
+    for factor, task, text in points:
+        rise = f"{text - without[0]:+8.3f}" if without else ""
+        lines.append(f"{factor:12g}  {task:16.3f}  {text:16.3f}{rise}")
+    return "\n".join(lines)
+
+
+def draw(axis: Any, points: Sequence[DialPoint], **style: Any) -> None:
+    """The curve into axes of matplotlib: the task's loss over the text's, a point for a factor."""
+    style = {"marker": "o", "markersize": 4} | style
+    axis.plot([point.text for point in points], [point.task for point in points], **style)
+    for factor, task, text in points:
+        axis.annotate(
+            f"x {factor:g}", (text, task), (4, 4), textcoords="offset points", fontsize="small"
+        )
+    axis.set(xlabel="loss on the text, per token", ylabel="loss on the task, per token")
+
+
+def _write_plot(points: Sequence[DialPoint], path: str | os.PathLike) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+    draw(axis, points, color="tab:red")
+    axis.set_title("dW times a factor: learned and forgotten", fontsize="medium")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
+    """Those with the adapter, by their paths; ValueError if there are none, or one is merged."""
+    found = adapted_layers(model, AdaptedLayer)
+    known = {name for layer in found.values() for name in layer.randlora_lambda}
+    check_kind("adapter_name", adapter_name, known)
+    layers = {at: layer for at, layer in found.items() if adapter_name in layer.randlora_lambda}
+    for path, layer in layers.items():
+        if adapter_name in layer.merged_adapters:
+            raise ValueError(
+                f"adapter {adapter_name!r} of layer {path!r} is merged; unmerge it first"
+            )
+    return layers
+
+
+@contextmanager
+def _as_measured(
+    model: nn.Module, layers: set[AdaptedLayer], adapter_name: str, factor: float
+) -> Iterator[None]:
+    """In eval mode, with a factor in `scaling`, which comes back bit for bit."""
+    modes = [(module, module.training) for module in model.modules()]
+    scalings = [(layer.scaling, layer.scaling[adapter_name]) for layer in layers]
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            for scaling, value in scalings:
+                scaling[adapter_name] = factor * value
+            model.eval()
+            yield
+        finally:
+            for scaling, value in scalings:
+                scaling[adapter_name] = value
+            for module, mode in modes:
+                module.training = mode
+
+
+def _measure(name: str, given: Measured) -> Callable[[nn.Module], float]:
+    if callable(given):
+        return lambda model: float(given(model))
+    if isinstance(given, (Tensor, Mapping, str)):
+        raise TypeError(f"{name} must be several batches, such as [batch], got one {type(given)}")
+    batches = list(given)  # which may be an iterator, and is read for every factor
+    if not batches:
+        raise ValueError(f"{name} must hold at least one batch, got none")
+    return lambda model: _mean_loss(model, batches)
+
+
+def _mean_loss(model: nn.Module, batches: Sequence[Any]) -> float:
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for batch in batches:
+        given = batch if isinstance(batch, Mapping) else {"input_ids": batch, "labels": batch}
+        arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
+        labels = int((arguments["labels"] != NO_LABEL).sum())
+        total += float(model(**arguments).loss) * labels
+        count += labels
+    return total / count

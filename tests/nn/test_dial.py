@@ -1,0 +1,164 @@
+"""The dial: the curve against copies whose lambda is multiplied, and where a chosen factor goes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cli_helpers import llama
+from layer_helpers import randomize, relative
+
+pytest.importorskip("transformers")
+
+import randlora_ext  # noqa: E402
+from randlora_ext import dial_curve, set_dial  # noqa: E402
+
+TARGETS = ["q_proj", "down_proj"]
+TEXT = [torch.arange(24).view(2, 12) % 50]
+TASK = [
+    {"input_ids": torch.arange(start, start + 8)[None] % 50,
+     "labels": torch.tensor([[-100] * (8 - count) + [7] * count])}
+    for start, count in ((0, 2), (9, 5))
+]  # fmt: skip
+
+
+def model(**options):
+    options = {"r": 4, "basis": "hadamard"} | options
+    return randomize(randlora_ext.apply_randlora(llama(), TARGETS, **options)).eval()
+
+
+def layers(model):
+    return [m for m in model.modules() if hasattr(m, "randlora_lambda")]
+
+
+def deltas(model, adapter="default"):
+    return [layer.get_delta_weight(adapter).detach() for layer in layers(model)]
+
+
+def loss_of(model, batches):
+    """By hand: the cross entropy of every token that is a label, and their mean."""
+    each = []
+    for batch in batches:
+        ids, labels = (
+            (batch["input_ids"], batch["labels"]) if isinstance(batch, dict) else (batch, batch)
+        )
+        logits = model(ids).logits[:, :-1].double()
+        found = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+        each.append(found[labels[:, 1:].flatten() != -100])
+    return torch.cat(each).mean().item()
+
+
+def test_the_curve_is_that_of_copies_with_another_lambda(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    ours = model().train()
+    ours.lm_head.eval()
+    modes, before = [m.training for m in ours.modules()], copy.deepcopy(ours.state_dict())
+    scalings = [layer.scaling["default"] for layer in layers(ours)]
+    factors = (1, 0.7, 0)
+    plot = tmp_path / "dial.png"
+    points = dial_curve(ours, TASK, iter(TEXT), factors, plot=plot)
+    assert [point.factor for point in points] == [1, 0.7, 0]
+    for factor, task, text in points:
+        other = copy.deepcopy(ours).eval()
+        for layer in layers(other):
+            layer.randlora_lambda["default"].data *= factor
+        assert task == pytest.approx(loss_of(other, TASK), rel=1e-5)
+        assert text == pytest.approx(loss_of(other, TEXT), rel=1e-5)
+    assert points[0].task != pytest.approx(points[1].task, rel=1e-3)
+    assert points[2].text == pytest.approx(loss_of(llama(), TEXT), rel=1e-5)
+    assert [m.training for m in ours.modules()] == modes
+    assert scalings == [layer.scaling["default"] for layer in layers(ours)]
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == "factor of dW loss on the task loss on the text rise".split()
+    assert lines[2].split()[:2] == ["0.7", f"{points[1].task:.3f}"]
+    assert float(lines[2].split()[3]) == pytest.approx(points[1].text - points[2].text, abs=1e-3)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_functions_of_the_model_are_measured_too():
+    ours, seen = model(), []
+
+    def size(given):
+        seen.append(given.training)
+        return sum(float(delta.norm()) for delta in deltas(given))
+
+    points = dial_curve(ours.train(), size, size, (1.0, 0.25))
+    assert points[1].task == pytest.approx(points[0].task / 4, rel=1e-5)
+    assert seen == [False] * 4 and ours.training
+
+
+def test_nothing_stays_changed_if_a_measure_fails():
+    ours, before = model().train(), [layer.scaling["default"] for layer in layers(model())]
+    with pytest.raises(KeyError):
+        dial_curve(ours, [{"input_ids": TEXT[0]}], TEXT, (0.5,))
+    assert [layer.scaling["default"] for layer in layers(ours)] == before and ours.training
+
+
+def merged(model):
+    for layer in layers(model):
+        layer.merge()
+    return model
+
+
+def disabled(model):
+    for layer in layers(model):
+        layer.disable()
+    return model
+
+
+@pytest.mark.parametrize(
+    "change, call, error, told",
+    [
+        (None, lambda m: dial_curve(m, TASK, TEXT, (-1,)), ValueError, "factors must be finite"),
+        (None, lambda m: dial_curve(m, TASK, TEXT, ("1",)), TypeError, "factors must be finite"),
+        (None, lambda m: dial_curve(m, TASK[0], TEXT), TypeError, "task must be several batches"),
+        (None, lambda m: dial_curve(m, TASK, []), ValueError, "text must hold at least one batch"),
+        (disabled, lambda m: dial_curve(m, TASK, TEXT), ValueError, "is not active in layer"),
+        (merged, lambda m: dial_curve(m, TASK, TEXT), ValueError, "is merged; unmerge it first"),
+        (merged, lambda m: set_dial(m, 0.5), ValueError, "is merged; unmerge it first"),
+        (None, lambda m: set_dial(m, 0.5, "two"), ValueError, "adapter_name must be one of"),
+        (None, lambda m: set_dial(m, 0), ValueError, "factor must be a positive finite number"),
+        (None, lambda m: set_dial(m, torch.inf), ValueError, "must be a positive finite number"),
+        (None, lambda m: set_dial(m, None), TypeError, "must be a positive finite number"),
+        (lambda m: m.to("meta"), lambda m: set_dial(m, 0.5), ValueError, "no numbers here"),
+    ],
+)
+def test_what_is_refused(change, call, error, told):
+    ours = model()
+    if change is not None:
+        change(ours)
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(error, match=told):
+        call(ours)
+    after = ours.state_dict()
+    assert all(value.is_meta or torch.equal(value, before[key]) for key, value in after.items())
+
+
+def test_a_factor_multiplies_dw_and_goes_into_files_and_merged_weights(tmp_path):
+    ours, x = model(), TEXT[0]
+    before = deltas(ours)
+    set_dial(ours, 0.5)  # exact
+    assert all(torch.equal(now, was / 2) for now, was in zip(deltas(ours), before, strict=True))
+    set_dial(ours, 1.4)
+    for now, was in zip(deltas(ours), before, strict=True):
+        assert relative(now, was.double() * 0.7) < 1e-6
+    want = ours(x).logits
+    randlora_ext.save_adapter(ours, tmp_path / "adapter")
+    opened = randlora_ext.load_adapter(llama(), tmp_path / "adapter").eval()
+    other = model()
+    other.load_state_dict(ours.state_dict())
+    assert torch.equal(opened(x).logits, want) and torch.equal(other(x).logits, want)
+    merge = randlora_ext.merge_and_unload(copy.deepcopy(ours))
+    assert relative(merge(x).logits, want) < 1e-5
+
+
+def test_of_one_adapter_among_several():
+    ours = model()
+    for layer in layers(ours):
+        layer.update_layer("two", r=4, basis="hadamard")
+    randomize(ours)
+    one, two = deltas(ours), deltas(ours, "two")
+    set_dial(ours, 0.5, "two")
+    assert all(map(torch.equal, deltas(ours), one))
+    assert all(torch.equal(now, was / 2) for now, was in zip(deltas(ours, "two"), two, strict=True))
