@@ -6,7 +6,7 @@ A module beside the package, so that --help need not wait for the package's impo
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _OPERANDS = {
     "model": ("MODEL", "a local folder with safetensors"),
@@ -16,7 +16,23 @@ _OPERANDS = {
 _COMMANDS: tuple[tuple[str, str, str, Iterable[str]], ...] = (
     ("check", "what a bug report needs, and a self-check (the default)", "", ()),
     ("merge", "add an adapter to the weights of a model", "my-model my-adapter merged", _OPERANDS),
+    (
+        "dial",
+        "what an adapter times a factor has learned and forgotten",
+        "my-model my-adapter --task a.jsonl --text b.txt",
+        ("model", "source"),
+    ),
 )
+_OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
+    "dial": (
+        ("--task", {"type": Path, "required": True, "help": "what it learned: .jsonl or a text"}),
+        ("--text", {"type": Path, "required": True, "help": "what it should not forget: likewise"}),
+        ("--tokens", {"type": int, "default": 4096, "help": "to read of each file (4096)"}),
+        ("--plot", {"type": Path, "help": "a picture to write"}),
+        ("--set", {"type": float, "dest": "factor", "help": "multiply the adapter by it"}),
+        ("--out", {"type": Path, "help": "the folder for that adapter, new or empty"}),
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,4 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         for operand in operands:
             metavar, meaning = _OPERANDS[operand]
             command.add_argument(operand, metavar=metavar, type=Path, help=meaning)
+        for option, settings in _OPTIONS.get(name, ()):
+            metavar = option.removeprefix("--").upper()
+            command.add_argument(option, metavar=metavar, **settings)
     return parser

@@ -12,7 +12,7 @@ import randlora_cli
 import randlora_ext
 from randlora_ext import diagnostics
 
-COMMANDS = ("check", "merge")
+COMMANDS = ("check", "merge", "dial")
 
 
 @pytest.mark.parametrize(
