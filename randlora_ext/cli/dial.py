@@ -45,7 +45,7 @@ def dial(
 
     with told_of(model, (OSError, ValueError)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
-        batches = [_batches(file, tokenizer, tokens) for file in (task, text)]
+        of_task, of_text = (_batches(file, tokenizer, tokens) for file in (task, text))
         base = transformers.AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
     randlora_ext.peft.enable()
     with told_of(source, (OSError, ValueError, TypeError, RuntimeError)):
@@ -54,7 +54,7 @@ def dial(
         raise CliError(f"{source} must be a RandLoRA adapter")
     adapted.to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"measuring {len(FACTORS)} factors, some minutes on a CPU", file=sys.stderr)
-    dial_curve(adapted, *batches, plot=plot)
+    dial_curve(adapted, of_task, of_text, plot=plot)
     if factor is not None:
         set_dial(adapted, factor)
         adapted.save_pretrained(out)
