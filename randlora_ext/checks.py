@@ -1,9 +1,45 @@
 """Checks of arguments, whose errors name the argument, what it was and what is allowed."""
 
+import contextlib
+import difflib
+import os
+import sys
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def warn_user(message: str) -> None:
+    """Warns at the line that called this package, perhaps through PEFT."""
+    inside = [os.path.dirname(__file__) + os.sep, contextlib.__file__]
+    if (peft := sys.modules.get("peft")) is not None:
+        inside.append(os.path.dirname(str(peft.__file__)) + os.sep)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(tuple(inside)):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+def warn_of_unmatched(argument: str, targets: Any, names: Iterable[str], what: str) -> None:
+    """Warns of targets, unless they are one expression, that no name is equal to or ends in, after
+    a dot. `what` says what the names are of."""
+    if targets is None or isinstance(targets, str):
+        return
+    ends = set()
+    for name in names:
+        parts = name.split(".")
+        ends |= {".".join(parts[at:]) for at in range(len(parts))}
+    told = []
+    for target in sorted(set(targets) - ends):
+        as_long = sorted(end for end in ends if end.count(".") == target.count("."))
+        near = difflib.get_close_matches(target, as_long, n=1)
+        told.append(f"{target!r} (did you mean {near[0]!r}?)" if near else repr(target))
+    if told:
+        warn_user(f"{argument} that match no {what}: {', '.join(told)}")
+
 
 # ---- for operators in plain torch, what csrc/torch/check.cpp checks for the kernels --------------
 

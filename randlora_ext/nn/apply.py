@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import warn_of_unmatched
 from .adapted_layer import layers_by_path
 from .base_layer import (
     check_base_layer,
@@ -48,7 +49,7 @@ def apply_randlora(
 
     Everything but lambda, gamma and `modules_to_save` is frozen. Layers of one shape share one
     packed basis. A second call may give other layers other options; what the first made or left
-    trainable stays so.
+    trainable stays so. Warns of names that match nothing beside others that match.
 
     Raises, and leaves the model as it was: ValueError if nothing matches, or a match is never
     called, lies inside an adapted layer, or is spread over ranks; TypeError if a match is not an
@@ -77,8 +78,8 @@ def apply_randlora(
         matches = _matching(model, target_modules)
     inside = tuple(f"{name}." for name in whole)
     matches = {name: m for name, m in matches.items() if not f"{name}.".startswith(inside)}
-    stacks = matching_parameters(model, target_parameters)
-    stacks = {name: at for name, at in stacks.items() if not name.startswith(inside)}
+    found_parameters = matching_parameters(model, target_parameters)
+    stacks = {name: at for name, at in found_parameters.items() if not name.startswith(inside)}
     if not matches and (target_modules or not stacks):
         linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
         as_list = isinstance(target_modules, str) and _matching(model, [target_modules])
@@ -87,6 +88,10 @@ def apply_randlora(
             f"target_modules {target_modules!r} matches no module of {kind} that is not adapted "
             f"yet{hint if as_list else ''}; its linear layers are called {first(linear)}"
         )
+    modules = (name for name, _ in model.named_modules(remove_duplicate=False))
+    warn_of_unmatched("target_modules", target_modules, modules, f"module of {kind}")
+    parameters_of = f"parameter of {kind}"
+    warn_of_unmatched("target_parameters", target_parameters, found_parameters, parameters_of)
     parameters = [p for module in whole.values() for p in module.parameters()]
     why = f", matched by target_modules {target_modules!r},"
     with adapting(model, matches, parameters, why, stacks, **layer_options):
@@ -126,7 +131,7 @@ def adapting(
             made[name] = outermost[path] = RandLoraParameter(base, own, **layer_options)
         for name, layer in made.items():
             layer.path = name
-        warn_of_shared(model, made, stacklevel=4)  # where `apply_randlora` was called
+        warn_of_shared(model, made)
         yield made
     except BaseException:  # the layers have frozen their base layers
         for parameter in before:
@@ -198,7 +203,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     check_mergeable(layers)
     modules = model.named_modules(remove_duplicate=False)
     at = {path: module for path, module in modules if isinstance(module, RandLoraLinear)}
-    warn_of_shared(model, at, stacklevel=2)
+    warn_of_shared(model, at)
     for layer in layers.values():
         if names := layer._names():
             layer.merge(adapter_names=names, keep_weight="nothing")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..basis import Basis
 from ..basis.description import check_kind, check_number
+from ..checks import warn_user
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
 from .merging import adapter_dtype
@@ -117,7 +118,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
         check_alpha("randlora_alpha", alpha)
         if r > bases.d:
-            warnings.warn(more_than_d(r, bases.d), stacklevel=3)
+            warn_user(more_than_d(r, bases.d))
 
         weight = self._base_weight()
         device, dtype = weight.device, adapter_dtype(weight.dtype)

@@ -1,12 +1,12 @@
 """Weights that lie in the same memory: merging into one of them changes the others, too."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import warn_user
 from ..ranks import local_tensor
 from .base_layer import check_writable, first, layer_name
 
@@ -37,7 +37,7 @@ def refuse_shared(one: Any, other: Any) -> None:
     )
 
 
-def warn_of_shared(model: nn.Module, layers: Mapping[str, Any], stacklevel: int) -> None:
+def warn_of_shared(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Warns if a tensor of the model outside of `layers`, which stand or will stand at these paths,
     shares numbers with the weight of one."""
     if "" in layers:  # the model is the layer
@@ -56,11 +56,10 @@ def warn_of_shared(model: nn.Module, layers: Mapping[str, Any], stacklevel: int)
         if isinstance(other, str) and not isinstance(one, str):
             told.append(f"{layer_name(one)} with {other!r}")
     if told:
-        warnings.warn(
+        warn_user(
             f"adapted layers share weights with modules that have no adapter, {first(told)}: "
             "merging changes these modules, too. Clone the weight of the layer before, or use the "
-            "adapter unmerged",
-            stacklevel=stacklevel + 1,
+            "adapter unmerged"
         )
 
 

@@ -1,6 +1,5 @@
 """PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
-import warnings
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..basis.description import check_r
+from ..checks import warn_of_unmatched, warn_user
 from ..nn.apply import check_not_nested
 from ..nn.base_layer import (
     check_is_called,
@@ -32,6 +32,9 @@ from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
 from .layer import AcceleratedLinear, ParamWrapper
 from .saving import refuse_lora_files
+
+# PEFT adds these names to ``modules_to_save`` of classifiers, of which each has one.
+_SAVED_ANYWAY = {"classifier", "score", "qa_outputs"}
 
 
 class AcceleratedRandLoraModel(RandLoraModel):
@@ -58,11 +61,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
         scaling = config.randlora_alpha / config.r
         # PEFT's default alpha, 640, is meant for r = 32; with r = 8 it scales dW by 80.
         if abs(scaling) > DEFAULT_SCALING and not config.inference_mode:
-            warnings.warn(
+            warn_user(
                 f"randlora_alpha={config.randlora_alpha} with r={config.r} scales dW by "
                 f"{scaling:g}; examples train with at most {DEFAULT_SCALING:g}, which is "
-                f"randlora_alpha={DEFAULT_SCALING * config.r:g}",
-                stacklevel=2,
+                f"randlora_alpha={DEFAULT_SCALING * config.r:g}"
             )
         wanted = _target_parameters(config)
         for name, other in self.peft_config.items():
@@ -110,7 +112,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             try:
                 check_is_called(self.model, current_key, f"module {current_key!r}")
             except ValueError as error:  # not raised: files of stock PEFT must load
-                warnings.warn(str(error), stacklevel=2)
+                warn_user(str(error))
             place = target_name, parent, current_key
             super()._create_and_replace(config, adapter_name, target, *place)
             disable_nested_tensors(self.model, current_key)
@@ -144,6 +146,15 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 f"target_modules {config.target_modules!r} matches no linear layer of "
                 f"{type(model).__name__}; its linear layers are called {first(linear)}"
             )
+        kind = type(model).__name__
+        modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        warn_of_unmatched("target_modules", config.target_modules, modules, f"module of {kind}")
+        named = _target_parameters(config)
+        warn_of_unmatched("target_parameters", named, parameters, f"parameter of {kind}")
+        saved = set(config.modules_to_save or ()) - _SAVED_ANYWAY
+        # PEFT looks for these without a dot before them.
+        saved = {name for name in saved if not any(path.endswith(name) for path in modules)}
+        warn_of_unmatched("modules_to_save", saved, modules, f"module of {kind}")
         if parameters:  # in the order of nesting, innermost first, which `randlora merge` reads
             names = [f".{name}" for name in parameters]
             place = {t: [n.endswith(f".{t}") for n in names] for t in config.target_parameters}
@@ -157,7 +168,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 check_not_nested(model, name, f"target {name!r}")
         self._sizes = largest([*map(features, targets.values()), *parameters.values()])
         if config.r > (d := self._sizes[1]):
-            warnings.warn(more_than_d(config.r, d), stacklevel=2)
+            warn_user(more_than_d(config.r, d))
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int) -> None:
         """Takes another adapter's, whatever their flags, as stock PEFT does, or makes new ones."""
@@ -192,7 +203,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         modules = self.model.named_modules(remove_duplicate=False)
         layers = {path: m for path, m in modules if isinstance(m, AcceleratedLinear)}
         check_mergeable(layers)
-        warn_of_shared(self.model, layers, stacklevel=3)
+        warn_of_shared(self.model, layers)
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -67,6 +68,32 @@ def test_apply_errors_change_nothing(case):
         apply_randlora(model, targets, **options)
     assert [*layers(model)] == before
     assert [p.requires_grad for p in model.parameters()] == trained
+
+
+def test_a_name_that_matches_nothing_beside_others_is_told():
+    with pytest.warns(UserWarning) as caught:
+        apply_randlora(small_model(), ["q", "donw", "blocks.0.down", "blocks.2.q"], r=4)
+    (told,) = caught
+    assert "target_modules that match no module of ModuleDict: " in str(told.message)
+    assert "'blocks.2.q' (did you mean 'blocks.1.q'?), 'donw' (did you" in str(told.message)
+    assert told.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_randlora(small_model(), ["q", "0.down"], ["blocks.1.norm"], r=4)
+        apply_randlora(small_model(), r".*q|.*k", r=4)
+        apply_randlora(small_model(), "all-linear", r=4)
+
+
+def test_a_parameter_that_is_not_there_is_told():
+    model = nn.ModuleDict({"experts": nn.ParameterDict({"up": nn.Parameter(torch.ones(2, 8, 8))})})
+    with pytest.warns(UserWarning, match=r"target_parameters .* no parameter of .*'down'$"):
+        apply_randlora(model, target_parameters=["experts.up", "down"], r=4)
+
+
+def test_warnings_point_at_the_caller():
+    with pytest.warns(UserWarning, match="r = 32 is more than") as caught:
+        apply_randlora(small_model(), ["q"])
+    assert {w.filename for w in caught} == {__file__}
 
 
 def encoder(**options):

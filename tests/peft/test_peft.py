@@ -9,6 +9,7 @@ import pytest
 import torch
 from layer_cases import SHAPES as ALL_SHAPES
 from peft_helpers import (
+    Headed,
     Net,
     accelerated,
     assert_close,
@@ -215,3 +216,25 @@ def test_a_mistyped_r_and_a_scaling_beyond_what_was_trained():
             warnings.simplefilter("always" if warns else "error")
             settings = config(r, targets=["0"], randlora_alpha=alpha)
             peft.get_peft_model(nn.Sequential(nn.Linear(40, 40)), settings)
+
+
+def test_names_that_match_nothing_beside_others_are_told_where_the_model_is_made():
+    accelerated.enable()
+    options = {"basis": "hadamard", "randlora_alpha": 80}
+    wrong = accelerated.RandLoraConfig(
+        r=4, target_modules=["a", "bb"], modules_to_save=["head", "haed"], **options
+    )
+    with pytest.warns(UserWarning) as caught:
+        peft.get_peft_model(Headed(), wrong)
+    told = {str(w.message) for w in caught}
+    assert told == {
+        "target_modules that match no module of Headed: 'bb' (did you mean 'b'?)",
+        "modules_to_save that match no module of Headed: 'haed' (did you mean 'head'?)",
+    }
+    assert {w.filename for w in caught} == {__file__}
+    right = accelerated.RandLoraConfig(
+        r=4, target_modules=["a", "b"], modules_to_save=["head"], **options
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft.get_peft_model(Headed(), right).add_adapter("two", right)
