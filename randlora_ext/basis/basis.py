@@ -106,9 +106,15 @@ class Basis(Shape):
     def from_dense(cls, A: Tensor, B: Tensor, in_features: int, out_features: int) -> "Basis":
         """A basis of A (r, >= d) and B (>= D, >= K) of any values, whose leading parts it uses.
 
-        Products use the tensors themselves: do not write to them afterwards. ValueError if one is
-        too small.
+        Products use the tensors themselves: do not write to them afterwards. Raises TypeError if
+        one is no tensor of real numbers, ValueError if it is no matrix or too small.
         """
+        for name, matrix in (("A", A), ("B", B)):
+            if not isinstance(matrix, Tensor) or matrix.is_complex():
+                got = matrix.dtype if isinstance(matrix, Tensor) else repr(matrix)
+                raise TypeError(f"{name} must be a tensor of real numbers, got {got}")
+            if matrix.dim() != 2 or matrix.numel() == 0:
+                raise ValueError(f"{name} must be a matrix, got {tuple(matrix.shape)}")
         self = cls.of(in_features, out_features, A.shape[0], DenseMatrices(A, B))
         if A.shape[1] < self.d or B.shape[0] < self.D or B.shape[1] < self.K:
             raise ValueError(

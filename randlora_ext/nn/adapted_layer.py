@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..basis import Basis
 from ..basis.description import check_kind
+from ..checks import check_model
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import plain_weight, refuse_cut
@@ -184,5 +185,6 @@ class AdaptedLayer(KeepsWeight):
 
 def layers_by_path(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The layers with adapters, ours without PEFT and with it; a tied one under several paths."""
+    check_model(model)
     modules = model.named_modules(remove_duplicate=False)
     return {path: module for path, module in modules if isinstance(module, AdaptedLayer)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import warn_of_unmatched
+from ..checks import check_model, warn_of_unmatched
 from .adapted_layer import layers_by_path
 from .base_layer import (
     check_base_layer,
@@ -55,6 +55,7 @@ def apply_randlora(
     called, lies inside an adapted layer, or is spread over ranks; TypeError if a match is not an
     nn.Linear or Conv1D, or is adapted already. Also the errors of `RandLoraLinear`.
     """
+    check_model(model)
     whole: dict[str, nn.Module] = {}
     kind = type(model).__name__
     for name in modules_to_save:

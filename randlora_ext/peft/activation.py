@@ -21,6 +21,7 @@ from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
 from ..basis.description import check_kind
+from ..checks import check_model
 from ..nn.adapter_config import NEEDS_OURS, PEFT_TYPES
 from ..nn.base_layer import check_no_plan
 from ..nn.merging import KEEP_WEIGHT
@@ -81,6 +82,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     on the meta device, if tensor parallelism has cut a layer, or if a quantized layer is merged:
     stock PEFT has added another matrix than our unmerging would subtract.
     """
+    check_model(model)
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:
         raise ValueError(f"model holds no RandLoRA layer of PEFT: {type(model).__qualname__}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..basis import Basis
 from ..basis.description import check_kind
+from ..checks import check_model
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.experts import AdaptedParameter
@@ -176,6 +177,7 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
 def kernel_summary(model: nn.Module) -> str:
     """One line: the shapes and bases of the RandLoRA layers in `model`, of PEFT or
     `RandLoraLinear`, and what computes them."""
+    check_model(model)
     told: Counter[str] = Counter()
     for layer in model.modules():
         if isinstance(layer, AdaptedLayer):

@@ -166,3 +166,26 @@ def test_what_key_does_not_write(part, others):
     for other in (*(text.replace(part, other) for other in others), "", 3):
         with pytest.raises(ValueError, match="is no key of a basis|of basis specification"):
             BasisDescription.parse(other)
+
+
+@pytest.mark.parametrize("name, at", [("A", 0), ("B", 1)])
+@pytest.mark.parametrize(
+    "value, error, told",
+    [
+        (None, TypeError, "must be a tensor of real numbers, got None"),
+        ([[1.0]], TypeError, r"must be a tensor of real numbers, got \[\[1.0\]\]"),
+        (
+            torch.ones(4, 40, dtype=torch.cfloat),
+            TypeError,
+            "must be a tensor of real numbers, got torch.complex64",
+        ),
+        (torch.ones(40), ValueError, r"must be a matrix, got \(40,\)"),
+        (torch.ones(2, 4, 40), ValueError, r"must be a matrix, got \(2, 4, 40\)"),
+        (torch.ones(0, 40), ValueError, r"must be a matrix, got \(0, 40\)"),
+    ],
+)
+def test_given_matrices_that_are_none(name, at, value, error, told):
+    matrices = [torch.ones(4, 40), torch.ones(60, 40)]
+    matrices[at] = value
+    with pytest.raises(error, match=rf"^{name} {told}"):
+        Basis.from_dense(*matrices, 40, 60)

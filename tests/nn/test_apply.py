@@ -9,6 +9,7 @@ import torch
 from layer_helpers import layers, randomize
 from torch import nn
 
+import randlora_ext
 from randlora_ext import RandLoraLinear, apply_randlora, merge_and_unload, unload
 
 
@@ -94,6 +95,24 @@ def test_warnings_point_at_the_caller():
     with pytest.warns(UserWarning, match="r = 32 is more than") as caught:
         apply_randlora(small_model(), ["q"])
     assert {w.filename for w in caught} == {__file__}
+
+
+@pytest.mark.parametrize("model", ["abc", None, 3, nn.Linear])
+def test_a_model_that_is_none(model, tmp_path):
+    path = tmp_path / "adapter"
+    randlora_ext.save_adapter(apply_randlora(small_model(), ["q"], r=4), path)
+    calls = {
+        "apply_randlora": lambda: apply_randlora(model),
+        "merge_and_unload": lambda: merge_and_unload(model),
+        "unload": lambda: unload(model),
+        "calibrate": lambda: randlora_ext.calibrate(model, [torch.ones(2, 12)]),
+        "save_adapter": lambda: randlora_ext.save_adapter(model, tmp_path / "other"),
+        "load_adapter": lambda: randlora_ext.load_adapter(model, path),
+    }
+    for call in calls.values():
+        with pytest.raises(TypeError, match="^model must be an nn.Module, got "):
+            call()
+    assert not (tmp_path / "other").exists()
 
 
 def encoder(**options):

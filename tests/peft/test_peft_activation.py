@@ -224,3 +224,9 @@ def test_parameters_that_are_replaced(monkeypatch, tmp_path, x):
     for name in ("default", "two"):
         loaded.set_adapter(name)
         assert torch.equal(loaded(x), model(x))
+
+
+def test_a_model_that_is_none():
+    for call in (accelerated.accelerate, accelerated.kernel_summary):
+        with pytest.raises(TypeError, match="^model must be an nn.Module, got 'abc'$"):
+            call("abc")
