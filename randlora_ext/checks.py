@@ -18,12 +18,13 @@ def check_model(model: Any) -> None:
 
 
 def warn_user(message: str) -> None:
-    """Warns at the line that called this package, perhaps through PEFT."""
-    inside = [os.path.dirname(__file__) + os.sep, contextlib.__file__]
+    """Warns at the line that called this package, perhaps through PEFT or a module of torch."""
+    files = [__file__, torch.__file__]
     if (peft := sys.modules.get("peft")) is not None:
-        inside.append(os.path.dirname(str(peft.__file__)) + os.sep)
+        files.append(str(peft.__file__))
+    inside = (contextlib.__file__, *(os.path.dirname(file) + os.sep for file in files))
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(tuple(inside)):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -49,6 +49,8 @@ class AdaptedParameter(AdaptedLayer):
         while isinstance(layer, AdaptedParameter):
             if names := layer._names():
                 changed[layer.parameter_name] = layer._adapted_weight(names)
+            if layer.merged_adapters:
+                layer._warn_if_trained()
             layer = layer.base_layer
         return functional_call(layer, changed, args, kwargs) if changed else layer(*args, **kwargs)
 

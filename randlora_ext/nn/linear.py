@@ -161,6 +161,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
                 parameter.requires_grad_(name in self.active_adapters and not self.disabled)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.merged_adapters:
+            self._warn_if_trained()
         return self._adapted(self._names(), x)
 
     def _names(self) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..basis.description import check_kind
+from ..checks import warn_user
 from ..ranks import full_tensor, is_dtensor, local_tensor
 from .base_layer import check_writable, do_nothing
 from .shared import refuse_shared
@@ -126,6 +127,19 @@ class KeepsWeight(_Layer):
         except BaseException:  # the second one, in the lines above
             write_all()
             raise
+
+    def _warn_if_trained(self) -> None:
+        """Warns in forward of merged adapters that would be trained: torch's error in backward, if
+        there is one, does not say why they have no gradient."""
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        lambdas = self.randlora_lambda
+        merged = [name for name in self.merged_adapters if name in lambdas]
+        if trained := [name for name in merged if lambdas[name].requires_grad]:
+            warn_user(
+                f"the adapters {trained} are merged into the weight and get no gradient; call "
+                "unmerge() (in PEFT unmerge_adapter()) before training, else eval()"
+            )
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -41,7 +41,10 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        y = self._adapted(self._names(), x, *args, **kwargs)
+        names = self._names()
+        if self.merged_adapters:
+            self._warn_if_trained()
+        y = self._adapted(names, x, *args, **kwargs)
         return y if y.dtype is x.dtype else y.to(x.dtype)
 
     def _names(self) -> list[str]:

@@ -198,3 +198,31 @@ def test_a_merged_adapter_that_is_deleted(keep):
     told = [str(w.message) for w in caught if "['two'] were deleted while merged" in str(w.message)]
     assert len(told) == (keep == "nothing") and not made.layer.merged
     assert torch.equal(made.weight, W if keep == "host" else merged)
+
+
+@pytest.mark.filterwarnings("always")
+@KINDS
+def test_training_while_merged_is_told(kind):
+    """Torch's error says that the output does not require a gradient, and not why."""
+
+    def told(x, made):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            y = made.layer(x)
+        found = [
+            w for w in caught if "are merged into the weight and get no grad" in str(w.message)
+        ]
+        assert {w.filename for w in found} <= {__file__}
+        return len(found), y.requires_grad
+
+    made, x = kind(torch.float32), torch.randn(3, 24)
+    assert told(x, made) == (0, True)
+    made.merge()
+    assert told(x, made) == (1, False)
+    with torch.no_grad():
+        assert told(x, made) == (0, False)
+    made.layer.eval()
+    assert told(x, made) == (0, False)
+    made.layer.train()
+    made.layer.unmerge()
+    assert told(x, made) == (0, True)

@@ -1,5 +1,6 @@
 """The documentation is run: its Python blocks, and the operators' schemas against torch's own."""
 
+import copy
 import importlib
 import re
 import runpy
@@ -40,6 +41,25 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, stock_peft):
     for line, source in found:
         # Padded with empty lines, so that a traceback names the line of the page.
         exec(compile("\n" * (line - 1) + source, str(path), "exec"), namespace)
+
+
+def test_lora_of_one_rank_is_the_nearest_and_opens(tmp_path):
+    """The function of docs/serve.md, on a layer narrower than the rank and on a wider one."""
+    peft = pytest.importorskip("peft")
+    helpers = importlib.import_module("peft_helpers")
+    (source,) = [s for _, s in blocks((ROOT / "docs/serve.md").read_text()) if "of_one_rank" in s]
+    base = torch.nn.Sequential(torch.nn.Linear(40, 40), torch.nn.Linear(40, 8))
+    model = helpers.adapted(copy.deepcopy(base), "01", basis="hadamard", randlora_alpha=100)
+    with pytest.raises(ValueError, match="The chosen rank 16 is larger than the weight shape"):
+        peft.convert_to_lora(model, rank=16)
+    source = source.replace("128", "16").replace('"ask"', '"default"')
+    exec(source.replace("OUT", str(tmp_path)), {"peft": peft, "torch": torch, "model": model})
+    opened = peft.PeftModel.from_pretrained(base, tmp_path)
+    for own, lora in zip(helpers.layers(model), opened.base_model.model, strict=True):
+        U, S, V = torch.linalg.svd(own.get_delta_weight("default"), full_matrices=False)
+        nearest = (U[:, :16] * S[:16]) @ V[:16]
+        assert lora.lora_A["default"].weight.shape == (16, 40)
+        assert helpers.relative(lora.get_delta_weight("default"), nearest) < 1e-5
 
 
 def test_every_operator_is_documented_and_no_other():
