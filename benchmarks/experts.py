@@ -113,7 +113,7 @@ def vectors() -> None:
     randlora_ext.calibrate(model, [torch.randint(50, (32, 64))])
     for name, layer in model.named_modules():
         if isinstance(layer, randlora_ext.peft.layer.ParamWrapper):
-            between = torch.corrcoef(layer.input_scales["default"].log())
+            between = torch.corrcoef(layer.randlora_input_scale["default"].log())
             others = between[~torch.eye(len(between), dtype=torch.bool)]
             print(f"{name.split('layers.')[1]:30} {layer.parameter_name:13} {others.mean():6.2f}")
 

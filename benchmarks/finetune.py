@@ -99,8 +99,8 @@ def scale_inputs(tuned, base, method: str, on: str, batches: list, tokenizer, ta
     randlora_ext.calibrate(ours, inputs_of(on, batches, tokenizer))
     layers = dict(tuned.named_modules())
     for path, layer in ours.named_modules():
-        if scales := getattr(layer, "input_scales", None):
-            wrap(layers[path], scales["default"])
+        if hasattr(layer, "set_input_scale"):
+            wrap(layers[path], layer.randlora_input_scale["default"])
 
 
 def inputs_of(on: str, batches: list, tokenizer) -> Iterator[dict]:

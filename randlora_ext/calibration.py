@@ -125,7 +125,7 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
     active = [] if layer.disabled else layer.active_adapters
     lambdas = layer.randlora_lambda
     own = [adapter for adapter in active if adapter in lambdas]
-    chosen = [a for a in own if layer.basis_of(a, lambdas[a].device).takes_input_scale]
+    chosen = [adapter for adapter in own if adapter in layer.randlora_input_scale]
     for adapter in chosen:
         if adapter in layer.merged_adapters:
             raise ValueError(f"adapter {adapter!r} of layer {name!r} is merged; unmerge it first")

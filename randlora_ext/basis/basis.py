@@ -18,7 +18,7 @@ class DenseMatrices:
     """A (r, >= d) and B (>= D, >= K) of any values; the methods are those of `TernaryMatrices`."""
 
     kind = "dense"
-    description = input_scale = None
+    description = None
     density = scale = 1.0
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
@@ -64,8 +64,8 @@ class Basis(Shape):
 
     Attributes: the arguments; n, K, d, D; expand, whether d is the input side; kind, also "dense"
     or "imported" (PEFT's ternary tensors); scale, by which the product of the unscaled matrices
-    must be multiplied; input_scale (`with_input_scale`) or None; description and seed, None for
-    dense and imported bases; format, "lists", "planes", "hadamard" or "dense" (docs/formats.md).
+    must be multiplied; description and seed, None for dense and imported bases; format, "lists",
+    "planes", "hadamard" or "dense" (docs/formats.md).
 
     Bases of equal shape and description are equal; imported and dense ones compare the identity of
     their matrices. A basis never changes, so a deep copy is the same object. Pickling writes the
@@ -93,8 +93,7 @@ class Basis(Shape):
         self.kind, self.density, self.scale = source.kind, source.density, source.scale
         self.description = source.description
         self.seed = None if source.description is None else source.description.seed
-        self.format, self.input_scale = source.format(self), source.input_scale
-        self.takes_input_scale = isinstance(source, HadamardMatrices)
+        self.format = source.format(self)
         self._source, self._sizes = source, (in_features, out_features, r)
         self._key = *self._sizes, source.key
         self._packed: dict[tuple, PackedTensors] = {}  # by device and dtype or None
@@ -129,33 +128,6 @@ class Basis(Shape):
         self = cls.__new__(cls)
         self._set(in_features, out_features, r, source)
         return self
-
-    def with_input_scale(
-        self, input_scale: Tensor | None, experts: tuple[int, ...] = ()
-    ) -> "Basis":
-        """The same bases for inputs that are multiplied by this vector first, or by none.
-
-        It is (in_features,), positive. Experts may have one each, (experts, in_features); then
-        `dense` gives A or B of each. Raises TypeError or ValueError, also for bases other than
-        Hadamard ones. Source: ours (`randlora_ext.calibrate`).
-        """
-        if not isinstance(self._source, HadamardMatrices):
-            raise ValueError(f"input_scale goes with Hadamard bases, got kind={self.kind!r}")
-        if input_scale is not None:
-            if not isinstance(input_scale, Tensor) or not input_scale.is_floating_point():
-                raise TypeError(
-                    f"input_scale must be a floating tensor or None, got {input_scale!r}"
-                )
-            sizes = *experts, self.in_features
-            if tuple(input_scale.shape) not in (sizes, sizes[-1:]):
-                named = "(experts, in_features)" if experts else "(in_features,)"
-                told = f"{named} = {sizes}, got {tuple(input_scale.shape)}"
-                raise ValueError(f"input_scale must be {told}")
-            input_scale = input_scale.detach().to("cpu", torch.float32).expand(sizes).clone()
-            if not bool(((input_scale > 0) & input_scale.isfinite()).all()):
-                raise ValueError("input_scale must be positive and finite in every feature")
-        scaled = HadamardMatrices(self._source.description, input_scale)
-        return self.of(*self._sizes, scaled).canonical()
 
     def packed(
         self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None

@@ -26,32 +26,27 @@ def sylvester(rows: Tensor, columns: Tensor) -> Tensor:
 class HadamardMatrices:
     """A and B of a description; only the signs s (d), row (D) and col (K) are drawn and stored.
 
-    Those on the layer's input side are multiplied by `input_scale`. The methods are those of
-    `TernaryMatrices`.
+    The methods are those of `TernaryMatrices`.
     """
 
     kind = "hadamard"
     density = scale = 1.0
 
-    def __init__(self, description: BasisDescription, input_scale: Tensor | None = None) -> None:
-        self.description, self.input_scale = description, input_scale
-        self.key = description if input_scale is None else self
+    def __init__(self, description: BasisDescription) -> None:
+        self.description = self.key = description
 
     def format(self, shape: Shape) -> str:
         return "hadamard"
 
     def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
         seed = self.description.seed
-        s, row = signs(seed, ROLE_FEATURES, shape.d, on), signs(seed, ROLE_ROWS, shape.D, on)
-        if self.input_scale is not None:
-            scale = self.input_scale.to(on)  # of experts with a dimension more
-            s, row = (s * scale, row) if shape.expand else (s, row * scale)
-        return [s, row, signs(seed, ROLE_COLUMNS, shape.K, on)]
+        sizes = {ROLE_FEATURES: shape.d, ROLE_ROWS: shape.D, ROLE_COLUMNS: shape.K}
+        return [signs(seed, role, size, on) for role, size in sizes.items()]
 
     def dense(self, shape: Shape, dtype: torch.dtype, packed: list) -> tuple[Tensor, Tensor]:
         s, row, col = packed
         sizes = shape.r, shape.d, shape.D, shape.K
         j, k, o, c = (torch.arange(size, device=s.device) for size in sizes)
-        A = sylvester(j, k // shape.n) * s.unsqueeze(-2)
-        B = row.unsqueeze(-1) * sylvester(o, c) * col
+        A = sylvester(j, k // shape.n) * s
+        B = row[:, None] * sylvester(o, c) * col
         return A.to(dtype), B.to(dtype)

@@ -26,7 +26,6 @@ class TernaryMatrices:
 
     kind: str
     description: BasisDescription | None = None
-    input_scale = None
     key: Any  # equal for equal matrices
     a_value: float  # what +1 stands for in A
     b_value: float

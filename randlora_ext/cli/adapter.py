@@ -13,7 +13,7 @@ from ..basis import Basis
 from ..files import read_safetensors
 from ..nn.adapter_file import read_adapter_file
 from ..nn.paths import in_base_model, nesting
-from ..nn.state_dict import DIAGONALS, INPUT_SCALE, check_diagonals
+from ..nn.state_dict import DIAGONALS, INPUT_SCALE, check_adapter
 from ..ops.functional import merged_weight
 from . import CliError, told_of
 from .checkpoint import Checkpoint, locate, read_json
@@ -30,17 +30,22 @@ Changes = tuple[dict[str, partial[Tensor]], dict[str, Tensor]]
 
 
 def _plus_delta(
-    basis: Basis, lams: Tensor, gams: Tensor, scaling: float, transposed: bool, weight: Tensor
+    basis: Basis,
+    lams: Tensor,
+    gams: Tensor,
+    scales: Tensor | None,
+    scaling: float,
+    transposed: bool,
+    weight: Tensor,
 ) -> Tensor:
     """W + dW in the dtype and layout of W, (in, out) if that is `transposed`, as Conv1D's is; of
-    stacked experts if each has a lambda and a gamma."""
-    scales, merged = basis.input_scale, weight.clone()
+    stacked experts if each has a lambda and a gamma, and an input scale on Hadamard bases."""
+    merged = weight.clone()
     each = (t.view(-1, *t.shape[-2:]) for t in (merged, lams, gams))
     for e, (W, lam, gam) in enumerate(zip(*each, strict=True)):
-        if scales is not None and scales.dim() == 2:
-            basis = basis.with_input_scale(scales[e])
+        scale = None if scales is None else scales.view(-1, basis.in_features)[e].float()
         W = W.T if transposed else W
-        W.copy_(merged_weight(basis, W, lam, gam, scaling))
+        W.copy_(merged_weight(basis, W, lam, gam, scaling, scale))
     return merged
 
 
@@ -63,7 +68,8 @@ def _of_own_file(file: Path, checkpoint: Checkpoint) -> Changes:
         if sizes != (n_in, n_out):
             raise ValueError(f"{at}: in_features and out_features are {sizes}, not {n_in, n_out}")
         lam, gam = (saved.tensors[f"{at}.{kind}"] for kind in DIAGONALS)
-        added[name] = partial(_plus_delta, saved.basis_of(at), lam, gam, saved.scaling, transposed)
+        basis, scale = saved.basis_of(at), saved.input_scale_of(at)
+        added[name] = partial(_plus_delta, basis, lam, gam, scale, saved.scaling, transposed)
     return added, {name_in(name): tensor for name, tensor in saved.others.items()}
 
 
@@ -98,12 +104,11 @@ def _of_peft(folder: Path, checkpoint: Checkpoint) -> Changes:
     added = {}
     for at, (sizes, transposed) in layouts.items():
         basis = layer_basis(A, B, *sizes, config.r)
-        check_diagonals(at, tensors, basis, stacks[at])
+        check_adapter(at, tensors, basis, stacks[at])
         lam, gam = (tensors.pop(f"{at}{end}") for end in ends)
-        if (scale := tensors.pop(f"{at}.{INPUT_SCALE}", None)) is not None:
-            basis = basis.with_input_scale(scale, tuple(stacks[at]))
+        scale = tensors.pop(f"{at}.{INPUT_SCALE}", None)
         scaling = config.randlora_alpha / config.r
-        added[names[at]] = partial(_plus_delta, basis, lam, gam, scaling, transposed)
+        added[names[at]] = partial(_plus_delta, basis, lam, gam, scale, scaling, transposed)
     if alien := next((key for key in tensors if key.rpartition(".")[0] in paths), None):
         raise ValueError(f"it has {alien}, which an adapted layer does not have")
     others = {name_in(in_base_model(key, paths)): each for key, each in tensors.items()}

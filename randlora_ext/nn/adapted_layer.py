@@ -1,6 +1,5 @@
 """What a layer with RandLoRA adapters computes: `RandLoraLinear` and PEFT's layers alike."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from ..checks import check_model
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import plain_weight, refuse_cut
+from .input_scale import InputScales
 from .merging import KeepsWeight
-from .state_dict import DIAGONALS, INPUT_SCALE, no_scale, refuse_misfit
+from .state_dict import misfit_of_scale, refuse_misfit
 
 
 class AdaptedLayer(KeepsWeight):
@@ -21,13 +21,12 @@ class AdaptedLayer(KeepsWeight):
 
     Classes that mix it in make the adapters, choose the active ones, and say which basis and which
     dtype each has. ``scaling``, ``randlora_lambda``, ``randlora_gamma`` and ``randlora_dropout``
-    hold the adapters by name. So does ``input_scales``, for those that `calibrate` has given one: a
-    plain dictionary, whose tensors no `.to` casts and no engine spreads over ranks.
+    hold the adapters by name, ``randlora_input_scale`` those on Hadamard bases.
     """
 
     experts: tuple[int, ...] = ()  # how many, if the weight is a stack
     bases: dict[str, Basis]
-    input_scales: dict[str, Tensor]
+    randlora_input_scale: InputScales
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
         """The basis by which the adapter multiplies on that device."""
@@ -55,58 +54,72 @@ class AdaptedLayer(KeepsWeight):
         """Has the dtype, device and layout in which the base layer computes."""
         return self.get_base_layer().weight
 
+    def _input_scale(self, name: str, device: torch.device) -> Tensor | None:
+        """By what the adapter multiplies its inputs; None of bases that cannot be scaled."""
+        scales = self._modules["randlora_input_scale"]
+        if name not in scales._buffers:
+            return None
+        scale = getattr(scales, name)
+        return scale if scale.device == device else scale.to(device)
+
+    def _reset_input_scale(self, adapter: str, kind: str) -> None:
+        """Ones for an adapter on Hadamard bases, nothing for one on others."""
+        scales, device = self.randlora_input_scale, self.randlora_lambda[adapter].device
+        if kind == "hadamard":
+            scales[adapter] = torch.ones(*self.experts, self.in_features, device=device)
+        elif adapter in scales:
+            del scales[adapter]
+
+    @torch.no_grad()
     def set_input_scale(self, adapter: str, input_scale: Tensor | None) -> None:
-        """Multiplies the adapter's inputs by a vector (in_features,) from now on; None by none.
+        """Multiplies the adapter's inputs by a vector (in_features,) from now on; None by ones.
 
         A stack of experts also takes one for each, (experts, in_features). Equivalent to
-        ``dW @ diag(input_scale)`` for dW. Raises TypeError or ValueError, as `Basis`, if it does
-        not fit; RuntimeError if the adapter is merged.
+        ``dW @ diag(input_scale)`` for dW. The numbers are copied into the buffer
+        ``randlora_input_scale[adapter]``, which is float32.
+
+        Raises ValueError for an unknown adapter, one on other bases than Hadamard ones, a tensor of
+        another shape, or numbers that are not positive and finite; TypeError if it is no floating
+        tensor; RuntimeError if the adapter is merged or on the meta device.
         """
         check_kind("adapter", adapter, self.randlora_lambda)
         if adapter in self.merged_adapters:
             raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it first")
-        if input_scale is None and adapter not in self.input_scales:
+        if adapter not in self.randlora_input_scale:
+            if input_scale is None:
+                return
+            kind = self.basis_of(adapter, self.randlora_lambda[adapter].device).kind
+            raise ValueError(f"input_scale goes with Hadamard bases, got kind={kind!r}")
+        scale = self.randlora_input_scale[adapter]
+        if scale.is_meta:
+            raise RuntimeError(f"adapter {adapter!r} has no numbers (meta device)")
+        if input_scale is None:
+            scale.fill_(1)
             return
-        basis = self.basis_of(adapter, self.randlora_lambda[adapter].device)
-        self._use_basis(adapter, basis.with_input_scale(input_scale, self.experts))
+        if not isinstance(input_scale, Tensor) or not input_scale.is_floating_point():
+            raise TypeError(f"input_scale must be a floating tensor or None, got {input_scale!r}")
+        if input_scale.shape not in (scale.shape, scale.shape[-1:]):
+            named = "(experts, in_features)" if self.experts else "(in_features,)"
+            told = f"{named} = {tuple(scale.shape)}, got {tuple(input_scale.shape)}"
+            raise ValueError(f"input_scale must be {told}")
+        if error := misfit_of_scale("input_scale", input_scale, input_scale):
+            raise ValueError(error)
+        scale.copy_(input_scale)
 
-    def _use_basis(self, adapter: str, basis: Basis) -> None:
-        """`basis_of` gives the adapter this one from now on."""
-        self.bases[adapter] = basis
-        self.input_scales.pop(adapter, None)
-        if basis.input_scale is not None:
-            self.input_scales[adapter] = basis.input_scale
-
-    @property
-    def randlora_input_scale(self) -> SimpleNamespace:
-        """What state dicts hold: ones for an adapter that could have a scale and has none.
-
-        torch.distributed looks every key up as an attribute, and loads only keys that the model's
-        own state dict has. Copies, because dcp.load writes into them.
+    def is_calibrated(self, adapter: str) -> bool:
+        """Whether the adapter's inputs are scaled: ``randlora_input_scale[adapter]`` holds another
+        number than one. False on bases other than Hadamard and on the meta device; ValueError for
+        an unknown adapter.
         """
-        scales = {
-            name: self.input_scales.get(name, torch.ones(*self.experts, self.in_features)).clone()
-            for name, lam in self.randlora_lambda.items()
-            if self.basis_of(name, lam.device).takes_input_scale
-        }
-        return SimpleNamespace(**scales)
-
-    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, scale in vars(self.randlora_input_scale).items():
-            destination[f"{prefix}{INPUT_SCALE}.{name}"] = scale
+        check_kind("adapter", adapter, self.randlora_lambda)
+        if adapter not in self.randlora_input_scale:
+            return False
+        scale = self.randlora_input_scale[adapter]
+        return not scale.is_meta and bool((scale != 1).any())
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
         refuse_misfit(self, state_dict, prefix)
-        # A state with a lambda is whole: without a scale it was trained without.
-        keys = {name: f"{prefix}{INPUT_SCALE}.{name}" for name in self.randlora_lambda}
-        whole = [n for n in keys if f"{prefix}{DIAGONALS[0]}.{n}" in state_dict]
-        scales = {
-            n: state_dict.pop(k, None) for n, k in keys.items() if k in state_dict or n in whole
-        }
         super()._load_from_state_dict(state_dict, prefix, *args)
-        for name, scale in scales.items():
-            self.set_input_scale(name, None if no_scale(scale) else scale)
 
     def _adapted(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and those of these adapters, by one operator if that may be."""
@@ -131,8 +144,8 @@ class AdaptedLayer(KeepsWeight):
         """The adapter's output, added to that of the base layer if its weight is given."""
         device = x.device
         lam, gam = self._diagonals(name, device)
-        basis = self.basis_of(name, device)
-        return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name])
+        basis, scale = self.basis_of(name, device), self._input_scale(name, device)
+        return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name], scale)
 
     def _widens(self, name: str, x: Tensor) -> bool:
         """Whether the adapter multiplies in a wider dtype than the base layer."""
@@ -156,18 +169,20 @@ class AdaptedLayer(KeepsWeight):
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
         device = self.randlora_lambda[name].device
         lam, gam = (t.to(dtype) for t in self._diagonals(name, device))
-        basis = self.basis_of(name, device)
-        delta = functional.delta_weight(basis, lam, gam, self.scaling[name])
+        basis, scale = self.basis_of(name, device), self._input_scale(name, device)
+        delta = functional.delta_weight(basis, lam, gam, self.scaling[name], scale)
         return laid_out_like(delta.T if self.fan_in_fan_out else delta, self._base_weight())
 
     def describe(self, adapter: str) -> str:
-        """The adapter's basis, and what computes it."""
+        """The adapter's basis, whether it is calibrated, and what computes it."""
         weight = self._base_weight()
         basis = self.basis_of(adapter, weight.device)
         by = functional.what_computes(basis, weight.device, weight.dtype)
         hint = " (basis='hadamard' costs about LoRA's)" if basis.kind == "dense" else ""
-        scaled = " with scaled inputs" if adapter in self.input_scales else ""
-        return f"r={basis.r} {basis.name}{scaled} by {by}{hint}"
+        state = ""
+        if adapter in self.randlora_input_scale:
+            state = " (calibrated)" if self.is_calibrated(adapter) else " (not calibrated)"
+        return f"r={basis.r} {basis.name}{state} by {by}{hint}"
 
     def name_at(self, path: str) -> str:
         """What messages call the layer at that path of a model."""

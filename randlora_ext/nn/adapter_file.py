@@ -20,7 +20,7 @@ from .apply import adapted_layers, adapting
 from .experts import matching_parameters
 from .linear import check_alpha, check_dropout
 from .paths import in_base_model
-from .state_dict import DIAGONALS, INPUT_SCALE, check_diagonals, misfit, refuse
+from .state_dict import DIAGONALS, INPUT_SCALE, check_adapter, misfit, refuse
 
 _METADATA = "randlora_adapter"
 
@@ -37,7 +37,7 @@ class AdapterFile:
     # [in_features, out_features, fan_in_fan_out] by the layer's path in the base model; of experts
     # [in_features, out_features, transposed, experts] by the parameter's name.
     layers: dict[str, list]
-    # PATH.randlora_lambda (r, n), PATH.randlora_gamma (n, d) and, if calibrated,
+    # PATH.randlora_lambda (r, n), PATH.randlora_gamma (n, d) and, on Hadamard bases,
     # PATH.randlora_input_scale (in_features,), each with a first dimension `experts` if it has
     # any; and other parameters that were trained.
     tensors: dict[str, Tensor]
@@ -48,13 +48,14 @@ class AdapterFile:
         if not self.layers:
             raise ValueError("there are 0 layers")
         for at, its in self.layers.items():
-            check_diagonals(at, self.tensors, self.basis_of(at), its[3:])
+            check_adapter(at, self.tensors, self.basis_of(at), its[3:])
 
     def basis_of(self, at: str) -> Basis:
-        (n_in, n_out, _, *experts), key = self.layers[at], BasisDescription.parse(self.basis)
-        basis = Basis(n_in, n_out, self.r, **vars(key))
-        scale = self.tensors.get(f"{at}.{INPUT_SCALE}")
-        return basis if scale is None else basis.with_input_scale(scale, (*experts,))
+        n_in, n_out, *_ = self.layers[at]
+        return Basis(n_in, n_out, self.r, **vars(BasisDescription.parse(self.basis)))
+
+    def input_scale_of(self, at: str) -> Tensor | None:
+        return self.tensors.get(f"{at}.{INPUT_SCALE}")
 
     @property
     def others(self) -> dict[str, Tensor]:
@@ -100,8 +101,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, adapter_name: str = 
     }
     for at, layer in layers.items():
         own |= {f"{at}.{kind}": getattr(layer, kind)[adapter_name] for kind in DIAGONALS}
-        if adapter_name in layer.input_scales:
-            own[f"{at}.{INPUT_SCALE}"] = layer.input_scales[adapter_name]
+        if adapter_name in layer.randlora_input_scale:
+            own[f"{at}.{INPUT_SCALE}"] = layer.randlora_input_scale[adapter_name]
     if lost := next((name for name, tensor in own.items() if not _is_here(tensor)), None):
         raise ValueError(f"{lost} has no numbers here (meta device, DeepSpeed ZeRO-3)")
     # Cloned, since safetensors refuses one tensor under two names, those of a tied layer.
@@ -158,7 +159,7 @@ def load_adapter(
             if name not in layer.bases:
                 layer.update_layer(**options)
             layer.scaling[name] = file.scaling
-            layer.set_input_scale(name, file.basis_of(at).input_scale)
+            layer.set_input_scale(name, file.input_scale_of(at))
             filled |= {f"{at}.{kind}": getattr(layer, kind)[name] for kind in DIAGONALS}
         with torch.no_grad():
             for key, parameter in filled.items():
@@ -200,9 +201,10 @@ def _misfits(
         if is_dtensor(weight) or not _is_here(weight):
             yield f"{at}: its weight is not whole here (fully_shard, meta device, DeepSpeed ZeRO-3)"
         other = first.setdefault(layer, at)
-        pair = ([file.tensors[f"{path}.{kind}"] for kind in DIAGONALS] for path in (at, other))
+        kinds = [kind for kind in (*DIAGONALS, INPUT_SCALE) if f"{at}.{kind}" in file.tensors]
+        pair = ([file.tensors[f"{path}.{kind}"] for kind in kinds] for path in (at, other))
         if at != other and not all(map(torch.equal, *pair)):
-            yield f"{at}: it is tied to {other}, whose lambda and gamma differ in the file"
+            yield f"{at}: it is tied to {other}, whose tensors differ in the file"
     for key, tensor in file.others.items():
         none = f"{key}: there is no such parameter, or the model's other adapters use it, too"
         yield misfit(key, tensor, others[key]) if key in others else none

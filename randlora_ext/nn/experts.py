@@ -71,7 +71,8 @@ class AdaptedParameter(AdaptedLayer):
         """W + dW in the dtype of W, or dW in that of lambda, in the shape of W."""
         basis, shape = self.basis_of(name, lam.device), self._base_weight().shape
         stack = None if weight is None else weight.reshape(*self.experts, *shape[-2:])
-        operands = hadamard.operands(basis, lam.device, self.scaling[name])
+        scale = self._input_scale(name, lam.device)
+        operands = hadamard.operands(basis, lam.device, self.scaling[name], input_scale=scale)
         operands["expand"] ^= self.transposed
         return hadamard.weight(stack, lam, gam, **operands).view(shape)
 

@@ -13,6 +13,7 @@ from ..basis.description import check_kind, check_number
 from ..checks import warn_user
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
+from .input_scale import InputScales
 from .merging import adapter_dtype
 
 # The largest scaling that the authors and PEFT's examples train with.
@@ -53,8 +54,9 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     The operators accumulate in float32 or better. As with nn.Linear, x must have the weight's dtype
     unless autocast is on.
 
-    ``state_dict`` holds the base layer, lambda and gamma, but no basis. ``load_state_dict`` raises
-    before it copies anything if the state does not fit or an adapter is merged.
+    ``state_dict`` holds the base layer, lambda and gamma and, of adapters on Hadamard bases, their
+    `randlora_input_scale`, but no basis. ``load_state_dict`` raises before it copies anything if
+    the state does not fit or an adapter is merged.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.
@@ -79,7 +81,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.fan_in_fan_out = is_conv1d(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.bases, self.input_scales = {}, {}
+        self.bases = {}
         self.merged_adapters = []
         self.active_adapters: list[str] = [adapter_name]
         self.disabled = False
@@ -87,6 +89,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.randlora_dropout = nn.ModuleDict()
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
+        self.randlora_input_scale = InputScales()
         self.update_layer(adapter_name, r, randlora_alpha, density, seed, randlora_dropout, basis)
         base_layer.requires_grad_(False)
         self.train(base_layer.training)
@@ -127,12 +130,13 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         gam = torch.full(of_gam, 1 / max(bases.n, bases.d), device=device, dtype=dtype)
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
 
-        self._use_basis(adapter_name, bases)
+        self.bases[adapter_name] = bases
         self.r[adapter_name] = r
         self.scaling[adapter_name] = alpha / r
         self.randlora_dropout[adapter_name] = dropout.train(self.training)
         self.randlora_lambda[adapter_name] = nn.Parameter(lam)
         self.randlora_gamma[adapter_name] = nn.Parameter(gam)
+        self._reset_input_scale(adapter_name, bases.kind)
         self._mark_trained()
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:

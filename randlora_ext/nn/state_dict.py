@@ -29,13 +29,18 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 
     torch copies what fits and then raises for the rest, which would mix two adapters. This raises a
     RuntimeError before, with every entry of such a layer whose shape differs or that is no floating
-    point tensor, and every merged layer that has entries: the new lambda and gamma could not undo
-    its merge. Missing and unknown keys are left to torch, which knows whether loading is strict.
+    point tensor, every input scale that is not positive and finite, or that is missing beside
+    lambda or gamma, and every merged layer that has entries: the new lambda and gamma could not
+    undo its merge. A layer that has several paths needs equal input scales at all of them. Other
+    missing keys, and unknown ones, are left to torch, which knows whether loading is strict.
     """
     problems: list[str] = []
+    first: dict[nn.Module, str] = {}
     for path, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, KeepsWeight):
-            problems += _misfits(layer, state_dict, f"{prefix}{path}." if path else prefix)
+            at = f"{prefix}{path}." if path else prefix
+            problems += _misfits(layer, state_dict, at)
+            problems += _untied(layer, state_dict, first.setdefault(layer, at), at)
     refuse(problems, "the state dict", f"the {type(module).__name__}", RuntimeError)
 
 
@@ -50,11 +55,16 @@ def refuse(
 def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
     merged, base = layer.merged_adapters, layer.base_layer
     own: dict[str, Tensor] = {}
-    like = torch.empty(*layer.experts, layer.in_features, device="meta")
     for name in layer.randlora_lambda:
         own |= {f"{prefix}{kind}.{name}": getattr(layer, kind)[name] for kind in DIAGONALS}
-        own[f"{prefix}{INPUT_SCALE}.{name}"] = like
-    forbidden = {f"{prefix}{kind}.{name}" for kind in DIAGONALS for name in merged}
+    for name in layer.randlora_input_scale:
+        key, scale = f"{prefix}{INPUT_SCALE}.{name}", layer.randlora_input_scale[name]
+        if key in state_dict:
+            yield misfit_of_scale(key, state_dict[key], scale)
+        elif any(f"{prefix}{kind}.{name}" in state_dict for kind in DIAGONALS):
+            yield missing_scale(key)
+    kinds = *DIAGONALS, INPUT_SCALE
+    forbidden = {f"{prefix}{kind}.{name}" for kind in kinds for name in merged}
     based = f"{prefix}base_layer."
     # Below an outer layer of experts lie the adapters of an inner one.
     bases = [key for key in state_dict if key.startswith(based) and ".randlora_" not in key]
@@ -66,6 +76,16 @@ def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator
     for key, parameter in own.items():
         if key in state_dict:
             yield misfit(key, state_dict[key], parameter)
+
+
+def _untied(layer: Any, state_dict: dict[str, Tensor], first: str, prefix: str) -> Iterator[str]:
+    """Input scales that differ at two paths of one layer, of which torch would keep the last."""
+    for name in layer.randlora_input_scale:
+        keys = [f"{at}{INPUT_SCALE}.{name}" for at in (first, prefix)]
+        one, other = (state_dict.get(key) for key in keys)
+        there = all(isinstance(scale, Tensor) and not scale.is_meta for scale in (one, other))
+        if there and one is not other and not torch.equal(one, other):  # type: ignore[arg-type]
+            yield f"{keys[1]} differs from {keys[0]}, and both are of one tied layer"
 
 
 def misfit(key: str, saved: Any, own: Tensor) -> str:
@@ -80,16 +100,38 @@ def misfit(key: str, saved: Any, own: Tensor) -> str:
     return f"{key} is {saved.dtype}, and must be {kind}"
 
 
-def check_diagonals(
+def misfit_of_scale(key: str, saved: Any, own: Tensor) -> str:
+    """As `misfit`, of an input scale, whose numbers must be positive and finite."""
+    if error := misfit(key, saved, own):
+        return error
+    if saved.is_meta:
+        return f"{key} has no numbers (meta device)"
+    scale = saved.float()
+    if bool(((scale > 0) & scale.isfinite()).all()):
+        return ""
+    return f"{key} must be positive and finite in every feature"
+
+
+def missing_scale(key: str) -> str:
+    return f"{key} is missing: adapters on Hadamard bases have one, of ones if not calibrated"
+
+
+def check_adapter(
     at: str, tensors: dict[str, Tensor], basis: Basis, experts: Sequence[int]
 ) -> None:
-    """KeyError or ValueError unless lambda and gamma are there and fit, one of each per expert."""
+    """KeyError or ValueError unless the tensors of the adapter at that path are there and fit:
+    lambda, gamma and, on Hadamard bases, the input scale, one of each per expert."""
     for kind, shape in zip(DIAGONALS, basis.of_diagonals, strict=True):
         key = f"{at}.{kind}"
         if error := misfit(key, tensors[key], torch.empty(*experts, *shape, device="meta")):
             raise ValueError(error)
-
-
-def no_scale(scale: Any) -> bool:
-    """Whether the entry of an input scale stands for none."""
-    return isinstance(scale, Tensor) and not bool((scale != 1).any())
+    key = f"{at}.{INPUT_SCALE}"
+    if basis.kind != "hadamard":
+        if key in tensors:
+            raise ValueError(f"{key} goes with Hadamard bases, and these are {basis.kind}")
+        return
+    if key not in tensors:
+        raise ValueError(missing_scale(key))
+    like = torch.empty(*experts, basis.in_features, device="meta")
+    if error := misfit_of_scale(key, tensors[key], like):
+        raise ValueError(error)

@@ -19,7 +19,7 @@ _MODULES = {"hadamard": hadamard, "dense": dense}
 _USUAL = (Tensor, torch.nn.Parameter)  # other types are looked at more closely
 
 
-def _check(basis: Basis, lam: Tensor, gam: Tensor) -> None:
+def _check(basis: Basis, lam: Tensor, gam: Tensor, input_scale: Tensor | None = None) -> None:
     """Checks what C++ cannot know; csrc/torch checks dtypes, devices and other shapes."""
     if not isinstance(basis, Basis):
         raise TypeError(f"basis must be a Basis, got {type(basis)}")
@@ -32,6 +32,22 @@ def _check(basis: Basis, lam: Tensor, gam: Tensor) -> None:
         raise ValueError(
             f"lam must be (r, n) = ({r}, {n}) and gam (n, d) = ({n}, {d}), of floating dtypes, got "
             f"{tuple(lam.shape)} {lam.dtype} and {tuple(gam.shape)} {gam.dtype}"
+        )
+    if input_scale is not None:
+        _check_input_scale(basis, input_scale)
+
+
+def _check_input_scale(basis: Basis, input_scale: Any) -> None:
+    if basis.kind != "hadamard":
+        raise ValueError(f"input_scale goes with Hadamard bases, got kind={basis.kind!r}")
+    if type(input_scale) not in _USUAL:
+        _check_tensor("input_scale", input_scale)
+    given, wanted = tuple(input_scale.shape), (basis.in_features,)
+    if given != wanted or input_scale.dtype != torch.float32 or input_scale.requires_grad:
+        trained = " that requires a gradient" if input_scale.requires_grad else ""
+        raise ValueError(
+            f"input_scale must be (in,) = {wanted}, float32 and a constant, got {given} "
+            f"{input_scale.dtype}{trained}"
         )
 
 
@@ -65,29 +81,42 @@ def scaled_basis(basis_or_A: Basis | Tensor, lam: Tensor, gam: Tensor) -> Tensor
     return dense.scaled(basis_or_A, lam, gam)
 
 
-def delta_weight(basis: Basis, lam: Tensor, gam: Tensor, scaling: float = 1.0) -> Tensor:
-    """dW (out, in): ``scaling * B @ scaled_basis(A, lam, gam)``, transposed if d == out < in.
+def delta_weight(
+    basis: Basis,
+    lam: Tensor,
+    gam: Tensor,
+    scaling: float = 1.0,
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    """dW (out, in): ``scaling * B @ scaled_basis(A, lam, gam)``, transposed if d == out < in, and
+    times ``input_scale`` (in,), if there is one: a constant, float32, of Hadamard bases alone.
 
     The result has the dtype of lam; sums are in float32 (float64 for float64). Bases other than
     Hadamard make a dense B, which lives as long as the call. Source: PEFT's ``get_delta_weight``;
     paper equation 3. Raises TypeError or ValueError, naming the argument.
     """
-    _check(basis, lam, gam)
+    _check(basis, lam, gam, input_scale)
     if basis.kind == "hadamard":
-        return hadamard.weight(None, lam, gam, **hadamard.operands(basis, lam.device, scaling))
+        operands = hadamard.operands(basis, lam.device, scaling, input_scale=input_scale)
+        return hadamard.weight(None, lam, gam, **operands)
     return dense.delta(basis, lam, gam, scaling)
 
 
 @torch.no_grad()
 def merged_weight(
-    basis: Basis, weight: Tensor, lam: Tensor, gam: Tensor, scaling: float = 1.0
+    basis: Basis,
+    weight: Tensor,
+    lam: Tensor,
+    gam: Tensor,
+    scaling: float = 1.0,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """W + dW (out, in): ``(weight.float() + delta_weight(...)).to(weight.dtype)``; no gradient.
 
     The sum is computed in float32 (float64 for float64), rounded once.
     Raises ValueError, TypeError or RuntimeError, naming the argument.
     """
-    _check(basis, lam, gam)
+    _check(basis, lam, gam, input_scale)
     _check_tensor("weight", weight)
     if tuple(weight.shape) != (basis.out_features, basis.in_features):
         raise ValueError(
@@ -95,7 +124,8 @@ def merged_weight(
             f"got {tuple(weight.shape)}"
         )
     if basis.kind == "hadamard":
-        return hadamard.weight(weight, lam, gam, **hadamard.operands(basis, lam.device, scaling))
+        operands = hadamard.operands(basis, lam.device, scaling, input_scale=input_scale)
+        return hadamard.weight(weight, lam, gam, **operands)
     wide = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(wide) + dense.delta(basis, lam.to(wide), gam, scaling)).to(weight.dtype)
 
@@ -108,6 +138,7 @@ def linear(
     lam: Tensor,
     gam: Tensor,
     scaling: float = 1.0,
+    input_scale: Tensor | None = None,
 ) -> Tensor:
     """``F.linear(x, weight, bias) + scaling * F.linear(x, B @ A')`` (B @ A' oriented as weight).
 
@@ -118,13 +149,15 @@ def linear(
         bias: (out,) in the dtype of x, or None.
         lam: (r, n), any floating dtype; layers use float32.
         gam: (n, d), likewise.
+        input_scale: (in,), float32, a constant, for Hadamard bases alone: the adapter's part is
+            that of ``x * input_scale``. None is a vector of ones.
 
     Backward keeps x, lam and gam. Under autocast x, weight and bias are cast as by F.linear.
 
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.
     """
-    _check(basis, lam, gam)
+    _check(basis, lam, gam, input_scale)
     if type(x) not in _USUAL:
         _check_tensor("x", x)
     if weight is not None and type(weight) not in _USUAL:
@@ -141,7 +174,10 @@ def linear(
             "(randlora_ext.build_info()['cuda']); Hadamard and dense bases work without, in plain "
             "torch"
         )
-    operands = module.operands(basis, device, scaling, x.dtype)
+    if input_scale is None:
+        operands = module.operands(basis, device, scaling, x.dtype)
+    else:
+        operands = hadamard.operands(basis, device, scaling, input_scale=input_scale)
     return module.linear(x, weight, bias, lam, gam, **operands)
 
 

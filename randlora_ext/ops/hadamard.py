@@ -4,9 +4,9 @@
     ``A[j, k] = s[k] H[j, m]`` with the class ``m = k // n`` of column k
     ``B[o, c] = row[o] H[o, c] col[c]``, c = j * n + i
 
-H is Sylvester's Hadamard matrix; s, row and col are signs, times the adapter's input scale on the
-input side. Devices without our kernels, and cards with too little shared memory for the sizes, take
-the same steps in plain torch.
+H is Sylvester's Hadamard matrix; s, row and col are signs. An adapter's input scale multiplies
+those of the input side: s if that is d, else row. Devices without our kernels, and cards with too
+little shared memory for the sizes, take the same steps in plain torch.
 """
 
 from collections.abc import Iterator
@@ -24,9 +24,16 @@ from .registration import Operator, entry, fake, gradients, linear_entry
 _ops = torch.ops.randlora
 
 
-def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> dict[str, Any]:
+def operands(
+    basis: Basis, device, scaling: float = 1.0, dtype=None, input_scale: Tensor | None = None
+) -> dict[str, Any]:
     """The operators' arguments that describe the bases, in their order."""
     s, row, col = basis.packed(device)
+    if input_scale is not None:  # (in,), or (experts, in)
+        if basis.expand:
+            s = s * input_scale
+        else:
+            row = row * input_scale
     return {"s": s, "row": row, "col": col, "expand": basis.expand, "scale": float(scaling)}
 
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from ..basis.description import check_kind, check_r
 from ..nn.adapter_config import NEEDS_OURS, SPARSE, description_of
 from ..nn.linear import check_alpha, check_dropout, check_options
-from ..nn.state_dict import INPUT_SCALE, no_scale
 
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
@@ -152,9 +151,6 @@ def record_configurations(folder: Path) -> None:
         tensors = config.with_name(SAFETENSORS_WEIGHTS_NAME)
         if tensors.exists():
             new, held = tensors.with_suffix(".recorded"), load_file(tensors)
-            ones = [key for key in held if key.endswith(INPUT_SCALE) and no_scale(held[key])]
-            for key in ones:  # of PEFT 0.20
-                del held[key]
             save_file(held, new, metadata={"format": "pt", _METADATA: config.read_text()})
             os.replace(new, tensors)
 

@@ -16,8 +16,9 @@ from ..checks import check_model
 from ..devices import serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.experts import AdaptedParameter
+from ..nn.input_scale import InputScales
 from ..nn.merging import forget_merged
-from .bases import BasisTensor, PackedBufferDict, layer_basis
+from .bases import BasisTensor, PackedBufferDict, generator_of, layer_basis
 
 
 class AcceleratedLinear(AdaptedLayer, Linear):
@@ -32,10 +33,30 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     _found: tuple | None = None  # what `bases` are made of
     disabled = Linear.disable_adapters
     # Of these PEFT deletes an adapter's entries with it.
-    other_param_names = (*Linear.other_param_names, "bases", "input_scales")
+    other_param_names = (*Linear.other_param_names, "bases", "randlora_input_scale")
     # Of all layers; `enable` sets them, and says what they do.
     float32_products = False
     keep_weight = "host"
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, *args, **kwargs)
+        self.add_input_scales(adapter_name)
+
+    def add_input_scales(self, *adapter_names: str) -> None:
+        """For these adapters, None means all: PEFT's ``__init__`` knows nothing of them."""
+        if "randlora_input_scale" not in self._modules:
+            self.randlora_input_scale = InputScales()
+        for name in adapter_names or self.randlora_lambda:
+            made = generator_of(self.randlora_A[name])  # None: PEFT drew them
+            self._reset_input_scale(name, "peft" if made is None else made.kind)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        # PEFT moves only what is in its own kinds of dictionaries.
+        scales = self._modules.get("randlora_input_scale", ())
+        if adapter_name in scales and not scales[adapter_name].is_meta:
+            device = self.randlora_lambda[adapter_name].device
+            scales[adapter_name] = scales[adapter_name].to(device)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -84,8 +105,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         A, B, device_type = self.randlora_A[adapter], self.randlora_B[adapter], key[0]
         served = device_type == "meta" or serve(device_type)
         basis = layer_basis(A, B, self.in_features, self.out_features, self.r[adapter], served)
-        if adapter in self.input_scales:
-            basis = basis.with_input_scale(self.input_scales[adapter], self.experts)
         if not served and basis.kind == "dense" and isinstance(A, BasisTensor):
             warnings.warn(
                 "RandLoRA layers multiply by dense bases: there are no randlora_ext kernels for "
@@ -151,7 +170,7 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
     def __init__(
         self, base_layer: Any, parameter_name: str, A: Any, B: Any, adapter_name: str, config: Any
     ) -> None:
-        self.bases, self.input_scales = {}, {}
+        self.bases = {}
         like = self._set_sizes(base_layer, parameter_name)
         super().__init__(like, A, B, adapter_name, config, config.r)
         self.base_layer = base_layer

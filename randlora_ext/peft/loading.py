@@ -14,7 +14,7 @@ from peft.utils.save_and_load import load_peft_weights
 from ..nn.adapter_config import PEFT_TYPES
 from ..nn.base_layer import first
 from ..nn.linear import check_alpha
-from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
+from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit, misfit_of_scale, refuse
 from .bases import BASIS_NAMES
 from .config import one_save, other_bases
 from .layer import layers_with
@@ -83,10 +83,11 @@ def _hotswap_errors(
     if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
         yield from other_bases(vars(config), fields)
     # What a file may lack, or bring.
-    free = *BASIS_NAMES, INPUT_SCALE
+    free = BASIS_NAMES
     for key in own:
         if key in saved:
-            yield misfit(key, saved[key], own[key])
+            check = misfit_of_scale if key.endswith(INPUT_SCALE) else misfit
+            yield check(key, saved[key], own[key])
         elif not key.endswith(free):
             yield f"{key} is missing"
     # PEFT saves the base weights of a targeted lm_head, too.

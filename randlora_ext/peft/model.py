@@ -27,7 +27,7 @@ from ..nn.experts import matching_parameters, sizes_of
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import remember_merged
 from ..nn.shared import check_mergeable, warn_of_shared
-from ..nn.state_dict import INPUT_SCALE, guard, misfit, no_scale, refuse
+from ..nn.state_dict import guard, misfit, refuse
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
 from .layer import AcceleratedLinear, ParamWrapper
@@ -268,19 +268,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
 
     @classmethod
-    def _get_adapter_state_dict(cls, **kwargs) -> dict:
-        # PEFT takes parameters and buffers, and an input scale is neither.
-        found, end = super()._get_adapter_state_dict(**kwargs), f".{kwargs['adapter_name']}"
-        scales = {k: v for k, v in kwargs["state_dict"].items() if k.endswith(INPUT_SCALE + end)}
-        return found | {key: scale for key, scale in scales.items() if not no_scale(scale)}
-
-    @classmethod
     def _remap_adapter_state_dict_for_load(cls, **kwargs) -> dict:
         # PEFT adds the adapter's name only to entries that the model would write itself. A file may
-        # hold bases elsewhere, also under every layer, and input scales that are new.
-        name, ends = kwargs["adapter_name"], (*BASIS_NAMES, INPUT_SCALE)
-        entries = super()._remap_adapter_state_dict_for_load(**kwargs).items()
-        return {f"{key}.{name}" if key.endswith(ends) else key: value for key, value in entries}
+        # hold bases elsewhere, also under every layer.
+        name, entries = kwargs["adapter_name"], super()._remap_adapter_state_dict_for_load(**kwargs)
+        return {f"{k}.{name}" if k.endswith(BASIS_NAMES) else k: v for k, v in entries.items()}
 
 
 def change_class(module: Any, to: type) -> None:
@@ -294,7 +286,8 @@ def accelerate_layer(layer: Any) -> Any:
         backend = quantized.backend_of(layer.get_base_layer())
         change_class(layer, quantized.QuantizedLinear if backend else AcceleratedLinear)
         layer.quantization_backend = backend
-        layer.bases, layer.input_scales = {}, {}
+        layer.bases = {}
+        layer.add_input_scales()
         force_module_call(layer)
         if layer.merged:  # by stock PEFT
             remember_merged(layer)

@@ -87,10 +87,10 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
 def _fold_scales(state: dict[str, Tensor], name: str, layers: Mapping[str, Any]) -> None:
     """Multiplies input scales into the gammas of `state`, and takes them out of it."""
     for path, layer in layers.items():
-        scale = getattr(layer, "input_scales", {}).get(name)
-        if scale is None:
+        scales: Any = getattr(layer, "randlora_input_scale", ())
+        if name not in scales:
             continue
-        if layer.in_features > layer.out_features:
+        if layer.is_calibrated(name) and layer.in_features > layer.out_features:
             raise ValueError(
                 f"layer {path!r} is calibrated and has more inputs ({layer.in_features}) than "
                 f"outputs ({layer.out_features}): stock PEFT shares B among all layers; {_MERGE}"
@@ -98,7 +98,8 @@ def _fold_scales(state: dict[str, Tensor], name: str, layers: Mapping[str, Any])
         key = f"base_model.model.{path}"
         del state[f"{key}.{INPUT_SCALE}.{name}"]
         gamma = f"{key}.randlora_gamma.{name}"
-        state[gamma] = state[gamma] * scale.to(state[gamma])
+        if layer.is_calibrated(name):
+            state[gamma] = state[gamma] * scales[name].to(state[gamma])
 
 
 def _dense_bases(

@@ -17,7 +17,7 @@ from distributed_ranks import (
     worlds,
 )
 from distributed_training import base, batch, share, train
-from peft_helpers import adapted, layers, randomize, scales
+from peft_helpers import adapted, are_calibrated, layers, randomize, scales
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -126,7 +126,7 @@ def check_states_of_calibrated_models(place: Place):
         assert place.rank or all(torch.equal(mine[key], theirs[key]) for key in theirs)
         dcp.save(get_model_state_dict(model), checkpoint_id=path)
         set_model_state_dict(model, before, options=full)
-        assert not any(layer.input_scales for layer in layers(model))
+        assert not any(are_calibrated(model))
         loaded = get_model_state_dict(model)
         dcp.load(loaded, checkpoint_id=path)
         set_model_state_dict(model, loaded)

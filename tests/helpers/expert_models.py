@@ -48,7 +48,7 @@ def with_scales(model, own=True):
     """The model, whose layers of experts have random input scales: one each, or one for all."""
     generator = torch.Generator().manual_seed(2)
     for layer in model.modules():
-        if hasattr(layer, "input_scales") and layer.experts:
+        if hasattr(layer, "set_input_scale") and layer.experts:
             sizes = *(layer.experts if own else ()), layer.in_features
             scale = torch.rand(sizes, generator=generator) + 0.5
             layer.set_input_scale("default", scale)

@@ -46,11 +46,15 @@ class Layer:
     gam: Tensor
     dy: Tensor
     scaling: float = 0.75
+    input_scale: Tensor | None = None
 
     def to(self, target: torch.dtype | torch.device | str) -> "Layer":
         """With its tensors in that dtype, or on that device."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **{k: v.to(target) for k, v in tensors.items()})
+        moved = {k: v.to(target) for k, v in tensors.items()}
+        if self.input_scale is not None:  # float32 in every dtype
+            moved["input_scale"] = moved["input_scale"].float()
+        return replace(self, **moved)
 
     def without_weight(self) -> "Layer":
         return replace(self, weight=None, bias=None)
@@ -65,14 +69,13 @@ def make_basis(
     seed: int = 3,
     dtype: torch.dtype = torch.float64,
 ) -> Basis:
-    """Of the density of independent bases, or a kind; SCALED are Hadamard with an input scale."""
+    """Of the density of independent bases, or a kind; SCALED are Hadamard bases."""
     sizes = in_features, out_features, r
     if basis == "dense":
         return dense_basis(*sizes, dtype)
     if isinstance(basis, float):
         return Basis(*sizes, basis, seed)
-    scale = torch.linspace(0.1, 3, in_features) if basis == SCALED else None
-    return Basis(*sizes, seed=seed, kind="hadamard").with_input_scale(scale)
+    return Basis(*sizes, seed=seed, kind="hadamard")
 
 
 def make_layer(
@@ -87,6 +90,7 @@ def make_layer(
 ) -> Layer:
     """Unit-variance x and dy, W of variance 1 / in; diagonals in float32, float64 for float64."""
     diagonals = torch.promote_types(dtype, torch.float32)
+    input_scale = torch.linspace(0.1, 3, in_features) if basis == SCALED else None
     basis = make_basis(in_features, out_features, r, basis, seed, diagonals)
     make = torch.Generator().manual_seed(1000 * in_features + 10 * out_features + r + tokens)
 
@@ -101,6 +105,7 @@ def make_layer(
         normal(basis.r, basis.n, like=diagonals, std=basis.r**-0.5),
         normal(basis.n, basis.d, like=diagonals, std=basis.d**-0.5),
         normal(*lead, tokens, out_features),
+        input_scale=input_scale,
     )
 
 
@@ -121,7 +126,8 @@ def operator(basis: Basis, end: str = "linear"):
 def operands(layer: Layer) -> tuple:
     """The basis as its operators take it."""
     module = {"hadamard": hadamard, "dense": dense}.get(layer.basis.kind, independent)
-    named = module.operands(layer.basis, layer.x.device, layer.scaling, layer.x.dtype)
+    scaled = {} if layer.input_scale is None else {"input_scale": layer.input_scale}
+    named = module.operands(layer.basis, layer.x.device, layer.scaling, layer.x.dtype, **scaled)
     return tuple(named.values())
 
 
@@ -148,10 +154,24 @@ def matrices(basis: Basis, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return basis.dense(dtype=dtype)
 
 
-def delta_by_reference(basis: Basis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
+def scaled_matrices(
+    basis: Basis, input_scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A and B, of which the one on the input side is multiplied by the scale of the inputs."""
+    A, B = matrices(basis, dtype)
+    if input_scale is None:
+        return A, B
+    scale = input_scale.to(dtype)
+    return (A * scale, B) if basis.expand else (A, B * scale[:, None])
+
+
+def delta_by_reference(
+    basis: Basis, lam: Tensor, gam: Tensor, scaling: float, input_scale: Tensor | None = None
+) -> Tensor:
     """dW (out, in) by the plain PyTorch expression on float64 matrices."""
     sizes = basis.out_features, basis.in_features
-    return delta_weight_reference(*matrices(basis, torch.float64), lam, gam, scaling, *sizes)
+    A, B = scaled_matrices(basis, input_scale, torch.float64)
+    return delta_weight_reference(A, B, lam, gam, scaling, *sizes)
 
 
 def forward_backward(function, layer: Layer) -> dict[str, Tensor]:
@@ -177,7 +197,7 @@ def kept_by(function):
 
 def call(layer: Layer, **changes) -> Tensor:
     """y of `linear`, with other arguments where some are given."""
-    names = ("x", "weight", "bias", "basis", "lam", "gam", "scaling")
+    names = ("x", "weight", "bias", "basis", "lam", "gam", "scaling", "input_scale")
     values = {name: getattr(layer, name) for name in names} | changes
     return linear(*(values[name] for name in names))
 
@@ -189,7 +209,7 @@ def ours(layer: Layer) -> dict[str, Tensor]:
 def plain(layer: Layer) -> dict[str, Tensor]:
     """The plain PyTorch expression, everything in the dtype of x, gradients included."""
     layer = layer.to(layer.x.dtype)
-    A, B = matrices(layer.basis, layer.x.dtype)
+    A, B = scaled_matrices(layer.basis, layer.input_scale, layer.x.dtype)
     return forward_backward(
         lambda x, lam, gam: linear_reference(
             x, layer.weight, layer.bias, A, B, lam, gam, layer.scaling

@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from layer_cases import relative as relative
+from layer_cases import scaled_matrices
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,7 +54,8 @@ def oracle(layer, x):
     leaves = [x.detach().double().requires_grad_()]
     y = F.linear(leaves[0], weight.double(), bias)
     for name in layer.active_adapters:
-        A, B = layer.bases[name].dense(dtype=torch.float64)
+        scale = layer.randlora_input_scale[name] if name in layer.randlora_input_scale else None
+        A, B = scaled_matrices(layer.bases[name], scale, torch.float64)
         lam = layer.randlora_lambda[name].detach().double().requires_grad_()
         gam = layer.randlora_gamma[name].detach().double().requires_grad_()
         leaves += [lam, gam]

@@ -174,8 +174,13 @@ def layers(model):
 
 
 def scales(model, name="default"):
-    """Of the inputs of each layer; None where the adapter has none."""
-    return [layer.input_scales.get(name) for layer in layers(model)]
+    """Of the inputs of each layer."""
+    return [layer.randlora_input_scale[name] for layer in layers(model)]
+
+
+def are_calibrated(model, name="default"):
+    """Of each layer, whether the adapter is."""
+    return [layer.is_calibrated(name) for layer in layers(model)]
 
 
 def deltas(model):

@@ -152,8 +152,9 @@ def test_modules_to_save_go_along(file, x):
             nn.init.normal_(parameter)
     save_adapter(model, file)
     parameters = {"0.block.norm.weight", "0.block.norm.bias", "1.weight", "1.bias"}
-    diagonals = {"0.up.randlora_lambda", "0.up.randlora_gamma", "0.block.up.randlora_lambda"}
-    assert load_file(file).keys() == parameters | diagonals | {"0.block.up.randlora_gamma"}
+    kinds = "lambda", "gamma", "input_scale"
+    own = {f"0.{path}.randlora_{kind}" for path in ("up", "block.up") for kind in kinds}
+    assert load_file(file).keys() == parameters | own
     loaded = load_adapter(nn.Sequential(Model(), nn.Linear(16, 3)), file)
     torch.testing.assert_close(loaded(x), model(x))
     trained = {n for n, p in loaded.named_parameters() if p.requires_grad and "rand" not in n}
@@ -182,7 +183,7 @@ MISFITS = {
     "tied": (
         lambda: randomize(apply_randlora(two_squares(), ["0", "1"], r=2)),
         lambda: nn.Sequential(*[nn.Linear(8, 8)] * 2),
-        "1: it is tied to 0, whose lambda and gamma",
+        "1: it is tied to 0, whose tensors differ",
     ),
     "not linear": (
         adapted, lambda: replaced("block.up", nn.Conv1d(16, 16, 1)),

@@ -70,7 +70,7 @@ def test_experts_have_input_scales_of_their_own_or_one_for_all(name, own, tmp_pa
     model = randomize(applied(name, target_parameters=EXPERTS[::-1]))
     plain = [layer.get_delta_weight("default") for layer in layers(model).values()]
     for layer, delta in zip(layers(with_scales(model, own)).values(), plain, strict=True):
-        scale = layer.input_scales["default"]
+        scale = layer.randlora_input_scale["default"]
         assert scale.shape == (4, layer.in_features) and own != torch.equal(scale[0], scale[1])
         by_hand = delta * (scale[..., None] if layer.transposed else scale[..., None, :])
         torch.testing.assert_close(layer.get_delta_weight("default"), by_hand)
@@ -81,7 +81,7 @@ def test_experts_have_input_scales_of_their_own_or_one_for_all(name, own, tmp_pa
     opened = load_adapter(make(name), tmp_path / "adapter")
     assert torch.equal(logits(opened), y)
     opened.load_state_dict((other := randomize(applied(name))).state_dict())
-    assert not any(layer.input_scales for layer in layers(opened).values())
+    assert not any(layer.is_calibrated("default") for layer in layers(opened).values())
     assert torch.equal(logits(opened), logits(other))  # layers are nested in one order
 
 

@@ -146,7 +146,7 @@ class Machine(RuleBasedStateMachine):
             assert layer.randlora_gamma[name].requires_grad == trained
         assert not layer.base_layer.weight.requires_grad
         own = {f"randlora_{d}.{name}" for d in ("lambda", "gamma") for name in layer.bases}
-        scaled = [name for name, basis in layer.bases.items() if basis.takes_input_scale]
+        scaled = [name for name, basis in layer.bases.items() if basis.kind == "hadamard"]
         own |= {f"randlora_input_scale.{name}" for name in scaled}
         assert {k for k in layer.state_dict() if not k.startswith("base_layer.")} == own
 

@@ -13,22 +13,22 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, tor
 
 
 def problem(shape, dtype, transposed=False, experts=3, own="none"):
-    """Of every expert, its bases; then the operands. `own`: which signs each expert has itself."""
+    """The basis, the scales of every expert, tensors, operands. `own`: which signs each has."""
     torch.manual_seed(0)
     n_in, n_out, r = shape
     scales = torch.rand(1 if own == "none" else experts, n_in) + 0.5
     basis = Basis(*shape, seed=3)
-    bases = [basis.with_input_scale(scale) for scale in scales.expand(experts, -1)]
+    scales = scales.expand(experts, -1)
     wide = torch.promote_types(dtype, torch.float32)
     lam, gam = torch.randn(experts, r, basis.n), torch.randn(experts, basis.n, basis.d)
     lam, gam = (t.to(wide).requires_grad_() for t in (lam, gam))
     W = torch.randn(experts, *((n_in, n_out) if transposed else (n_out, n_in))).to(dtype)
-    s, row, col, expand, scale = hadamard.operands(bases[0], W.device, 2.0).values()
-    if own == "both" or (own == "input" and expand):
-        s = torch.stack([b.packed()[0] for b in bases])
-    if own == "both" or (own == "input" and not expand):
-        row = torch.stack([b.packed()[1] for b in bases])
-    return bases, W, lam, gam, (s, row, col, expand != transposed, scale)
+    of_input = scales[0] if own == "none" else scales
+    operands = hadamard.operands(basis, W.device, 2.0, input_scale=of_input)
+    s, row, col, expand, scale = operands.values()
+    if own == "both":
+        s, row = (t if t.dim() == 2 else t.repeat(experts, 1) for t in (s, row))
+    return basis, scales, W, lam, gam, (s, row, col, expand != transposed, scale)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -36,10 +36,10 @@ def problem(shape, dtype, transposed=False, experts=3, own="none"):
 @pytest.mark.parametrize("own", ["none", "input", "both"])
 @pytest.mark.parametrize("shape", [(9, 5, 2), (5, 9, 2), (16, 16, 3), (37, 300, 5), (700, 100, 8)])
 def test_against_the_reference(shape, own, dtype, transposed):
-    bases, W, lam, gam, operands = problem(shape, dtype, transposed, own=own)
+    basis, scales, W, lam, gam, operands = problem(shape, dtype, transposed, own=own)
     leaves = [t.detach().double().requires_grad_() for t in (lam, gam)]
-    dW = [delta_by_reference(basis, *of, 2.0) for basis, *of in zip(bases, *leaves, strict=True)]
-    dW = torch.stack(dW)
+    each = zip(*leaves, scales, strict=True)
+    dW = torch.stack([delta_by_reference(basis, lam, gam, 2.0, scale) for lam, gam, scale in each])
     want = W.double() + (dW.mT if transposed else dW)
     grad = torch.randn_like(W)
     grad[1] = 0  # no token has visited this expert
@@ -63,7 +63,7 @@ def test_against_the_reference(shape, own, dtype, transposed):
 
 
 def test_as_torch_wants_it():
-    _, W, lam, gam, operands = problem((5, 9, 2), torch.float64, own="both")
+    *_, W, lam, gam, operands = problem((5, 9, 2), torch.float64, own="both")
     torch.library.opcheck(ops.hadamard_weight.default, (W, lam, gam, *operands))
     arguments = W, lam.detach(), gam.detach(), *operands
     torch.library.opcheck(ops.hadamard_weight_backward.default, arguments)
@@ -72,7 +72,7 @@ def test_as_torch_wants_it():
 
 
 def test_only_lambda_and_gamma_are_kept():
-    _, W, lam, gam, operands = problem((37, 300, 5), torch.float32)
+    *_, W, lam, gam, operands = problem((37, 300, 5), torch.float32)
     kept, _ = kept_by(lambda: hadamard.weight(W, lam, gam, *operands))
     assert {t.data_ptr() for t in kept} == {lam.data_ptr(), gam.data_ptr()}
 
@@ -93,7 +93,7 @@ def test_only_lambda_and_gamma_are_kept():
     ],
 )
 def test_errors(name, shape, told):
-    _, W, lam, gam, operands = problem((5, 9, 2), torch.float32)
+    *_, W, lam, gam, operands = problem((5, 9, 2), torch.float32)
     s, row, col, *rest = operands
     arguments = {"weight": W, "lam": lam, "gam": gam, "s": s, "row": row, "col": col}
     arguments[name] = torch.ones(shape)
@@ -106,7 +106,7 @@ def test_errors(name, shape, told):
 
 
 def test_a_layer_alone_takes_vectors():
-    _, W, lam, gam, (s, row, *rest) = problem((5, 9, 2), torch.float32, own="both")
+    *_, W, lam, gam, (s, row, *rest) = problem((5, 9, 2), torch.float32, own="both")
     with pytest.raises(RuntimeError, match=r"s must be a contiguous float32 tensor \(d\), got \(3"):
         ops.hadamard_weight(W[0], lam[0], gam[0], s, row[0], *rest)
     with pytest.raises(RuntimeError, match=r"row must be .*\(D\), got \(3, 9\)"):

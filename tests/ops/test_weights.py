@@ -49,8 +49,9 @@ def test_delta_weight_in_float64(shape, kind):
     layer = make_layer(*shape, kind, 1)
     lam, gam = (t.mT.contiguous().mT for t in (layer.lam, layer.gam))
     rest = lam, gam, normal(*shape[:2]).T
-    oracle = run(partial(delta_by_reference, layer.basis, scaling=SCALING), *rest)
-    results = run(partial(delta_weight, layer.basis, scaling=SCALING), *rest)
+    options = {"scaling": SCALING, "input_scale": layer.input_scale}
+    oracle = run(partial(delta_by_reference, layer.basis, **options), *rest)
+    results = run(partial(delta_weight, layer.basis, **options), *rest)
     for name, value in results.items():
         assert value.dtype == torch.float64 and value.shape == oracle[name].shape
         assert largest_error(value, oracle[name]) <= FP64, name
@@ -117,11 +118,12 @@ def test_one_rounding_of_the_sum(shape, kind, dtype):
     basis, weight, lam, gam = layer.basis, layer.weight, layer.lam, layer.gam
     if shape[0] > shape[1]:
         weight = weight.mT.contiguous().mT
-    results = [merged_weight(basis, weight, lam, gam, 0.5)]
+    scale = layer.input_scale
+    results = [merged_weight(basis, weight, lam, gam, 0.5, scale)]
     if basis.kind == "hadamard":
         bases = operands(replace(layer, scaling=0.5))
         results.append(hadamard._plain_weight(weight, lam, gam, *bases))
-    want = weight.double() + delta_by_reference(basis, lam.double(), gam.double(), 0.5)
+    want = weight.double() + delta_by_reference(basis, lam.double(), gam.double(), 0.5, scale)
     ulp = torch.finfo(dtype).eps * want.abs()
     noise = (1e-12 if dtype == torch.float64 else 1e-5) * want.abs().max()
     if kind == "dense" and dtype.itemsize == 2:  # A' and B are rounded, too

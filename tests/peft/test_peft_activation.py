@@ -125,7 +125,8 @@ def test_what_a_model_says_of_its_kernels():
     independent.merge_adapter()
     assert f"default: r=5 density 0.2 {kernels}, merged" in repr(independent)
     dense = "r=5 dense by torch's GEMMs (basis='hadamard' costs about LoRA's)"
-    for model, told in ((made(), dense), (made(basis="hadamard"), f"r=5 hadamard {kernels}")):
+    ours = f"r=5 hadamard (not calibrated) {kernels}"
+    for model, told in ((made(), dense), (made(basis="hadamard"), ours)):
         assert f"2x 24->40 {told}" in accelerated.kernel_summary(model)
         assert f"24->40; default: {told}" in repr(model)
 

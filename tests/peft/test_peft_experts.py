@@ -134,8 +134,10 @@ def test_beside_linear_layers_and_opened_by_transformers_classes(tmp_path, low):
     assert shapes == {  # as PEFT's LoRA: the parameter found first is inside
         "experts.base_layer.randlora_lambda": (4, 4, 8),
         "experts.base_layer.randlora_gamma": (4, 8, 32),
+        "experts.base_layer.randlora_input_scale": (4, 32),
         "experts.randlora_lambda": (4, 4, 6),
         "experts.randlora_gamma": (4, 6, 24),
+        "experts.randlora_input_scale": (4, 24),
     }
 
 
@@ -280,9 +282,9 @@ def test_however_experts_multiply(way):
     calibrate(model, [(x,)])
     layer = model.base_model.model[0]
     h = layer.get_base_layer().linear.base_layer(x)
-    for scale in layer.input_scales["default"]:
+    for scale in layer.randlora_input_scale["default"]:
         torch.testing.assert_close(scale, input_scale_of(h))
-    assert layer.get_base_layer().linear.input_scales
+    assert layer.get_base_layer().linear.is_calibrated("default")
 
 
 @pytest.mark.parametrize(
@@ -310,7 +312,10 @@ def test_llama_4_stores_experts_transposed_and_does_not_say_so():
     chosen = {"basis": "hadamard", "target_parameters": EXPERTS}
     model = randomize(adapted(base, [], 4, **chosen), size=0)
     calibrate(model, [{"input_ids": batch()["input_ids"].repeat(8, 1)}])
-    sizes = [(each.transposed, *each.input_scales["default"].shape) for each in layers(model)]
+    scales = [each.randlora_input_scale["default"] for each in layers(model)]
+    sizes = [
+        (each.transposed, *scale.shape) for each, scale in zip(layers(model), scales, strict=True)
+    ]
     assert sizes == [(True, 4, 16), (True, 4, 32)] * 2
     y = logits(randomize(model))
     torch.testing.assert_close(logits(model.merge_and_unload()), y, rtol=0, atol=1e-4)
@@ -341,7 +346,7 @@ def test_batches_may_be_made_by_other_mixtures():
     calibrate(model, batches())
     layer = model.base_model.model[0]
     h = layer.get_base_layer().linear.base_layer(x)
-    torch.testing.assert_close(layer.input_scales["default"][0], input_scale_of(h))
+    torch.testing.assert_close(layer.randlora_input_scale["default"][0], input_scale_of(h))
 
 
 def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
@@ -353,7 +358,7 @@ def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
     calibrate(torch.compile(layer), [(x,)])
     h = layer.get_base_layer().linear.base_layer(x)
     want = torch.stack([input_scale_of(h[:40]), input_scale_of(h[40:90]), input_scale_of(h)])
-    torch.testing.assert_close(layer.input_scales["default"], want)
+    torch.testing.assert_close(layer.randlora_input_scale["default"], want)
 
 
 def test_a_matrix_beside_stacked_experts():
