@@ -44,10 +44,13 @@ def fake(function: Callable, operator: str = "") -> Callable:
 
 def _fake_backward(lam, gam, x=None, need_x=None, need_diagonals=True, **_):
     """Of every backward operator; those of linear layers return dx, too, and None if not needed."""
-    like = (lam, gam) if need_diagonals else (None, None)
-    if need_x is not None:
-        like = x if need_x else None, *like
-    return tuple(None if t is None else t.new_empty(t.shape) for t in like)
+    dlam, dgam = None, None
+    if need_diagonals:
+        dlam, dgam = lam.new_empty(lam.shape), gam.new_empty(gam.shape)
+    if need_x is None:  # not of a linear layer
+        return dlam, dgam
+    dx = x.new_empty(x.shape) if need_x else None
+    return dx, dlam, dgam
 
 
 def _argument_names(operator: str) -> list[str]:
@@ -75,7 +78,8 @@ def _register_autocast(name: str, cast: Collection[str]) -> None:
     """Casts the arguments `cast`, as torch those of F.linear; inside autocast is off, since the
     kernels read what torch's GEMM returns in the dtype of x. torch.library.register_autocast would
     cast lambda and gamma as well, and always to one dtype."""
-    op, is_cast = getattr(_ops, name).default, [each in cast for each in _argument_names(name)]
+    op = getattr(_ops, name).default
+    is_cast = [argument in cast for argument in _argument_names(name)]
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def casting(*inputs, device_type=device_type):
@@ -102,15 +106,19 @@ def _vmap(op, info, in_dims: tuple, *inputs) -> tuple:
         # An empty batch still needs the shapes of the results.
         return value.unbind(dim) or [value.new_zeros(value.movedim(dim, 0).shape[1:])]
 
-    results = [op(*each) for each in zip(*map(elements, inputs, in_dims), strict=False)]
+    calls = zip(*map(elements, inputs, in_dims), strict=False)
+    results = [op(*arguments) for arguments in calls]
 
     def stack(parts):
-        return None if parts[0] is None else torch.stack(parts)[: info.batch_size]
+        if parts[0] is None:
+            return None
+        return torch.stack(parts)[: info.batch_size]  # none of an empty batch
 
     if isinstance(results[0], Tensor):
         return stack(results), 0
-    stacked = tuple(map(stack, zip(*results, strict=True)))
-    return stacked, tuple(None if each is None else 0 for each in stacked)
+    stacked = [stack(parts) for parts in zip(*results, strict=True)]
+    dims = [None if each is None else 0 for each in stacked]
+    return tuple(stacked), tuple(dims)
 
 
 # ---- gradients -----------------------------------------------------------------------------------

@@ -129,7 +129,9 @@ def test_a_copy_of_a_merged_layer_unmerges_too(kind):
 
 
 @KINDS
-@pytest.mark.parametrize("dtype, then", [(torch.float32, torch.bfloat16)[::s] for s in (1, -1)])
+@pytest.mark.parametrize(
+    "dtype, then", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
 def test_unmerging_and_casting_may_change_places(kind, dtype, then):
     """`.to(dtype)` while merged: the old bits cannot be there; those of W.to(dtype) are."""
     made = kind(dtype)
