@@ -3,6 +3,7 @@
 Each is differentiable with respect to lam, gam (and x); the bases are constants.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .. import _C
 from ..basis import Basis
+from ..basis.description import check_number
 from ..devices import cuda_serves, serve
 from ..ranks import is_dtensor
 from . import dense, hadamard, independent
@@ -19,7 +21,13 @@ _MODULES = {"hadamard": hadamard, "dense": dense}
 _USUAL = (Tensor, torch.nn.Parameter)  # other types are looked at more closely
 
 
-def _check(basis: Basis, lam: Tensor, gam: Tensor, input_scale: Tensor | None = None) -> None:
+def _check(
+    basis: Basis,
+    lam: Tensor,
+    gam: Tensor,
+    scaling: float = 1.0,
+    input_scale: Tensor | None = None,
+) -> None:
     """Checks what C++ cannot know; csrc/torch checks dtypes, devices and other shapes."""
     if not isinstance(basis, Basis):
         raise TypeError(f"basis must be a Basis, got {type(basis)}")
@@ -33,6 +41,8 @@ def _check(basis: Basis, lam: Tensor, gam: Tensor, input_scale: Tensor | None = 
             f"lam must be (r, n) = ({r}, {n}) and gam (n, d) = ({n}, {d}), of floating dtypes, got "
             f"{tuple(lam.shape)} {lam.dtype} and {tuple(gam.shape)} {gam.dtype}"
         )
+    if type(scaling) is not float:  # a tensor would be broadcast
+        check_number("scaling", scaling, "a number", lambda v: abs(v) <= sys.float_info.max)
     if input_scale is not None:
         _check_input_scale(basis, input_scale)
 
@@ -95,7 +105,7 @@ def delta_weight(
     Hadamard make a dense B, which lives as long as the call. Source: PEFT's ``get_delta_weight``;
     paper equation 3. Raises TypeError or ValueError, naming the argument.
     """
-    _check(basis, lam, gam, input_scale)
+    _check(basis, lam, gam, scaling, input_scale)
     if basis.kind == "hadamard":
         operands = hadamard.operands(basis, lam.device, scaling, input_scale=input_scale)
         return hadamard.weight(None, lam, gam, **operands)
@@ -116,7 +126,7 @@ def merged_weight(
     The sum is computed in float32 (float64 for float64), rounded once.
     Raises ValueError, TypeError or RuntimeError, naming the argument.
     """
-    _check(basis, lam, gam, input_scale)
+    _check(basis, lam, gam, scaling, input_scale)
     _check_tensor("weight", weight)
     if tuple(weight.shape) != (basis.out_features, basis.in_features):
         raise ValueError(
@@ -157,7 +167,7 @@ def linear(
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.
     """
-    _check(basis, lam, gam, input_scale)
+    _check(basis, lam, gam, scaling, input_scale)
     if type(x) not in _USUAL:
         _check_tensor("x", x)
     if weight is not None and type(weight) not in _USUAL:

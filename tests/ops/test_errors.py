@@ -61,6 +61,36 @@ def test_diagonals(basis, change, expected):
     refuses(scaled_basis, {"basis_or_A": basis, "lam": good["lam"], "gam": good["gam"]}, *shown)
 
 
+@ALL
+@pytest.mark.parametrize(
+    "scaling, got",
+    [
+        (torch.ones(2), "tensor([1., 1.])"),
+        (torch.tensor(1.0), "tensor(1.)"),
+        ([1.0, 2.0], "[1.0, 2.0]"),
+        ("2", "'2'"),
+        (None, "None"),
+        (True, "True"),
+        (2.0 + 1j, "(2+1j)"),
+        pytest.param(10**400, "an integer of 1329 bits", id="huge"),
+    ],
+)
+def test_scaling(basis, scaling, got):
+    good = arguments(basis) | {"scaling": scaling}
+    told = f"scaling must be a number, got {got}"
+    refuses(linear, good, told)
+    refuses(delta_weight, {k: good[k] for k in ("basis", "lam", "gam", "scaling")}, told)
+    del good["x"], good["bias"]
+    refuses(merged_weight, good, told)
+
+
+@ALL
+def test_a_whole_number_scales_as_its_float(basis):
+    layer = arguments(basis)
+    given = layer["basis"], layer["lam"], layer["gam"]
+    assert torch.equal(delta_weight(*given, 2), delta_weight(*given, 2.0))
+
+
 @pytest.mark.parametrize(
     "change, expected",
     [
