@@ -6,6 +6,7 @@ trained diagonals lambda and gamma. See README.md, docs/math.md and docs/ops.md.
 
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch as _torch  # noqa: F401  (first: _C needs its libraries)
 
@@ -28,12 +29,23 @@ from .nn.experts import RandLoraParameter
 from .nn.linear import RandLoraLinear
 from .ops.functional import delta_weight, linear, merged_weight, scaled_basis
 
+if TYPE_CHECKING:
+    from .callback import CalibrateCallback as CalibrateCallback
+
 __version__: str = _build_info()["version"]
 
 
 def build_info() -> dict:
     """How the compiled part was built, and which kernels serve the CPU and CUDA here."""
     return {**_build_info(), "isa": _isa(), "cuda": _CUDA_STATUS}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CalibrateCallback":  # imported when asked for: it needs transformers
+        from .callback import CalibrateCallback
+
+        return CalibrateCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

@@ -67,16 +67,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """
     if isinstance(batches, (Tensor, Mapping)):
         raise TypeError(f"batches must be several, such as [batch], got one {type(batches)}")
-    layers = {
-        layer: (name, adapters)
-        for name, layer in adapted_layers(model, AdaptedLayer).items()
-        if (adapters := _to_calibrate(name, layer))
-    }
-    if not layers:
-        raise ValueError(
-            "model has no active adapter on Hadamard bases; only these can scale their inputs; add "
-            'one with basis="hadamard"'
-        )
+    layers = layers_to_calibrate(model)
     # Of each layer or expert the sums of squares by feature, and behind them the number of tokens.
     sums = {
         layer: torch.zeros(*layer.experts, layer.in_features + 1, dtype=torch.float64)
@@ -118,6 +109,21 @@ def input_scale_of(rms: Tensor) -> Tensor:
     median = median if median > 0 else rms[rms > 0].median()
     scale = 1 / (rms + EPSILON * median)
     return (scale / scale.square().mean().sqrt()).float()
+
+
+def layers_to_calibrate(model: nn.Module) -> dict[AdaptedLayer, tuple[str, list[str]]]:
+    """Of each layer its name and its active adapters on Hadamard bases; ValueError if there are
+    none, or one cannot be calibrated."""
+    layers = {}
+    for name, layer in adapted_layers(model, AdaptedLayer).items():
+        if adapters := _to_calibrate(name, layer):
+            layers[layer] = name, adapters
+    if not layers:
+        raise ValueError(
+            "model has no active adapter on Hadamard bases; only these can scale their inputs; add "
+            'one with basis="hadamard"'
+        )
+    return layers
 
 
 def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:

@@ -23,6 +23,7 @@ from .merging import forget_merged
 from .paths import in_base_model
 from .shared import check_mergeable, warn_of_shared
 from .state_dict import guard
+from .uncalibrated import warn_when_trained
 
 
 def apply_randlora(
@@ -148,6 +149,7 @@ def adapting(
     for path, layer in reversed(outermost.items()):  # inner modules first
         model.set_submodule(path, layer)
     guard(model)
+    warn_when_trained(model, layer_options.get("adapter_name", "default"))
 
 
 def check_not_nested(model: nn.Module, name: str, argument: str) -> None:

@@ -28,6 +28,7 @@ from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import remember_merged
 from ..nn.shared import check_mergeable, warn_of_shared
 from ..nn.state_dict import guard, misfit, refuse
+from ..nn.uncalibrated import warn_when_trained
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
 from .layer import AcceleratedLinear, ParamWrapper
@@ -93,6 +94,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
                     bases[adapter_name] = basis
             raise
         guard(self.model)
+        warn_when_trained(self.model, adapter_name)
 
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.

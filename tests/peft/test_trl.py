@@ -12,6 +12,8 @@ import torch
 from cli_helpers import llama
 from peft_helpers import accelerated, adapted, config, layers, opened, randomize, runs_on_kernels
 
+import randlora_ext
+
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
@@ -133,6 +135,22 @@ def test_trainers_run(method, fresh, tmp_path):
         assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     if method == "GRPO":
         assert logged(run, "kl")[0] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "GRPO"])
+def test_trainers_calibrate(method, tmp_path, caplog):
+    """By the callback, which DPO's first loss shows to leave the reference as it is. GRPO's batches
+    are texts."""
+    accelerated.enable()
+    chosen = config(4, accelerated.RandLoraConfig, TARGETS, basis="hadamard", **ABOUT)
+    callback = randlora_ext.CalibrateCallback()
+    run = trainer(method, base(), tmp_path, peft_config=chosen, callbacks=[callback])
+    run.train()
+    found = [layer.is_calibrated("default") for layer in layers(run.model)]
+    assert found == [method != "GRPO"] * 6
+    assert ("not calibrated: the trainer's batches hold" in caplog.text) == (method == "GRPO")
+    if method == "DPO":
+        assert logged(run, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_other_added_adapters_stay_as_new(monkeypatch):

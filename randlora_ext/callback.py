@@ -1,0 +1,136 @@
+"""`CalibrateCallback`: transformers' Trainer, and all that are built on it, calibrate by it."""
+
+import inspect
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
+
+from .calibration import calibrate, layers_to_calibrate
+
+logger = logging.getLogger(__name__)
+
+
+class CalibrateCallback(TrainerCallback):
+    """Calls `calibrate` before the first step of transformers' ``Trainer``.
+
+    Also of what is built on it, such as TRL, axolotl and ms-swift::
+
+        trainer = Trainer(model, args, callbacks=[randlora_ext.CalibrateCallback()], ...)
+
+    Equivalent to `calibrate` on `batches` batches of the trainer's data before ``trainer.train()``.
+    The rows are chosen at random, by a generator of its own, and collated as for training; each
+    rank takes rows of its own. Training then sees the same batches as without the callback: no
+    sampler is asked, and the states of all random generators are restored.
+
+    It leaves the model as it is, and says why in one line of the log, if training resumes from a
+    checkpoint, or an active adapter is calibrated, has trained or is merged, or none is on Hadamard
+    bases, or the batches hold nothing that the model takes, as GRPO's, which are texts.
+
+    An iterable dataset is read from its beginning, so it must begin anew whenever it is iterated.
+
+    Args:
+        batches: how many of ``per_device_train_batch_size`` rows each rank measures, at least 1.
+
+    Raises:
+        TypeError, ValueError: `batches` is no positive integer; as `calibrate` for inputs that hold
+            NaN or infinity.
+
+    Source: ours.
+    """
+
+    def __init__(self, batches: int = 4) -> None:
+        if isinstance(batches, bool) or not isinstance(batches, int):
+            raise TypeError(f"batches must be an integer, got {batches!r}")
+        if batches < 1:
+            raise ValueError(f"batches must be at least 1, got {batches}")
+        self.batches = batches
+
+    def on_train_begin(
+        self, args, state, control, model=None, train_dataloader=None, **kwargs
+    ) -> None:
+        told = self._calibrate(model, train_dataloader, args.train_batch_size, state.global_step)
+        if state.is_world_process_zero:
+            logger.log(logging.INFO if told == "calibrated" else logging.WARNING, told)
+
+    def _calibrate(self, model: nn.Module, loader: Any, size: int, step: int) -> str:
+        """What it did, in a sentence."""
+        if step:
+            return f"not calibrated: training resumes after step {step}"
+        try:
+            layers = layers_to_calibrate(model)
+        except ValueError as error:
+            return f"not calibrated: {error}"
+        done = (layer.is_calibrated(a) for layer, (_, names) in layers.items() for a in names)
+        if any(done):
+            return "not calibrated again: the adapter is calibrated already"
+        with _random_states_kept():
+            batches = [_arguments(model, batch) for batch in _first(loader, self.batches, size)]
+            if not _on_all_ranks(batches and all(batches)):
+                return (
+                    "not calibrated: the trainer's batches hold no arguments of the model; call "
+                    "randlora_ext.calibrate(model, batches) before training"
+                )
+            calibrate(model, batches)
+        return "calibrated"
+
+
+def _first(loader: Any, count: int, size: int) -> list[Any]:
+    """At most `count` batches of `size` rows of the loader's data set, equally many on all ranks.
+
+    The loader itself is not iterated: its sampler, its workers and accelerate's bookkeeping have
+    states that training would find changed.
+    """
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        rows = list(islice(dataset, rank, count * size * ranks, ranks))
+    else:
+        enough = min(len(dataset), count * size * ranks)
+        order = random.Random(0).sample(range(len(dataset)), enough)
+        rows = [dataset[i] for i in order[rank::ranks]]
+    batches = [loader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
+    if distributed:  # FSDP2 gathers weights in each forward, in which all ranks must take part
+        counts: list[Any] = [None] * ranks
+        dist.all_gather_object(counts, len(batches))
+        batches = batches[: min(counts)]
+    return batches
+
+
+def _arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """What of the batch the model takes."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = inspect.signature(type(inner).forward).parameters
+    given = batch.items() if isinstance(batch, Mapping) else ()
+    return {name: value for name, value in given if name in known}
+
+
+def _on_all_ranks(value: Any) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return bool(value)
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, bool(value))
+    return all(values)
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Collators draw masks and data sets augment: whatever they drew, training draws again."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
