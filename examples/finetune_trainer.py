@@ -29,9 +29,7 @@ def main() -> None:
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(base, config)
-    randlora_ext.calibrate(model, blocks[:8].to(model.device).split(2))  # to forget less
     model.print_trainable_parameters()
-    print(randlora_ext.peft.kernel_summary(model))
 
     trainer = Trainer(
         model=model,
@@ -47,8 +45,10 @@ def main() -> None:
             seed=0,
         ),
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
+        callbacks=[randlora_ext.CalibrateCallback()],  # before the first step, to forget less
     )
     trainer.train()
+    print(randlora_ext.peft.kernel_summary(model))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 

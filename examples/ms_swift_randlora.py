@@ -1,13 +1,15 @@
 """A tuner that gives ms-swift the type "randlora":
 
     swift sft --external_plugins examples/ms_swift_randlora.py --tuner_type randlora \
-        --lora_rank 32 --lora_alpha 640 --learning_rate 1e-4 --weight_decay 0 ...
+        --callbacks calibrate --lora_rank 32 --lora_alpha 640 --learning_rate 8e-4 --weight_decay 0
 
-dW is scaled by lora_alpha / lora_rank; ms-swift's own defaults are for LoRA. Written for ms-swift
+The callback calibrates a new adapter before the first step, so that the model forgets less. dW is
+scaled by lora_alpha / lora_rank; ms-swift's own defaults are for LoRA. Written for ms-swift
 4.6: a tuner makes, saves and loads the model (swift/tuner_plugin/base.py).
 """
 
 import peft
+from swift.callbacks import callbacks_map
 from swift.tuner_plugin import PeftTuner, tuners_map
 from swift.utils import find_all_linears
 
@@ -37,3 +39,4 @@ class RandLoraTuner(PeftTuner):
 
 randlora_ext.peft.enable()  # for loading, too
 tuners_map["randlora"] = RandLoraTuner
+callbacks_map["calibrate"] = lambda args, trainer: randlora_ext.CalibrateCallback()

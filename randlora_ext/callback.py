@@ -109,7 +109,9 @@ def _first(loader: Any, count: int, size: int) -> list[Any]:
 
 def _arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
     """What of the batch the model takes."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # PEFT's
+        inner = inner.get_base_model()
     known = inspect.signature(type(inner).forward).parameters
     given = batch.items() if isinstance(batch, Mapping) else ()
     return {name: value for name, value in given if name in known}

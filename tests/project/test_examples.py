@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import randlora_ext
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -92,6 +94,9 @@ def test_axolotl(tmp_path, monkeypatch, stock_peft):
         return load_adapter(cli_helpers.llama(), changed, "randlora", **options)
 
     model, config = load()
+    (callback,) = manager.add_callbacks_pre_trainer(cfg, model)
+    assert isinstance(callback, randlora_ext.CalibrateCallback)
+    assert not manager.add_callbacks_pre_trainer(DictDefault(adapter="lora"), model)
     assert config.r == 4 and load(config_only=True)[0] is None
     trains_and_loads(model, lambda folder: load(folder)[0], tmp_path)
     with pytest.raises(ValueError, match="needs lora_r, lora_alpha"):
@@ -100,11 +105,14 @@ def test_axolotl(tmp_path, monkeypatch, stock_peft):
 
 def test_ms_swift(tmp_path, monkeypatch, stock_peft):
     pytest.importorskip("swift.tuner_plugin")
+    from swift.callbacks import callbacks_map
     from swift.tuner_plugin import tuners_map
 
     monkeypatch.syspath_prepend(EXAMPLES)
     importlib.import_module("ms_swift_randlora")
     tuner = tuners_map["randlora"]
+    callback = callbacks_map["calibrate"](None, None)
+    assert isinstance(callback, randlora_ext.CalibrateCallback)
     base = cli_helpers.llama()
     base.model_meta = SimpleNamespace(model_arch=None)
     args = SimpleNamespace(
