@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -34,6 +35,7 @@ model = peft.PeftModel.from_pretrained(base, folder)  # base: the model it was t
 ```
 
 """
+_IS_CALIBRATED = re.compile(r"^Calibrated by `randlora_ext.calibrate`: .*\n\n", re.M)
 
 
 def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args, **kwargs) -> None:
@@ -47,11 +49,30 @@ def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args,
             shutil.copy(old, folder)  # PEFT updates it and keeps its text
         stock(model, str(folder), *args, **kwargs)
         if (file := folder / "README.md").exists():
-            card, configs = ModelCard.load(file), folder.rglob(CONFIG_NAME)
-            needs_ours = any(NEEDS_OURS in config.read_text() for config in configs)
-            card.text = _OPENS * needs_ours + card.text.replace(_OPENS, "").lstrip("\n")
+            card, configs = ModelCard.load(file), sorted(folder.rglob(CONFIG_NAME))
+            text = _IS_CALIBRATED.sub("", card.text.replace(_OPENS, "")).lstrip("\n")
+            if any(NEEDS_OURS in config.read_text() for config in configs):
+                places = [config.parent for config in configs]
+                names = ["default" if place == folder else place.name for place in places]
+                text = _OPENS + _calibration(model, names) + text
+            card.text = text
             card.save(file)
         record_configurations(folder)
+
+
+def _calibration(model: peft.PeftModel, names: list[str]) -> str:
+    """Of adapters on Hadamard bases a line that `_IS_CALIBRATED` finds again."""
+    told = []
+    for name in names:
+        own = [layer for layer in layers_with(model, name).values() if _can_scale(layer, name)]
+        if own:
+            answer = "yes" if any(layer.is_calibrated(name) for layer in own) else "no"
+            told.append(answer if len(names) == 1 else f"{name} {answer}")
+    return f"Calibrated by `randlora_ext.calibrate`: {', '.join(told)}.\n\n" if told else ""
+
+
+def _can_scale(layer: Any, name: str) -> bool:
+    return name in getattr(layer, "randlora_input_scale", ())
 
 
 def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from peft_helpers import (
 )
 from safetensors.torch import load_file
 from torch import nn
+
+import randlora_ext
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's, of fan_in_fan_out and tied weights
 EXPORTED = KINDS | {
@@ -162,6 +165,24 @@ def test_the_snippet_opens_what_was_saved(model, tmp_path):
     same(loaded, model)
     assert card.data.library_name == "peft"  # PEFT's own part
     assert "Only `randlora-ext`" in card.text
+
+
+def test_the_card_says_whether_adapters_are_calibrated(tmp_path, monkeypatch):
+    """In a line of its own, which a later save replaces."""
+    monkeypatch.chdir(tmp_path)
+    model = adapted(llama(), TARGETS, 4, basis="hadamard").eval()
+    said = "Calibrated by `randlora_ext.calibrate`: "
+    told = lambda: re.findall(f"^{said}(.*)$", Path("adapter/README.md").read_text(), re.M)  # noqa: E731
+    model.save_pretrained("adapter")
+    assert told() == ["no."]
+    randlora_ext.calibrate(randomize(model, size=0), [{"input_ids": torch.arange(9)[None]}])
+    model.save_pretrained("adapter")
+    assert told() == ["yes."]
+    model.add_adapter("two", config(4, accelerated.RandLoraConfig, TARGETS, basis="hadamard"))
+    model.save_pretrained("adapter")
+    assert told() == ["default yes, two no."]
+    adapted(llama(), TARGETS, 4, basis="independent").save_pretrained("adapter")
+    assert told() == []
 
 
 def test_what_stock_peft_opens_has_its_card(model, tmp_path):
