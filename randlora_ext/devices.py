@@ -41,12 +41,46 @@ def _load() -> str:
 CUDA_STATUS: str = _load()
 
 
-def cuda_serves(device_type: str) -> bool:
-    """Whether the CUDA kernels run on tensors of this device type."""
+_told: set[int | None] = set()  # cards that the library refused
+
+
+def cuda_refusal(device: torch.device) -> str:
+    """Why the CUDA kernels do not serve tensors of this device, as the end of "they are"; empty if
+    they do. Warns once per card that the library was not built for.
+    """
     types = ("cuda", "cpu") if _SERVES_CPU else ("cuda",)
-    return device_type in types and bool(_C.cuda_build())
+    if device.type not in types:
+        return f"not there for {device.type}"
+    if not _C.cuda_build():
+        return CUDA_STATUS
+    card = None
+    if device.type == "cuda":
+        if not torch.cuda.is_initialized():
+            return ""  # the tensor is a fake one: no card was used, and there may be none to ask
+        card = torch.cuda.current_device() if device.index is None else device.index
+    why = _C.cuda_refusal(card)
+    if not why:
+        return ""
+    why = f"not built for {device}: {why}"
+    if card not in _told:
+        _told.add(card)
+        warnings.warn(
+            f"randlora_ext: the CUDA kernels ({_C.cuda_build()}) are {why}. There Hadamard and "
+            "dense bases run in plain torch, and independent bases cannot run. Installed again on "
+            "this machine with RANDLORA_CUDA=1, they are built for its cards of sm_80 and newer",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return why
 
 
-def serve(device_type: str) -> bool:
-    """Whether any of our kernels run on tensors of this device type."""
-    return device_type == "cpu" or cuda_serves(device_type)
+def cuda_serves(device: torch.device) -> bool:
+    """Whether the CUDA kernels run on tensors of this device."""
+    return not cuda_refusal(device)
+
+
+def serve(device: torch.device) -> bool:
+    """Whether any of our kernels run on tensors of this device."""
+    if device.type == "cpu" and not (_SERVES_CPU and _C.cuda_build()):
+        return True
+    return cuda_serves(device)

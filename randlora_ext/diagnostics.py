@@ -71,8 +71,11 @@ def describe() -> list[str]:
 
 def self_check() -> list[tuple[str, float, float]]:
     """(what, relative error, limit): bases, layers and merging in every dtype, on every device."""
-    cards = torch.cuda.device_count() if cuda_serves("cuda") else 0
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cards))]
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        torch.cuda.init()  # or no card could be asked
+        cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        devices += [card for card in cards if cuda_serves(card)]
     checks = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
     drawn = [Basis(*shape, seed=1) for shape in _SHAPES]
     kinds = {
@@ -129,5 +132,10 @@ def _processor() -> str:
 def _cards() -> str:
     if not torch.cuda.is_available():
         return "none that torch can use"
-    cards = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
-    return ", ".join(f"{c.name} (sm_{c.major}{c.minor}, {c.total_memory >> 30} GiB)" for c in cards)
+    return ", ".join(map(_card, range(torch.cuda.device_count())))
+
+
+def _card(index: int) -> str:
+    facts = torch.cuda.get_device_properties(index)
+    without = "" if cuda_serves(torch.device("cuda", index)) else ", without our kernels"
+    return f"{facts.name} (sm_{facts.major}{facts.minor}, {facts.total_memory >> 30} GiB{without})"

@@ -18,6 +18,9 @@ struct CudaKernels {
   void (*describe)(int index, Device& device);
   // Makes GPU `index` current for this thread.
   void (*make_current)(int index);
+  // Makes GPU `index` current. Null, or why it cannot run the kernels: the library was built for
+  // other GPUs.
+  const char* (*refusal)(int index);
 
   // csrc/cuda/kernels.h
   void (*support_tables)(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device&);
@@ -28,7 +31,7 @@ struct CudaKernels {
 };
 
 // A hash of csrc/core/*.h: both libraries must agree on the layout of the structs and classes
-// there. setup.py and CMakeLists.txt compute it.
+// there. tools/cuda/cuda_library.py and CMakeLists.txt compute it.
 constexpr uint64_t kCudaInterface = RANDLORA_CUDA_INTERFACE;
 
 constexpr const char* kCudaSymbol = "randlora_cuda_kernels";

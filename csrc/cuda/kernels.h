@@ -20,9 +20,13 @@ RANDLORA_OPERATORS(RANDLORA_DECLARE)
 // hadamard_down need.
 bool hadamard_fits(const HadamardSizes& sizes, DType dtype, const Device& device);
 
-// device/context.cpp: facts about a card, and which card is current
+// device/context.cpp: facts about a card, which card is current, and whether it can run the kernels
 void describe(int index, Device& device);
 void make_current(int index);
+const char* refusal(int index);
+
+// fill_planes.cu: a kernel, to ask about. All are compiled for the same cards.
+const void* some_kernel();
 
 // a_support.cu: fills Basis::a_tables, support_numbers(a.count, r, d) numbers.
 void support_tables(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device& device);

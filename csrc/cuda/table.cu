@@ -17,6 +17,7 @@ randlora_cuda_kernels() {
                                         RANDLORA_COMPILER,
                                         cuda::describe,
                                         cuda::make_current,
+                                        cuda::refusal,
                                         cuda::support_tables,
                                         cuda::hadamard_fits,
                                         RANDLORA_OPERATORS(RANDLORA_FUNCTION)};

@@ -37,6 +37,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("load_cuda", &randlora::load_cuda, py::arg("path"), py::arg("serve_cpu_tensors") = false,
         "Loads the CUDA kernels. Raises RuntimeError with the reason where that cannot be.");
   m.def("cuda_build", &randlora::cuda_build, "Compiler and architectures; empty: not loaded.");
+  m.def("cuda_refusal", &randlora::cuda_refusal, py::arg("card"),
+        "Why the loaded CUDA kernels cannot run on this card (None: the CPU); empty: they can.");
   m.def("products", &randlora::products, "How many GEMMs the operators have started on cards.");
   m.def(
       "hadamard_fits",

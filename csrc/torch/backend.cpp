@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 
@@ -15,6 +16,8 @@ namespace {
 using OperatorLibrary = torch::stable::detail::StableLibrary;
 
 const CudaKernels* loaded = nullptr;
+std::map<Card, std::string> refusals;  // of the cards that were asked
+std::mutex refusals_lock;
 bool serves_cpu = false;
 std::atomic<int64_t> products_made{0};
 
@@ -233,6 +236,8 @@ void load_cuda(const std::string& path, bool serve_cpu_tensors) {
   static OperatorLibrary cuda(OperatorLibrary::Kind::IMPL, "randlora", "CUDA", __FILE__, __LINE__);
   for (const Operator& op : waiting()) implement(cuda, op);
   waiting().clear();
+  const std::lock_guard<std::mutex> locked(refusals_lock);
+  refusals.clear();
   loaded = kernels;
   serves_cpu = serve_cpu_tensors;
 }
@@ -250,17 +255,35 @@ const CudaKernels& cuda_kernels() {
 
 bool runs_on_cuda(const Tensor& t) { return !t.is_cpu() || serves_cpu; }
 
-bool hadamard_fits(const HadamardSizes& sizes, DType dtype, int card) {
+std::string cuda_refusal(Card card) {
+  const CudaKernels& kernels = cuda_kernels();
+  const std::lock_guard<std::mutex> locked(refusals_lock);
+  const auto found = refusals.find(card);
+  if (found != refusals.end()) return found->second;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (card) guard.emplace(*card);
+  const char* why = kernels.refusal(card.value_or(0));
+  return refusals[card] = why ? why : "";
+}
+
+Card card_of(const Tensor& t) { return t.is_cpu() ? Card() : Card(t.get_device_index()); }
+
+bool has_kernels(const Tensor& t) { return !runs_on_cuda(t) || cuda_refusal(card_of(t)).empty(); }
+
+bool hadamard_fits(const HadamardSizes& sizes, DType dtype, Card card) {
   struct : Device {
     void* scratch(size_t) override { return nullptr; }
   } facts;
-  cuda_kernels().describe(card, facts);
+  cuda_kernels().describe(card.value_or(0), facts);
   return cuda_kernels().hadamard_fits(sizes, dtype, facts);
 }
 
 TorchDevice::TorchDevice(const Tensor& like) : like_(like) {
   const CudaKernels& kernels = cuda_kernels();
-  const int index = like.is_cpu() ? 0 : like.get_device_index();
+  const int index = card_of(like).value_or(0);
+  const std::string refusal = cuda_refusal(card_of(like));
+  RANDLORA_CHECK(refusal.empty(), "the CUDA kernels were not built for card ", index, ": ",
+                 refusal);
   kernels.describe(index, *this);
   static const bool use_tf32 = [] {
     const char* value = std::getenv("RANDLORA_TF32");

@@ -31,8 +31,18 @@ struct Operators {
 const CudaKernels& cuda_kernels();
 bool runs_on_cuda(const Tensor& t);
 
+// None for the CPU, whose tensors tests give to the CUDA library.
+using Card = std::optional<int>;
+Card card_of(const Tensor& t);
+
+// "", or why the library cannot run on this card: it was built for others. Asks the card once.
+std::string cuda_refusal(Card card);
+// Whether our kernels run on the device of `t`. Elsewhere an operator calls plain torch if it has
+// that (randlora_ext/ops); `run` throws.
+bool has_kernels(const Tensor& t);
+
 // Whether the rows of H fit into the shared memory of a card.
-bool hadamard_fits(const HadamardSizes& sizes, DType dtype, int card);
+bool hadamard_fits(const HadamardSizes& sizes, DType dtype, Card card);
 
 // Makes a tensor's device current while this object lives, and gives kernels its current stream and
 // torch's allocator.

@@ -75,10 +75,10 @@ void check_weights(const Tensor& t, const char* name, const HadamardBasis& b) {
   check_weight(torch::stable::select(t, 0, 0), name, b.out(), b.in(), b.lam);
 }
 
-// Where the sizes do not fit, plain torch computes (randlora_ext/ops/hadamard.py).
+// Where not, plain torch computes (randlora_ext/ops/hadamard.py).
 bool fits(const HadamardBasis& b, const Tensor& x) {
-  return !runs_on_cuda(x) ||
-         hadamard_fits(b.sizes, activation_dtype(x, "x"), x.is_cpu() ? 0 : x.get_device_index());
+  if (!runs_on_cuda(x)) return true;
+  return has_kernels(x) && hadamard_fits(b.sizes, activation_dtype(x, "x"), card_of(x));
 }
 
 // One call, which takes chunks of tokens one after the other. x and y have d features in inner,
@@ -336,6 +336,9 @@ Tensor hadamard_weight(OptionalTensor weight, Tensor lam, Tensor gam, Tensor s, 
   const HadamardBasis b{check_experts(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
   const DType dtype = activation_dtype(weight ? *weight : lam, weight ? "weight" : "lam");
   if (weight) check_weights(*weight, "weight", b);
+  if (!has_kernels(lam))
+    return std::get<0>(call_torch<Tensor>("randlora::hadamard_weight_plain", weight, lam, gam, s,
+                                          row, col, expand, scale));
   std::vector<int64_t> shape{b.out(), b.in()};
   if (lam.dim() == 3) shape.insert(shape.begin(), lam.size(0));
   const Tensor out = allocate(shape, scalar_type(dtype), lam);

@@ -19,6 +19,8 @@ void check(const Tensor& A, const Tensor& lam, const Tensor& gam) {
 
 Tensor scaled_basis(Tensor A, Tensor lam, Tensor gam) {
   check(A, lam, gam);
+  if (!has_kernels(A))
+    return std::get<0>(call_torch<Tensor>("randlora::scaled_basis_plain", A, lam, gam));
   const int64_t r = A.size(0), n = lam.size(1), d = A.size(1);
   const DType dtype = activation_dtype(A, "A");
   const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
@@ -35,6 +37,8 @@ std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor l
   RANDLORA_CHECK(grad.dim() == 2 && grad.size(0) == r * n && grad.size(1) == d,
                  "grad must be (K, d) = (", r * n, ", ", d, "), got ", describe(grad));
   check_same_device(grad, "grad", A, "A");
+  if (!has_kernels(A))
+    return call_torch<Tensor, Tensor>("randlora::scaled_basis_backward_plain", grad, A, lam, gam);
   const DType dtype = activation_dtype(grad, "grad");
   const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
                g = compute_copy(gam, dtype);

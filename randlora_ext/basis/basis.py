@@ -145,7 +145,7 @@ class Basis(Shape):
             on = torch.empty(0, device=device).device  # "cuda" and "cuda:0" share one entry
             new = (on, dtype) not in self._packed
             # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
-            elsewhere = self.kind != "dense" and not devices.serve(on.type)
+            elsewhere = self.kind != "dense" and not devices.serve(on)
             ready = self.packed() if elsewhere else None
 
             def make() -> list[Tensor]:
@@ -188,7 +188,7 @@ class Basis(Shape):
     ) -> tuple[Tensor, Tensor]:
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
         on = torch.device(device)
-        served = self.kind == "dense" or devices.serve(on.type)
+        served = self.kind == "dense" or devices.serve(on)
         A, B = self._source.dense(self, dtype, self.packed(on if served else "cpu"))
         return A.to(on), B.to(on)
 

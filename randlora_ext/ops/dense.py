@@ -16,7 +16,7 @@ from torch import Tensor
 from ..basis import Basis
 from ..checks import check_diagonals, check_dimensions, check_linear, check_operand
 from ..reference import scaled_basis_reference
-from .registration import Operator, entry, fake, gradients, linear_entry
+from .registration import Operator, entry, fake, gradients, linear_entry, plain
 
 _ops = torch.ops.randlora
 
@@ -66,8 +66,8 @@ def _plain_scaled_basis_backward(grad, A, lam, gam) -> tuple[Tensor, Tensor]:
     return dlam.to(lam.dtype), dgam.to(gam.dtype)
 
 
-torch.library.impl("randlora::scaled_basis", "default", _plain_scaled_basis)
-torch.library.impl("randlora::scaled_basis_backward", "default", _plain_scaled_basis_backward)
+plain("scaled_basis", _plain_scaled_basis)
+plain("scaled_basis_backward", _plain_scaled_basis_backward)
 
 
 def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _C
 from ..basis import Basis
 from ..basis.description import check_number
-from ..devices import cuda_serves, serve
+from ..devices import cuda_refusal, cuda_serves, serve
 from ..ranks import is_dtensor
 from . import dense, hadamard, independent
 from .registration import autocast, autocast_is_on
@@ -178,11 +178,10 @@ def linear(
     if autocast_is_on(device.type):
         x, weight, bias = autocast(device.type, x, weight, bias)  # type: ignore[assignment]
     module = _MODULES.get(basis.kind, independent)
-    if module is independent and not (serve(device.type) or x.is_meta):
+    if module is independent and not (serve(device) or x.is_meta):
         raise ValueError(
-            f"x is on {device}, for which no kernels are loaded here "
-            "(randlora_ext.build_info()['cuda']); Hadamard and dense bases work without, in plain "
-            "torch"
+            f"x is on {device}, where independent bases need our kernels, which are "
+            f"{cuda_refusal(device)}; Hadamard and dense bases work without, in plain torch"
         )
     if input_scale is None:
         operands = module.operands(basis, device, scaling, x.dtype)
@@ -195,14 +194,14 @@ def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype) -> str
     """What multiplies by the basis there, as the end of "computed by"."""
     if device.type == "meta":
         return "nothing on the meta device"
-    kernels = fits = serve(device.type)
+    kernels = fits = serve(device)
     if basis.kind == "dense":
         return "torch's GEMMs"
-    if cuda_serves(device.type) and basis.kind == "hadamard":  # in the card's shared memory
+    if cuda_serves(device) and basis.kind == "hadamard":  # in the card's shared memory
         sizes = basis.D, basis.d, basis.r, basis.n
         fits = _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)
     if basis.kind == "hadamard" and not fits:
         return "plain torch"
     if not kernels:
-        return f"nothing: there are no kernels for {device.type}, which these bases need"
+        return f"nothing: these bases need kernels, which are {cuda_refusal(device)}"
     return f"{_C.isa() if device.type == 'cpu' else device.type} kernels"

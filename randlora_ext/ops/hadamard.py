@@ -5,8 +5,9 @@
     ``B[o, c] = row[o] H[o, c] col[c]``, c = j * n + i
 
 H is Sylvester's Hadamard matrix; s, row and col are signs. An adapter's input scale multiplies
-those of the input side: s if that is d, else row. Devices without our kernels, and cards with too
-little shared memory for the sizes, take the same steps in plain torch.
+those of the input side: s if that is d, else row. Devices without our kernels, cards that these
+were not built for, and cards with too little shared memory for the sizes take the same steps in
+plain torch.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..basis import Basis
 from ..basis.hadamard import sylvester
 from ..checks import check_diagonals, check_dimensions, check_linear, check_operand
-from .registration import Operator, entry, fake, gradients, linear_entry
+from .registration import Operator, entry, fake, gradients, linear_entry, plain
 
 _ops = torch.ops.randlora
 
@@ -205,14 +206,7 @@ def _identity(like: Tensor, s: Tensor) -> Tensor:
     return torch.eye(len(s), dtype=torch.promote_types(like.dtype, torch.float32), device=s.device)
 
 
-torch.library.impl("randlora::hadamard_weight", "default", _plain_weight)
-for _name, _function in (
-    ("hadamard_linear", _plain_linear),
-    ("hadamard_linear_backward", _plain_linear_backward),
-    ("hadamard_weight_backward", _plain_weight_backward),
-):
-    torch.library.impl(f"randlora::{_name}", "default", _function)
-    # For csrc/torch/hadamard.cpp, which the dispatcher takes on cards that the sizes do not fit.
-    _, _, _schema = str(getattr(_ops, _name).default._schema).partition("(")
-    torch.library.define(f"randlora::{_name}_plain", f"({_schema}")
-    torch.library.impl(f"randlora::{_name}_plain", "default", _function)
+plain("hadamard_linear", _plain_linear)
+plain("hadamard_linear_backward", _plain_linear_backward)
+plain("hadamard_weight", _plain_weight)
+plain("hadamard_weight_backward", _plain_weight_backward)

@@ -19,6 +19,18 @@ from .. import devices  # noqa: F401  (loads the operators)
 _ops = torch.ops.randlora
 
 
+# ---- plain torch ---------------------------------------------------------------------------------
+
+
+def plain(name: str, function: Callable) -> None:
+    """Registers what computes the operator on devices without our kernels. As NAME_plain csrc/torch
+    calls it, which the dispatcher takes on every card once the CUDA library is loaded."""
+    torch.library.impl(f"randlora::{name}", "default", function)
+    _, _, schema = str(getattr(_ops, name).default._schema).partition("(")
+    torch.library.define(f"randlora::{name}_plain", f"({schema}")
+    torch.library.impl(f"randlora::{name}_plain", "default", function)
+
+
 # ---- fake kernels: the shapes, dtypes and devices of results, for torch.compile ------------------
 
 

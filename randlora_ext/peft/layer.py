@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..basis import Basis
 from ..basis.description import check_kind
 from ..checks import check_model
-from ..devices import serve
+from ..devices import cuda_refusal, serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.experts import AdaptedParameter
 from ..nn.input_scale import InputScales
@@ -94,7 +94,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
         # The tokens are of the contents: plain numbers on which compiled code guards.
         held = self._modules
-        key = device.type, held["randlora_A"].token, held["randlora_B"].token
+        key = device, held["randlora_A"].token, held["randlora_B"].token
         if torch.compiler.is_dynamo_compiling():
             self._find_while_tracing(*key)
             return self.bases[adapter]
@@ -102,13 +102,13 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return found if found and self._found == key else self._find(adapter, key)
 
     def _find(self, adapter: str, key: tuple) -> Basis:
-        A, B, device_type = self.randlora_A[adapter], self.randlora_B[adapter], key[0]
-        served = device_type == "meta" or serve(device_type)
+        A, B, device = self.randlora_A[adapter], self.randlora_B[adapter], key[0]
+        served = device.type == "meta" or serve(device)
         basis = layer_basis(A, B, self.in_features, self.out_features, self.r[adapter], served)
         if not served and basis.kind == "dense" and isinstance(A, BasisTensor):
             warnings.warn(
-                "RandLoRA layers multiply by dense bases: there are no randlora_ext kernels for "
-                f"device type {device_type!r}",
+                "RandLoRA layers multiply by dense bases: the CUDA kernels of randlora_ext are "
+                f"{cuda_refusal(device)}",
                 stacklevel=2,
             )
         if self._found != key:
@@ -117,9 +117,9 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return basis
 
     @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
-    def _find_while_tracing(self, device_type: str, *tokens: int) -> None:
+    def _find_while_tracing(self, device: torch.device, *tokens: int) -> None:
         for adapter in self.randlora_lambda:  # all, since Dynamo looks into `bases` only once
-            self.basis_of(adapter, torch.device(device_type))
+            self.basis_of(adapter, device)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"bases": {}}  # found again

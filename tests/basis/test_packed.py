@@ -28,7 +28,9 @@ def test_packed_equals_dense(shape, density):
         of_b = [to_planes(B)]
         if basis.format == "lists":
             of_b = [*to_lists(B, False), *to_lists(B, True)]
-        assert packed[2].dtype == torch.int32 and bool(packed[2].numel()) == cuda_serves("cpu")
+        tables = packed[2]
+        assert tables.dtype == torch.int32
+        assert bool(tables.numel()) == cuda_serves(torch.device("cpu"))
         wanted = *to_lists(A, False), *of_b
         for found, want in zip(packed[:2] + packed[3:], wanted, strict=True):
             assert found.dtype in (torch.int64, torch.int16)

@@ -1,4 +1,6 @@
-// Which card is current, on cards that remember whether a context was made on them.
+// Which card is current, on cards that remember whether a context was made on them; and a card that
+// the library was not built for.
+#include <cstdlib>
 #include <stdexcept>
 #include <thread>
 
@@ -26,5 +28,18 @@ int main() {
     refused = true;
   }
   EXPECT(refused && cuda_on_cpu::current_card == 0, "a card that is not there");
+
+  EXPECT(cuda::refusal(0) == nullptr && cuda::refusal(1) == nullptr, "cards with code are refused");
+  setenv("CUDA_ON_CPU_NO_CODE", "1", 1);
+  EXPECT(cuda::refusal(0) == nullptr, "the other card is refused, too");
+  const char* why = cuda::refusal(1);
+  EXPECT(why && std::string(why).find("no kernel image") == 0, "a card without code is not refused");
+  refused = false;
+  try {
+    cuda::refusal(7);
+  } catch (const std::runtime_error&) {
+    refused = true;
+  }
+  EXPECT(refused, "a card that is not there counts as one without code");
   return finish();
 }

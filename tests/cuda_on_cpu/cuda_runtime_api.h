@@ -2,6 +2,7 @@
 // offers small GPUs that remember whether a context was made on them.
 #pragma once
 #include <atomic>
+#include <cstdlib>
 
 namespace cuda_on_cpu {
 
@@ -10,11 +11,23 @@ inline thread_local int current_card = 0;  // a new thread's, without a context
 
 }  // namespace cuda_on_cpu
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidDevice,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorUnsupportedPtxVersion,
+  cudaErrorInvalidPtx,
+  cudaErrorJitCompilerNotFound,
+  cudaErrorJitCompilationDisabled,
+};
+struct cudaFuncAttributes {};
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
 
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid device ordinal";
+  if (error == cudaSuccess) return "no error";
+  return error == cudaErrorInvalidDevice ? "invalid device ordinal"
+                                         : "no kernel image is available for the device";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
@@ -34,4 +47,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   if (index < 0 || index > 1) return cudaErrorInvalidDevice;
   *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 227 << 10;
   return cudaSuccess;
+}
+// CUDA_ON_CPU_NO_CODE=1 makes card 1 one that the library was not built for.
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* kernel) {
+  if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
+  const char* without = std::getenv("CUDA_ON_CPU_NO_CODE");
+  const bool here = without && std::atoi(without) == cuda_on_cpu::current_card;
+  return here ? cudaErrorNoKernelImageForDevice : cudaSuccess;
 }

@@ -30,13 +30,12 @@ def one_thread():
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """A card; in dry mode the CPU, served by the CUDA kernels compiled for it."""
-    if not cuda.cuda_serves("cuda"):
-        pytest.skip(f"the CUDA kernels are {cuda.CUDA_STATUS}")
-    if DRY:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        pytest.skip("the CUDA kernels are loaded, but torch sees no card")
-    return torch.device("cuda", torch.cuda.current_device())
+    if not DRY and not torch.cuda.is_available():
+        pytest.skip("torch sees no card")
+    here = torch.device("cpu") if DRY else torch.device("cuda", torch.cuda.current_device())
+    if why := cuda.cuda_refusal(here):
+        pytest.skip(f"the CUDA kernels are {why}")
+    return here
 
 
 @pytest.fixture(scope="session")

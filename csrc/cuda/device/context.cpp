@@ -41,5 +41,25 @@ void make_current(int index) {
   if (current != index) check_cuda(cudaSetDevice(index), "make_current");
 }
 
+const char* refusal(int index) {
+  make_current(index);
+  cudaFuncAttributes facts;
+  const cudaError_t error = cudaFuncGetAttributes(&facts, some_kernel());
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorInvalidDeviceFunction:
+    // The card would need PTX, which this driver does not compile.
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorInvalidPtx:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+      cudaGetLastError();  // clears it
+      return cudaGetErrorString(error);
+    default:
+      check_cuda(error, "refusal");
+      return nullptr;
+  }
+}
+
 }  // namespace cuda
 }  // namespace randlora
