@@ -1,7 +1,9 @@
 """Builds randlora_ext._C (the binding and torch-free CPU kernels, one library per instruction set)
-and, under a torch with CUDA, librandlora_cuda.so beside it.
+and, under a torch with CUDA, librandlora_cuda.so beside it (tools/cuda/cuda_library.py).
 
-RANDLORA_CUDA=1 requires the CUDA kernels, 0 leaves them out. RANDLORA_DEBUG=1 builds with -O0 -g.
+RANDLORA_CUDA=1 requires the CUDA kernels, whatever the torch; 0 leaves them out. Unset, a CUDA
+library that cannot be built costs a line, not the installation.
+RANDLORA_DEBUG=1 builds with -O0 -g.
 RANDLORA_SANITIZE=address,undefined (or thread) instruments the CPU kernels and the binding;
 tools/run_sanitized_python.sh shows how to run the result.
 """
@@ -20,10 +22,12 @@ import pybind11
 import torch
 from setuptools import setup
 from setuptools.command.build_clib import build_clib
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 HERE = Path(__file__).resolve().parent
-CUDA_LIBRARY = "librandlora_cuda"
+sys.path.insert(0, str(HERE / "tools" / "cuda"))  # which a build frontend does not do
+
+import cuda_library  # noqa: E402
 
 VERSION = (HERE / "VERSION").read_text().strip()
 DEBUG = os.environ.get("RANDLORA_DEBUG") == "1"
@@ -88,16 +92,34 @@ class BuildKernels(BuildExtension):
         self.build_temp = BUILD
 
     def run(self):
+        cuda = self.cuda_library()
         # `build_ext --inplace` and editable installs do not run build_clib by themselves.
         self.run_command("build_clib")
         super().run()
-        print(f"randlora_ext {VERSION}: CPU kernels for {', '.join(ISA_FLAGS)}; {CUDA_STATUS}")
+        print(f"randlora_ext {VERSION}: CPU kernels for {', '.join(ISA_FLAGS)}; {cuda}")
 
-    def get_ext_filename(self, ext_name):
-        filename = super().get_ext_filename(ext_name)
-        if ext_name.endswith(CUDA_LIBRARY):  # not a Python module: dlopen finds it by this name
-            filename = filename.replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so")
-        return filename
+    def cuda_library(self) -> str:
+        """Builds it where that is wanted; says in one line what there is of it."""
+        library = cuda_library.LIBRARY
+        wanted, nvcc = os.environ.get("RANDLORA_CUDA", ""), cuda_library.find_nvcc()
+        plan = cuda_library.plan(wanted, torch.version.cuda, nvcc, library.exists())
+        says = plan.says
+        if plan.build:
+            try:
+                says = cuda_library.build(nvcc, DEBUG)
+            except cuda_library.CannotBuild as error:
+                if wanted == "1":
+                    raise SystemExit(f"error: RANDLORA_CUDA=1, but {error}") from None
+                library.unlink(missing_ok=True)
+                says = f"no CUDA kernels: {error}"
+        if wanted == "0":
+            library.unlink(missing_ok=True)
+        packaged = Path(self.build_lib) / "randlora_ext" / library.name
+        packaged.unlink(missing_ok=True)
+        if library.exists() and not self.inplace:
+            packaged.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(library, packaged)
+        return says
 
 
 def binding():
@@ -111,7 +133,7 @@ def binding():
             *COMMON,
             "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11, the oldest that is supported
             f'-DRANDLORA_VERSION="{VERSION}"',
-            cuda_interface(),
+            f"-DRANDLORA_CUDA_INTERFACE={cuda_library.interface()}",
         ],
         extra_link_args=SANITIZE,
     )
@@ -120,68 +142,9 @@ def binding():
     return ext
 
 
-def cuda_interface() -> str:
-    """The binding refuses a CUDA library that was built from other headers. CMakeLists.txt computes
-    the same number."""
-    digests = [
-        hashlib.sha256((HERE / path).read_bytes()).hexdigest()
-        for path in sources_in("core", suffix=".h")
-    ]
-    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return f"-DRANDLORA_CUDA_INTERFACE=0x{digest[:16]}u"
-
-
-def cuda_kernels():
-    ext = CUDAExtension(
-        f"randlora_ext.{CUDA_LIBRARY}",
-        sources_in("cuda", suffix=".cu") + sources_in("cuda", suffix=".cpp"),
-        depends=sources_in("core", "cuda", suffix=".h"),
-        extra_compile_args={
-            "cxx": COMMON,
-            "nvcc": [
-                *("-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden,-Wall"),
-                *(["-g", "-lineinfo"] if DEBUG else []),
-                cuda_interface(),
-            ],
-        },
-        extra_link_args=["-Wl,--version-script=csrc/cuda/exports.map", "-Wl,--no-undefined"],
-    )
-    # No torch and no shared CUDA runtime: the binding opens this file at run time, so one wheel
-    # serves CPU and CUDA builds of every torch.
-    ext.libraries = ["cudart_static", "dl", "rt", "pthread"]
-    return ext
-
-
-def cuda_status() -> tuple[bool, str]:
-    """Whether to build the CUDA kernels; and what the package will have of them."""
-    wanted = os.environ.get("RANDLORA_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"RANDLORA_CUDA={wanted!r} must be 0, 1 or unset")
-    library = HERE / "randlora_ext" / f"{CUDA_LIBRARY}.so"
-    if wanted == "0":
-        library.unlink(missing_ok=True)
-        return False, "no CUDA kernels, because RANDLORA_CUDA=0"
-    if torch.version.cuda is None:
-        if library.exists():  # by CMake; it goes into the package as it is
-            return False, f"CUDA kernels as found in {library}"
-        why = "this torch has no CUDA; build under one that has, or with CMake (CONTRIBUTING.md)"
-    elif CUDA_HOME is None:
-        why = f"nvcc was not found; install CUDA {torch.version.cuda}'s toolkit and set CUDA_HOME"
-    else:
-        return True, f"CUDA kernels by the nvcc of {CUDA_HOME}"
-    if wanted == "1":
-        raise SystemExit(f"RANDLORA_CUDA=1, but {why}")
-    return False, f"no CUDA kernels: {why}"
-
-
-WITH_CUDA, CUDA_STATUS = cuda_status()
-if WITH_CUDA and not torch.cuda.is_available():  # torch would ask the cards of this machine
-    blackwell = ";10.0;12.0" if torch.version.cuda >= "12.8" else ""
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;8.6;8.9;9.0{blackwell}+PTX")
-
 setup(
     version=VERSION,
     libraries=[kernel_library(isa) for isa in ISA_FLAGS],
-    ext_modules=[binding(), *([cuda_kernels()] if WITH_CUDA else [])],
+    ext_modules=[binding()],
     cmdclass={"build_clib": BuildLibraries, "build_ext": BuildKernels},
 )
