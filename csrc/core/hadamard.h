@@ -32,6 +32,8 @@ struct HadamardSizes {
 
   RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
   RANDLORA_HD_MEMBER int64_t classes() const { return (d + n - 1) / n; }
+  // Numbers that HadamardGamma's `factors` has room for: K of them in whole groups.
+  RANDLORA_HD_MEMBER int64_t factors() const { return (K() + 31) / 32 * 32; }
   RANDLORA_HD_MEMBER static int64_t power_of_two(int64_t least) {
     int64_t p = 1;
     while (p < least) p *= 2;
@@ -51,12 +53,18 @@ RANDLORA_HD bool hadamard_minus(int64_t a, int64_t b) {
   return ones & 1;
 }
 
-// out[i, k] = s[k] * gam[i, k]
+// What a call does once for all its tokens:
+//   out[i, k] = s[k] * gam[i, k]
+//   factors = lam[c] * col[c] for all c, in the order in which hadamard_up and hadamard_down of the
+//             same device read them
 struct HadamardGamma {
   HadamardSizes sizes;
   const void* gam;  // (n, d) in the compute type
   const float* s;
-  void* out;  // (n, d) in the class dtype of `dtype`
+  void* out;        // (n, d) in the class dtype of `dtype`
+  const void* lam;  // (r, n) in the compute type
+  const float* col;
+  void* factors;  // sizes.factors() in the compute type, at a multiple of 16 bytes
   DType dtype;
 };
 
@@ -79,9 +87,9 @@ struct HadamardDiagonals {
 //   v[j * n + i] = col lam[j, i] * sum over m of H[j, m] z[m, t, i]
 struct HadamardUp {
   HadamardSizes sizes;
-  const void* z;    // (classes, T, n) in the class dtype
-  const void* lam;  // (r, n) in the compute type
-  const float *row, *col;
+  const void* z;        // (classes, T, n) in the class dtype
+  const void* factors;  // col lam, from HadamardGamma
+  const float* row;
   void* y;  // (T, D) in `dtype`
   DType dtype;
   int64_t T;
@@ -97,8 +105,8 @@ struct HadamardUp {
 struct HadamardDown {
   HadamardSizes sizes;
   const void* y;
-  const void* lam;
-  const float *row, *col;
+  const void* factors;  // col lam, from HadamardGamma
+  const float* row;
   void* w;        // (classes, T, n) in the class dtype
   const void* z;  // likewise, or null
   void* sums;     // (slots, K) in the compute type

@@ -112,7 +112,7 @@ struct HadamardRow {
   RANDLORA_HOST_MEMBER explicit HadamardRow(const HadamardSizes& sizes) : s(sizes) {}
 
   // Takes scratch memory for all threads, with `more` numbers for each and `shared` at the end,
-  // which it returns.
+  // which it returns. `lam_of` has the signs of the columns already where `col` is null.
   RANDLORA_HOST_MEMBER C* prepare(Runtime& rt, const void* lam_of, const float* col,
                                   const float* row_of, double scale, int64_t more = 0,
                                   int64_t shared = 0) {
@@ -123,7 +123,8 @@ struct HadamardRow {
     row = lam + K + L;
     v = row + s.D + L;
     mixed = v + v_length;
-    for (int64_t c = 0; c < K; ++c) lam[c] = static_cast<const C*>(lam_of)[c] * C(col[c]);
+    __builtin_memcpy(lam, lam_of, size_t(K) * sizeof(C));
+    for (int64_t c = 0; c < K && col; ++c) lam[c] *= C(col[c]);
     for (int64_t o = 0; o < s.D; ++o) row[o] = C(scale) * C(row_of[o]);
     for (int64_t l = 0; l < L; ++l) lam[K + l] = row[s.D + l] = 0;
     return lam + count;
@@ -206,7 +207,7 @@ void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
   using V = typename Row::V;
   Row all(p.sizes);
   rt.set_single(p.T * all.N < kHadamardOneThread);
-  all.prepare(rt, p.lam, p.col, p.row, p.scale);
+  all.prepare(rt, p.factors, nullptr, p.row, p.scale);
   const int64_t n = p.sizes.n, D = p.sizes.D;
   all.split(rt, p.T, [&](const Row& row, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -233,7 +234,7 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
   Row all(p.sizes);
   rt.set_single(p.T * all.N < kHadamardOneThread);
   const int64_t n = p.sizes.n, r = p.sizes.r, D = p.sizes.D, sums = r * all.padded;
-  all.prepare(rt, p.lam, p.col, p.row, 1.0, sums);
+  all.prepare(rt, p.factors, nullptr, p.row, 1.0, sums);
   // A slot's tokens are summed in order by one thread, so the sums do not depend on the threads.
   all.split(rt, p.slots, [&](const Row& row, int64_t begin, int64_t end) {
     C* sum = row.more();
@@ -449,7 +450,9 @@ void hadamard_weight_backward_as(const HadamardWeightBackward& p, Runtime& rt) {
 template <class S>
 void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   using C = ComputeOf<S>;
-  const C* gam = static_cast<const C*>(p.gam);
+  const C *gam = static_cast<const C*>(p.gam), *lam = static_cast<const C*>(p.lam);
+  C* factors = static_cast<C*>(p.factors);
+  for (int64_t c = 0; c < p.sizes.K(); ++c) factors[c] = lam[c] * C(p.col[c]);
   ClassOf<S>* out = static_cast<ClassOf<S>*>(p.out);
   const int64_t n = p.sizes.n, d = p.sizes.d;
   rt.set_single(n * d < kHadamardOneThread);

@@ -92,10 +92,11 @@ class Product {
         dtype_(activation_dtype(like, "x")),
         class_dtype_(class_dtype(dtype_)),
         T_(T) {
-    lam_ = compute_copy(b.lam, dtype_);
-    const Tensor gam = compute_copy(b.gam, dtype_);
+    const Tensor lam = compute_copy(b.lam, dtype_), gam = compute_copy(b.gam, dtype_);
     gam_ = Temporary(s_.n * s_.d, class_dtype_, like);
-    run(like, HadamardGamma{s_, gam.const_data_ptr(), floats(b.s), gam_.data(), dtype_});
+    factors_ = Temporary(s_.factors(), compute_dtype(dtype_), like);
+    run(like, HadamardGamma{s_, gam.const_data_ptr(), floats(b.s), gam_.data(),
+                            lam.const_data_ptr(), floats(b.col), factors_.data(), dtype_});
     const int64_t bytes = s_.classes() * s_.n * bytes_of(class_dtype_);
     const int64_t limit = (in_caches() ? int64_t{1} : int64_t{64}) << 20;
     int64_t most = std::max(limit / bytes, kFewest);
@@ -206,16 +207,16 @@ class Product {
   }
   // Adds to y (T, D) what z gives by mix and transform, or sets y unless `accumulate`.
   void mix_up(const Temporary& z, const Tensor& y, int64_t t, bool accumulate) const {
-    run(like_, HadamardUp{s_, z.data(), lam_.const_data_ptr(), floats(b_.row), floats(b_.col),
+    run(like_, HadamardUp{s_, z.data(), factors_.data(), floats(b_.row),
                           moved(y.mutable_data_ptr(), t * s_.D, dtype_), dtype_, tokens_, b_.scale,
                           accumulate});
   }
   // w from y (T, D); with z, also the sums for the gradient of lambda.
   void mix_down(const Tensor& y, int64_t t, const Temporary& w, const Temporary* z) const {
     void* sums = z ? moved(sums_.data(), chunk_ * slots_ * s_.K(), compute_dtype(dtype_)) : nullptr;
-    run(like_, HadamardDown{s_, moved(y.const_data_ptr(), t * s_.D, dtype_), lam_.const_data_ptr(),
-                            floats(b_.row), floats(b_.col), w.data(), z ? z->data() : nullptr, sums,
-                            slots_, dtype_, tokens_});
+    run(like_, HadamardDown{s_, moved(y.const_data_ptr(), t * s_.D, dtype_), factors_.data(),
+                            floats(b_.row), w.data(), z ? z->data() : nullptr, sums, slots_, dtype_,
+                            tokens_});
   }
 
   // Neighboring classes with equally many columns: the whole ones, or the last that d does not
@@ -281,8 +282,7 @@ class Product {
   const HadamardSizes& s_;
   const Tensor& like_;
   DType dtype_, class_dtype_;
-  Tensor lam_;
-  Temporary gam_, P_, sums_, wide_;
+  Temporary gam_, factors_, P_, sums_, wide_;
   int64_t T_, chunks_, largest_, slots_, spans_ = 1, chunk_ = 0, tokens_ = 0, widened_ = -1;
 };
 

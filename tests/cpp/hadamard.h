@@ -105,17 +105,33 @@ inline void expect_close(const char* what, DType dtype, const Array& got, const 
     }
 }
 
+// gamma with its signs, and lambda times the signs of the columns, which only the kernels read.
+struct Prepared {
+  Array gam, factors;
+};
+template <class Kernels>
+Prepared prepared(Kernels& kernels, const HadamardProblem& p, DType dtype) {
+  const int64_t skip = p.c.skip, count = p.n * p.d;
+  const DType compute = compute_dtype(dtype);
+  const Array lam(compute, Values(p.lam.begin(), p.lam.begin() + p.K), skip),
+      gam(compute, Values(p.gam.begin(), p.gam.begin() + count), skip);
+  Prepared made{Array(class_dtype(dtype), count, skip), Array(compute, p.sizes.factors())};
+  kernels.hadamard_gamma({p.sizes, gam.get(), p.s.data(), made.gam.get(), lam.get(), p.col.data(),
+                          made.factors.get(), dtype});
+  return made;
+}
+
 template <class Kernels>
 void check_up(Kernels& kernels, const HadamardProblem& p, DType dtype, bool accumulate) {
   const double scale = 0.375;
   const int64_t skip = p.c.skip, behind = Kernels::kBehind;
-  const Array z(class_dtype(dtype), normal(p.classes * p.T * p.n, 6), skip, behind),
-      lam(compute_dtype(dtype), p.lam, skip, behind);
+  const Array z(class_dtype(dtype), normal(p.classes * p.T * p.n, 6), skip, behind);
   const Array y =
       accumulate ? Array(dtype, normal(p.T * p.D, 7), skip) : Array(dtype, p.T * p.D, skip);
   const Values before = y.values();
   Values v = p.mixed(z.values());
-  kernels.hadamard_up({p.sizes, z.get(), lam.get(), p.row.data(), p.col.data(), y.get(), dtype, p.T,
+  const Prepared ready = prepared(kernels, p, dtype);
+  kernels.hadamard_up({p.sizes, z.get(), ready.factors.get(), p.row.data(), y.get(), dtype, p.T,
                        scale, accumulate});
   for (int64_t e = 0; e < p.T * p.K; ++e) v[e] *= p.lam[e % p.K];
   const Values want = product(v, p.B, p.T, p.D, p.K, true, scale);
@@ -127,11 +143,12 @@ void check_down(Kernels& kernels, const HadamardProblem& p, DType dtype, int64_t
                 bool with_z = true) {
   const int64_t skip = p.c.skip, behind = Kernels::kBehind, count = p.classes * p.T * p.n;
   const DType compute = compute_dtype(dtype), between = class_dtype(dtype);
-  const Array y(dtype, normal(p.T * p.D, 8), skip), lam(compute, p.lam, skip, behind);
+  const Array y(dtype, normal(p.T * p.D, 8), skip);
   const Array z(between, normal(count, 9), skip, behind), w(between, count, skip, behind),
       sums(compute, slots * p.K, skip);
   const Values mixed = p.mixed(z.values()), u = product(y.values(), p.B, p.T, p.K, p.D, false);
-  kernels.hadamard_down({p.sizes, y.get(), lam.get(), p.row.data(), p.col.data(), w.get(),
+  const Prepared ready = prepared(kernels, p, dtype);
+  kernels.hadamard_down({p.sizes, y.get(), ready.factors.get(), p.row.data(), w.get(),
                          with_z ? z.get() : nullptr, with_z ? sums.get() : nullptr, slots, dtype,
                          p.T});
   Values want(count, 0.0), want_sums(slots * p.K, 0.0);
@@ -153,10 +170,8 @@ void check_diagonals(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   const int64_t skip = p.c.skip, slots = p.T;
   const DType compute = compute_dtype(dtype), between = class_dtype(dtype);
   Values want(p.gam.begin(), p.gam.begin() + p.n * p.d);
-  const Array gam(compute, want, skip), out(between, p.n * p.d, skip);
-  kernels.hadamard_gamma({p.sizes, gam.get(), p.s.data(), out.get(), dtype});
   for (int64_t e = 0; e < p.n * p.d; ++e) want[e] *= p.s[e % p.d];
-  expect_close("gamma", between, out, want);
+  expect_close("gamma", between, prepared(kernels, p, dtype).gam, want);
 
   // Places of columns from d on are NaN.
   Values P(p.classes * p.n * p.n, NAN), want_gam = normal(p.n * p.d, 10), want_lam(p.K, 0.0);

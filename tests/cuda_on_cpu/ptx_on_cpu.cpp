@@ -85,14 +85,15 @@ CUDA_ON_CPU_UNSEEN void exchange(void* const* lane, unsigned) {
       static_cast<Row*>(lane[l])->r[m] = element[0] | element[1] << 16;
     }
 }
-void require_aligned(const Site& site, const void* p) {
-  require(reinterpret_cast<uintptr_t>(p) % 16 == 0, site, "the address is not 16-byte aligned");
+void require_aligned(const Site& site, const void* p, unsigned bytes = 16) {
+  require(reinterpret_cast<uintptr_t>(p) % bytes == 0, site,
+          bytes == 8 ? "the address is not 8-byte aligned" : "the address is not 16-byte aligned");
 }
-void require_shared(const Site& site, const void* p) {
+void require_shared(const Site& site, const void* p, unsigned bytes = 16) {
   const auto* at = static_cast<const unsigned char*>(p);
   const unsigned char *from = cuda_on_cpu::shared(), *to = from + cuda_on_cpu::shared_bytes();
-  require_aligned(site, p);
-  require(at >= from && at + 16 <= to, site, "the address is not in the block's shared memory");
+  require_aligned(site, p, bytes);
+  require(at >= from && at + bytes <= to, site, "the address is not in the block's shared memory");
 }
 template <bool Trans>
 void ldmatrix(Site site, uint32_t (&r)[4], const void* shared_row) {
@@ -127,6 +128,10 @@ void store16(void* global, uint32_t a, uint32_t b, uint32_t c, uint32_t d, SITE)
   require_aligned({"store16", file, line}, global);
   const uint32_t words[4] = {a, b, c, d};
   memcpy(global, words, 16);
+}
+void store8(float* shared, float a, float b, SITE) {
+  require_shared({"store8", file, line}, shared, 8);
+  shared[0] = a, shared[1] = b;
 }
 
 void cp_async16(void* shared, const void* global, int bytes, SITE) {

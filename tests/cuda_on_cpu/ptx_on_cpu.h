@@ -23,6 +23,7 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, CUDA_ON_CPU_SITE);
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row, CUDA_ON_CPU_SITE);
 
 void store16(void* global, uint32_t a, uint32_t b, uint32_t c, uint32_t d, CUDA_ON_CPU_SITE);
+void store8(float* shared, float a, float b, CUDA_ON_CPU_SITE);
 
 // Reads the source at once, and fills the destination with NaN until the wait delivers.
 void cp_async16(void* shared, const void* global, int bytes = 16, CUDA_ON_CPU_SITE);

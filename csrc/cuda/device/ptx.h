@@ -85,6 +85,13 @@ __device__ __forceinline__ void store16(void* global, uint32_t a, uint32_t b, ui
                : "memory");
 }
 
+// Stores two numbers, 8-byte aligned, in one access: nvcc splits an assignment into two, whose
+// lanes would meet in the same banks.
+__device__ __forceinline__ void store8(float* shared, float a, float b) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" : : "r"(to), "f"(a), "f"(b) : "memory");
+}
+
 // Copies 16 bytes from global to shared memory, both 16-byte aligned, bypassing registers. Bytes
 // past `bytes` become zero (0: nothing is read). Complete after cp_async_wait; other threads see
 // the bytes after a barrier.

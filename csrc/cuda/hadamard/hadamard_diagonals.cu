@@ -1,6 +1,8 @@
-// What a step does with gamma before the class products, and with the gradients after them:
+// What a step does with lambda and gamma before the class products, and with the gradients after
+// them:
 //
 //   hadamard_gamma      out[i, k] = s[k] gam[i, k], rounded to the class dtype
+//                       factors = lam[c] col[c], in the order of Factors (transform.h)
 //   hadamard_diagonals  dgam[i, k] = scale s[k] P[m, i, k']
 //                       dlam[c] = scale col[c] * sum over q of sums[q, c]
 //
@@ -10,15 +12,27 @@
 #include "../device/columns.h"
 #include "../device/launch.h"
 #include "../kernels.h"
+#include "transform.h"
 
 namespace randlora::cuda {
 namespace {
 
+// The first `gamma_blocks` blocks take gamma, `col_blocks` each of its rows; the others make the
+// factors.
 template <class S, bool Aligned, class C = ComputeOf<S>>
-__global__ void hadamard_gamma_kernel(HadamardGamma p, int64_t col_blocks) {
+__global__ void hadamard_gamma_kernel(HadamardGamma p, Factors<C> factors, int gamma_blocks,
+                                      int col_blocks) {
   constexpr int V = kPerAccess<S>;
-  const int64_t d = p.sizes.d, i = blockIdx.x / col_blocks;
-  const Columns<V, Aligned> c(blockIdx.x % col_blocks * blockDim.x * V, threadIdx.x, d);
+  const int block = blockIdx.x;
+  if (block >= gamma_blocks) {
+    const int c = (block - gamma_blocks) * blockDim.x + threadIdx.x;
+    if (c < factors.groups * kValues<C>)
+      *factors.at(c) = c < factors.K ? static_cast<const C*>(p.lam)[c] * p.col[c] : C(0);
+    return;
+  }
+  const int i = block / col_blocks;
+  const int64_t d = p.sizes.d;
+  const Columns<V, Aligned> c((block - i * col_blocks) * blockDim.x * V, threadIdx.x, d);
   const Pack<C, V> gam = c.load(static_cast<const C*>(p.gam) + i * d);
   Pack<S, V> out = {};
 #pragma unroll
@@ -63,11 +77,14 @@ void hadamard_gamma(const HadamardGamma& p, Device& device) {
     using S = ClassOf<decltype(s)>;
     constexpr int V = kPerAccess<S>;
     const int threads = std::min(device.max_threads, 256);
-    const int64_t col_blocks = ceil_div(p.sizes.d, int64_t{threads} * V);
+    const int col_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * V));
+    const int gamma_blocks = col_blocks * static_cast<int>(p.sizes.n);
+    const Factors<ComputeOf<S>> factors(p.sizes, p.factors);
     launch(device, "hadamard_gamma",
            aligned_rows(p.sizes.d, V, p.gam, p.out) ? hadamard_gamma_kernel<S, true>
                                                     : hadamard_gamma_kernel<S, false>,
-           col_blocks * p.sizes.n, threads, 0, p, col_blocks);
+           gamma_blocks + ceil_div(p.sizes.factors(), threads), threads, 0, p, factors,
+           gamma_blocks, col_blocks);
   });
 }
 

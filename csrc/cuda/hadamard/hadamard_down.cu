@@ -69,7 +69,7 @@ constexpr int kParts = 3;  // of shared memory, with z
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
-    hadamard_down_kernel(HadamardDown p, Diagonal<C> diagonal, int log, int of_block) {
+    hadamard_down_kernel(HadamardDown p, Factors<C> factors, int log, int of_block) {
   using Z = ClassOf<S>;
   const int K = static_cast<int>(p.sizes.K());
   const int size = static_cast<int>(Rows<C>::bytes(of_block << log) / sizeof(C));
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     low_pass(rows, log, tokens, K, [&](auto& v, int x, int c) {
       hadamard<1>(v);
       if (p.z) add_products(v, mixed.at(x), sums.at(x));
-      diagonal.apply(v, c);
+      factors.apply(v, c);
     });
     __syncthreads();
     mix<Aligned>(p.sizes, static_cast<Z*>(p.w), p.T, rows, log, t0, tokens);
@@ -128,7 +128,7 @@ void hadamard_down(const HadamardDown& p, Device& device) {
                ? hadamard_down_kernel<S, true>
                : hadamard_down_kernel<S, false>,
            p.z ? p.slots : ceil_div(p.T, plan.rows), plan.threads, plan.shared, p,
-           Diagonal<ComputeOf<S>>(p), plan.log, plan.rows);
+           Factors<ComputeOf<S>>(p.sizes, p.factors), plan.log, plan.rows);
   });
 }
 

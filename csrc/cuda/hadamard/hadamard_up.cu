@@ -3,11 +3,11 @@
 //   v[c] = col[c] lam[c] * sum over m of H[j, m] z[m, t, i]
 //
 // A thread block takes one token, or several if rows are short. Threads mix the rank indices in
-// registers and write them to shared memory; the low pass multiplies by lam and col; the last bits
+// registers and write them to shared memory; the low pass multiplies by lam col; the last bits
 // go from shared memory to y.
 //
 // Floor: z read, y read and written once: with 16 bits 6 bytes an element, against some 42
-// instructions. lam, col and row come from L1 for every token but the first.
+// instructions. lam col and row come from L1 for every token but the first.
 #include "../device/launch.h"
 #include "../device/rounded_store.h"
 #include "../kernels.h"
@@ -72,14 +72,14 @@ __device__ __forceinline__ void write_rows(const HadamardUp& p, const Rows<C>& r
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
-    hadamard_up_kernel(HadamardUp p, Diagonal<C> diagonal, int log, int64_t of_block) {
+    hadamard_up_kernel(HadamardUp p, Factors<C> factors, int log, int64_t of_block) {
   const Rows<C> rows{reinterpret_cast<C*>(shared_memory())};
   const int64_t t0 = blockIdx.x * of_block;
   const int tokens = static_cast<int>(min(of_block, p.T - t0));
   mix<Aligned>(p.sizes, static_cast<const ClassOf<S>*>(p.z), p.T, rows, log, t0, tokens);
   __syncthreads();
-  low_pass(rows, log, tokens, diagonal.K, [&](auto& v, int, int c) {
-    diagonal.apply(v, c);
+  low_pass(rows, log, tokens, factors.K, [&](auto& v, int, int c) {
+    factors.apply(v, c);
     hadamard<1>(v);
   });
   __syncwarp();  // the next pass takes the bits that follow: each warp reads what it has written
@@ -97,8 +97,8 @@ void hadamard_up(const HadamardUp& p, Device& device) {
     launch(device, "hadamard_up",
            aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row, p.z) ? hadamard_up_kernel<S, true>
                                                                    : hadamard_up_kernel<S, false>,
-           ceil_div(p.T, plan.rows), plan.threads, plan.shared, p, Diagonal<ComputeOf<S>>(p),
-           plan.log, plan.rows);
+           ceil_div(p.T, plan.rows), plan.threads, plan.shared, p,
+           Factors<ComputeOf<S>>(p.sizes, p.factors), plan.log, plan.rows);
   });
 }
 

@@ -52,6 +52,8 @@ template <int W, class S, class C>
 __device__ __forceinline__ void store_wide(const C* from, S* to) {
   if constexpr (W == 1) {
     *to = narrow<S>(from[0]);
+  } else if constexpr (std::is_same_v<S, float>) {  // a row in shared memory
+    store8(to, from[0], from[1]);
   } else {
     Pack<S, W> pack = {};
     pack.set(0, narrow<S>(from[0])), pack.set(1, narrow<S>(from[1]));

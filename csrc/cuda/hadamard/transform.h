@@ -7,7 +7,7 @@
 // rows lie one behind the other and are transformed as one array: the bits of a row's number are
 // left out.
 //
-//   bits [0, kBits)                low: 128 adjacent bytes a thread; also multiplies by lam and col
+//   bits [0, kBits)                low: 128 adjacent bytes a thread; also multiplies by lam col
 //   bits [kBits, log - kEdgeBits)  middle, in up to kBits bits at a time
 //   bits [log - kEdgeBits, log)    the edge, where rows come from or go to global memory in
 //                                  accesses of 16 bytes
@@ -88,39 +88,41 @@ __device__ __forceinline__ void low_pass(const Rows<C>& rows, int log, int count
   }
 }
 
-// v[c] *= col[c] lam[c], and zero past the last c. The low pass does this, where a thread has
-// adjacent c.
+// lam[c] col[c] in the order in which the low pass reads them. A thread has a group of kValues
+// adjacent c, and its lanes read the first 16 bytes of each group, then the second, and so on: in
+// the order of c they would lie 128 bytes apart, each in a sector of its own.
 template <class C>
-struct Diagonal {
-  const C* lam;
-  const float* col;
-  int64_t K;
-  bool aligned;
+struct Factors {
+  static constexpr int V = kPerAccess<C>;
+  C* numbers;
+  int K, groups;
 
-  template <class P>
-  RANDLORA_HD_MEMBER explicit Diagonal(const P& p)
-      : lam(static_cast<const C*>(p.lam)),
-        col(p.col),
-        K(p.sizes.K()),
-        aligned(aligned_to_16(lam, col)) {}
+  RANDLORA_HD_MEMBER Factors(const HadamardSizes& sizes, const void* numbers_)
+      : numbers(static_cast<C*>(const_cast<void*>(numbers_))),
+        K(static_cast<int>(sizes.K())),
+        groups((K + kValues<C> - 1) / kValues<C>) {}
 
-  __device__ __forceinline__ void apply(C (&v)[kValues<C>], int64_t c) const {
-    constexpr int V = kPerAccess<C>;
-    if (aligned && c + kValues<C> <= K) {
+  // The factor of c, which may lie in the last group behind K.
+  __device__ __forceinline__ C* at(int c) const {
+    const int in_group = c % kValues<C>;
+    return numbers + (in_group / V * groups + c / kValues<C>)*V + in_group % V;
+  }
+  // v[e] *= the factor of c + e, and zero past K. c begins a group.
+  __device__ __forceinline__ void apply(C (&v)[kValues<C>], int c) const {
+    const C* from = at(c);
 #pragma unroll
-      for (int e = 0; e < kValues<C>; e += V) {
-        const auto factors = *reinterpret_cast<const Pack<C, V>*>(lam + c + e);
-        const auto signs = *reinterpret_cast<const Pack<float, V>*>(col + c + e);
+    for (int e = 0; e < kValues<C>; e += V, from += groups * V) {
+      C factors[V];
+      load_run<V>(from, factors);
 #pragma unroll
-        for (int u = 0; u < V; ++u) v[e + u] *= factors.get(u) * signs.get(u);
-        // Not all loads at once: registers do not suffice.
-        if ((e + V) % 16 == 0) asm volatile("" ::: "memory");
-      }
-    } else {
-#pragma unroll
-      for (int e = 0; e < kValues<C>; ++e)
-        v[e] = c + e < K ? v[e] * (lam[c + e] * col[c + e]) : C(0);
+      for (int u = 0; u < V; ++u) v[e + u] *= factors[u];
+      // Not all loads at once: registers do not suffice.
+      if ((e + V) % 16 == 0) asm volatile("" ::: "memory");
     }
+    if (c + kValues<C> <= K) return;
+#pragma unroll
+    for (int e = 0; e < kValues<C>; ++e)
+      if (c + e >= K) v[e] = C(0);  // times a factor it could be NaN
   }
 };
 
