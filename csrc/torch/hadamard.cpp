@@ -3,6 +3,11 @@
 //   y = x W^T + bias + x dW^T,   dW = scale * B (lambda * A * gamma), transposed unless `expand`
 //
 // torch's GEMMs compute the class products, our kernels the rest (core/hadamard.h).
+//
+// On the CPU the base layer's product comes first, and the adapter adds to it. On a card it comes
+// last and adds to the adapter: it multiplies for longer than it takes to read what it adds to,
+// while the adapter's last kernel would wait for that. With a bias, which torch adds only in a
+// product of its own, it comes first there, too.
 #include <algorithm>
 
 #include "linear.h"
@@ -286,6 +291,22 @@ class Product {
   int64_t T_, chunks_, largest_, slots_, spans_ = 1, chunk_ = 0, tokens_ = 0, widened_ = -1;
 };
 
+bool base_comes_last(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
+  return weight && !bias && runs_on_cuda(x);
+}
+MatrixBatch matrix(const Tensor& weight) {
+  return {weight.const_data_ptr(), activation_dtype(weight, "weight"), 1, weight.size(0),
+          weight.size(1), 0, weight.stride(0), weight.stride(1)};
+}
+// to += from @ right. `to` and `from` are contiguous and have T tokens.
+void add_product(const Tensor& to, const Tensor& from, const MatrixBatch& right, int64_t T) {
+  const auto tokens = [&](const Tensor& t) {
+    const int64_t features = t.size(-1);
+    return MatrixBatch{t.const_data_ptr(), right.dtype, 1, T, features, 0, features, 1};
+  };
+  multiply(tokens(to), tokens(from), right, 1, 1, to);
+}
+
 Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
                        Tensor s, Tensor row, Tensor col, bool expand, double scale) {
   const HadamardBasis b{check_basis(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
@@ -293,8 +314,11 @@ Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Ten
   if (!fits(b, x))
     return std::get<0>(call_torch<Tensor>("randlora::hadamard_linear_plain", x, weight, bias, lam,
                                           gam, s, row, col, expand, scale));
-  const Tensor xc = as_contiguous(x), y = base_output(xc, weight, bias, b.out());
-  Product(b, xc, T).compute(expand, xc, y, weight.has_value());
+  const bool last = base_comes_last(x, weight, bias);
+  const OptionalTensor first = last ? OptionalTensor() : weight;
+  const Tensor xc = as_contiguous(x), y = base_output(xc, first, bias, b.out());
+  Product(b, xc, T).compute(expand, xc, y, first.has_value());
+  if (last) add_product(y, xc, matrix(*weight).transposed(), T);
   return y;
 }
 
@@ -310,10 +334,13 @@ Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, T
         "randlora::hadamard_linear_backward_plain", dy, x, weight, lam, gam, s, row, col, expand,
         scale, need_x, need_diagonals);
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
+  const bool last = need_x && base_comes_last(x, weight, {});
+  const OptionalTensor first = last ? OptionalTensor() : weight;
   OptionalTensor dx, dlam, dgam;
-  if (need_x) dx = base_gradient(dyc, weight, xc);
+  if (need_x) dx = base_gradient(dyc, first, xc);
   Product product(b, xc, T);
-  product.compute(!expand, dyc, dx, weight.has_value(), need_diagonals ? &xc : nullptr);
+  product.compute(!expand, dyc, dx, first.has_value(), need_diagonals ? &xc : nullptr);
+  if (last) add_product(*dx, dyc, matrix(*weight), T);
   if (need_diagonals) std::tie(dlam, dgam) = product.diagonals();
   return {dx, dlam, dgam};
 }

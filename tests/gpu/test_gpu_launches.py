@@ -68,12 +68,13 @@ def test_three_launches_forward_and_seven_backward(device, launches, shape, more
     few = zip(step(layer, device), step(layer, device, frozen=True), (3, 7), strict=True)
     for function, frozen, limit in few:
         ours, products = launches(function)
-        beside = len(ours) + products - len(launches(frozen)[0])
+        # In dry mode the frozen layer's product is counted in the step alone, where it comes last.
+        beside = len(ours) + products - (1 if DRY else len(launches(frozen)[0]))
         assert beside <= limit + 3 * more, ours
         if DRY:  # every one of them is known
             parts = (1 + more) * (1 if limit == 3 else 3 if layer.basis.expand else 2)
             kernels = 2 if limit == 3 else 3 if layer.basis.expand else 4
-            assert (len(ours), products) == (kernels, parts), ours
+            assert (len(ours), products) == (kernels, parts + 1), ours
 
 
 @cases("transposed", [False, True])

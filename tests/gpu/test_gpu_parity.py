@@ -3,6 +3,8 @@
 tests/ops, which tools/cuda/run_python_tests.sh runs on the emulated CUDA kernels, has more.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpu_helpers import DRY, cases, cpu_kernels, moved, on_both, run_linear, same
@@ -69,6 +71,10 @@ def test_linear(device, basis, dtype):
             layer = make_layer(*shape, basis, tokens, dtype)
             assert_right(layer, device)
             assert_right(layer.without_weight(), device)
+            if layer.basis.kind == "hadamard":  # the base layer's product comes last
+                assert_right(replace(layer, bias=None), device)
+                strided = layer.weight.t().contiguous().t()
+                assert_right(replace(layer, weight=strided, bias=None), device)
 
 
 @cases("dtype", ALL_TYPES)
