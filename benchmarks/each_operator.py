@@ -45,7 +45,8 @@ def that_make_bases(b: Basis, device: torch.device) -> Iterator[Op]:
             call = partial(ops.planes_to_lists, planes, b.K, by_column, max(b.D, b.K) > 65536)
             floor = floors.planes_to_lists(b, by_column)
             yield Op(f"planes_to_lists, {lines}", None, call, floor, waits=True)
-        expanded = ops.lists_to_dense, *b.packed(device)[3:5], b.K
+        packed = b.packed(device)
+        expanded = ops.lists_to_dense, packed.b_row_offset, packed.b_row_index, b.K
     yield Op(f"{b.format}_to_dense", None, partial(*expanded, 1.0, torch.bfloat16),
              floors.expansion(b))  # fmt: skip
 

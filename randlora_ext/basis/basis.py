@@ -1,16 +1,18 @@
 """`Basis`: the random matrices A and B of a layer, and their packed form on a device."""
 
 import itertools
-import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import devices
+from ..checks import warn_user
 from .cache import PackedTensors, get_or_make, share
 from .description import BasisDescription, Shape
 from .hadamard import HadamardMatrices
+from .packed import DensePair, Packed, PackedLists, PackedPlanes
 from .ternary import GeneratedMatrices, TernaryMatrices
 
 
@@ -27,12 +29,11 @@ class DenseMatrices:
     def format(self, shape: Shape) -> str:
         return "dense"
 
-    def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
-        return [self.A[:, : shape.d].to(on), self.B[: shape.D, : shape.K].to(on)]
+    def pack(self, shape: Shape, on: torch.device) -> DensePair:
+        return DensePair(self.A[:, : shape.d].to(on), self.B[: shape.D, : shape.K].to(on))
 
-    def dense(self, shape: Shape, dtype: torch.dtype, packed: list) -> tuple[Tensor, Tensor]:
-        A, B = packed
-        return A.to(dtype, copy=True), B.to(dtype, copy=True)
+    def dense(self, shape: Shape, dtype: torch.dtype, packed: Any) -> tuple[Tensor, Tensor]:
+        return packed.A.to(dtype, copy=True), packed.B.to(dtype, copy=True)
 
 
 _Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices
@@ -131,8 +132,9 @@ class Basis(Shape):
 
     def packed(
         self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> list[Tensor]:
-        """The tensors of the bases that ``torch.ops.randlora`` takes (docs/formats.md).
+    ) -> Packed:
+        """The tensors of the bases that ``torch.ops.randlora`` takes, a named tuple
+        (docs/formats.md).
 
         They are made on first use and shared by all layers of equal shape and description on that
         device, as long as one of them lives. Those of dense bases may be asked for in a dtype.
@@ -148,9 +150,9 @@ class Basis(Shape):
             elsewhere = self.kind != "dense" and not devices.serve(on)
             ready = self.packed() if elsewhere else None
 
-            def make() -> list[Tensor]:
-                made = ready or self._source.pack(self, on)
-                return [t.to(on, dtype or t.dtype) for t in made]
+            def make() -> Packed:
+                made: Any = ready or self._source.pack(self, on)
+                return made._make(t.to(on, dtype or t.dtype) for t in made)
 
             key = self.D, self.d, self.r, self._source.key, on, dtype  # of any orientation
             found = self._packed[on, dtype] = get_or_make(key, on, make)
@@ -158,14 +160,16 @@ class Basis(Shape):
                 self._warn_of_zeros(found.tensors)
         return found.on_current_stream()
 
-    def _warn_of_zeros(self, packed: list[Tensor]) -> None:
-        lists = {"lists": {"A": 1, "B": 4}, "planes": {"A": 1}}.get(self.format, {})
-        empty = [name for name, place in lists.items() if packed[place].numel() == 0]
-        if empty:
-            warnings.warn(
-                f"{self!r} has no non-zero element in {empty[-1]}, so its adapter cannot learn "
-                "anything; take a larger density",
-                stacklevel=3,  # the caller of `packed`
+    def _warn_of_zeros(self, packed: Packed) -> None:
+        empty = None
+        if isinstance(packed, (PackedLists, PackedPlanes)) and packed.a_index.numel() == 0:
+            empty = "A"
+        if isinstance(packed, PackedLists) and packed.b_row_index.numel() == 0:
+            empty = "B"
+        if empty is not None:
+            warn_user(
+                f"{self!r} has no non-zero element in {empty}, so its adapter cannot learn "
+                "anything; take a larger density"
             )
 
     # Dynamo calls this with constants while it traces (torch 2.11 takes no object as an argument).
@@ -174,9 +178,9 @@ class Basis(Shape):
     # have no symbolic sizes, and CUDA graphs need not copy them.
     def _traced_name(self, token: str, device: torch.device, dtype: torch.dtype | None) -> str:
         name = f"{device} {str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
-        made = self.packed(device, dtype)
+        made: Any = self.packed(device, dtype)
         if not torch.compiler.is_exporting():  # which knows the parameters of modules alone
-            made = [nn.Parameter(t, requires_grad=False) for t in made]
+            made = made._make(nn.Parameter(t, requires_grad=False) for t in made)
         vars(self._traced)[name] = made
         return name
 

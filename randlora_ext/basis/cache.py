@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from .packed import Packed
 
 
 def ordinary_tensors(function: Callable) -> Callable:
@@ -28,14 +29,14 @@ def ordinary_tensors(function: Callable) -> Callable:
 
 
 class PackedTensors:
-    """A list that allows weak references: the cache drops it when its last layer goes."""
+    """Holds tensors and allows weak references: the cache drops it when its last layer goes."""
 
-    def __init__(self, tensors: list[Tensor], device: torch.device) -> None:
+    def __init__(self, tensors: Packed, device: torch.device) -> None:
         self.tensors = tensors
         self._device = device if device.type == "cuda" else None
         self._recorded: set[int] = set()
 
-    def on_current_stream(self) -> list[Tensor]:
+    def on_current_stream(self) -> Packed:
         """The tensors. Their memory is not reused before the current stream has read it.
 
         torch's allocator knows only the stream that packed them. Any other stream must be recorded
@@ -70,16 +71,14 @@ def share(key: tuple, make: Callable[[], Any]) -> Any:
     return _cache.setdefault(key, make()) if found is None else found
 
 
-def get_or_make(
-    key: tuple, device: torch.device, make: Callable[[], list[Tensor]]
-) -> PackedTensors:
+def get_or_make(key: tuple, device: torch.device, make: Callable[[], Packed]) -> PackedTensors:
     """The packed tensors under `key`, made once and kept as long as something holds them. `make`
     runs in a thread of its own while this one has the lock, so it must not call `get_or_make`."""
     with _cache_lock:
         return share(key, lambda: PackedTensors(_made_for_every_stream(device, make), device))
 
 
-def _made_for_every_stream(device: torch.device, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+def _made_for_every_stream(device: torch.device, make: Callable[[], Packed]) -> Packed:
     """Waits for what `make` enqueues: a cached tensor may be used from any stream."""
     if device.type != "cuda":
         return ordinary_tensors(make)()
@@ -93,7 +92,7 @@ def _made_for_every_stream(device: torch.device, make: Callable[[], list[Tensor]
         stream = torch.cuda.current_stream()
 
         @ordinary_tensors
-        def make_on_stream() -> list[Tensor]:
+        def make_on_stream() -> Packed:
             with torch.cuda.stream(stream):
                 return make()
 

@@ -1,9 +1,12 @@
 """Hadamard bases: Sylvester's matrix between random signs (docs/basis-spec.md, section 14)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .description import BasisDescription, Shape
+from .packed import PackedSigns
 from .ternary import generate_planes
 
 ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5  # of the specification: s, row and col
@@ -38,12 +41,15 @@ class HadamardMatrices:
     def format(self, shape: Shape) -> str:
         return "hadamard"
 
-    def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
+    def pack(self, shape: Shape, on: torch.device) -> PackedSigns:
         seed = self.description.seed
-        sizes = {ROLE_FEATURES: shape.d, ROLE_ROWS: shape.D, ROLE_COLUMNS: shape.K}
-        return [signs(seed, role, size, on) for role, size in sizes.items()]
+        return PackedSigns(
+            s=signs(seed, ROLE_FEATURES, shape.d, on),
+            row=signs(seed, ROLE_ROWS, shape.D, on),
+            col=signs(seed, ROLE_COLUMNS, shape.K, on),
+        )
 
-    def dense(self, shape: Shape, dtype: torch.dtype, packed: list) -> tuple[Tensor, Tensor]:
+    def dense(self, shape: Shape, dtype: torch.dtype, packed: Any) -> tuple[Tensor, Tensor]:
         s, row, col = packed
         sizes = shape.r, shape.d, shape.D, shape.K
         j, k, o, c = (torch.arange(size, device=s.device) for size in sizes)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _C
 from .description import BasisDescription, Shape, as_signed
+from .packed import PackedLists, PackedPlanes
 
 # Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
 # row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
@@ -38,23 +39,24 @@ class TernaryMatrices:
         # Planes are decoded with 16-bit base numbers.
         return "planes" if shape.n <= 65536 and self.density > PLANES_ABOVE_DENSITY else "lists"
 
-    def pack(self, shape: Shape, on: torch.device) -> list[Tensor]:
+    def pack(self, shape: Shape, on: torch.device) -> PackedLists | PackedPlanes:
         """The tensors of `Basis.packed`, on a device that our kernels serve."""
         a_planes, b_planes = self.planes(shape, on)
         a_offset, a_index = _ops.planes_to_lists(a_planes, shape.d, False, shape.wide)
-        of_b = [b_planes]
-        if self.format(shape) == "lists":
-            by_row = _ops.planes_to_lists(b_planes, shape.K, False, shape.wide)
-            of_b = [*by_row, *_ops.planes_to_lists(b_planes, shape.K, True, shape.wide)]
-        a_tables = _ops.support_tables(a_offset, a_index, shape.d)  # empty but on CUDA
-        return [a_offset, a_index, a_tables, *of_b]
+        a_tables = _ops.support_tables(a_offset, a_index, shape.d)
+        if self.format(shape) == "planes":
+            return PackedPlanes(a_offset, a_index, a_tables, b_planes)
+        by_row = _ops.planes_to_lists(b_planes, shape.K, False, shape.wide)
+        by_column = _ops.planes_to_lists(b_planes, shape.K, True, shape.wide)
+        return PackedLists(a_offset, a_index, a_tables, *by_row, *by_column)
 
-    def dense(self, shape: Shape, dtype: torch.dtype, packed: list) -> tuple[Tensor, Tensor]:
+    def dense(self, shape: Shape, dtype: torch.dtype, packed: Any) -> tuple[Tensor, Tensor]:
         """`Basis.dense` of what `pack` has made."""
-        A = _ops.lists_to_dense(*packed[:2], shape.d, self.a_value, dtype)
-        if self.format(shape) == "lists":
-            return A, _ops.lists_to_dense(*packed[3:5], shape.K, self.b_value, dtype)
-        return A, _ops.planes_to_dense(packed[3], shape.K, self.b_value, dtype)
+        A = _ops.lists_to_dense(packed.a_offset, packed.a_index, shape.d, self.a_value, dtype)
+        if isinstance(packed, PackedPlanes):
+            return A, _ops.planes_to_dense(packed.b_planes, shape.K, self.b_value, dtype)
+        rows = packed.b_row_offset, packed.b_row_index
+        return A, _ops.lists_to_dense(*rows, shape.K, self.b_value, dtype)
 
 
 class GeneratedMatrices(TernaryMatrices):

@@ -71,8 +71,8 @@ plain("scaled_basis_backward", _plain_scaled_basis_backward)
 
 
 def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> dict[str, Any]:
-    A, B = basis.packed(device, dtype)
-    return {"A": A, "B": B, "expand": basis.expand, "scale": float(scaling)}
+    packed: Any = basis.packed(device, dtype)
+    return {"A": packed.A, "B": packed.B, "expand": basis.expand, "scale": float(scaling)}
 
 
 def delta(basis: Basis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:

@@ -29,13 +29,14 @@ def operands(
     basis: Basis, device, scaling: float = 1.0, dtype=None, input_scale: Tensor | None = None
 ) -> dict[str, Any]:
     """The operators' arguments that describe the bases, in their order."""
-    s, row, col = basis.packed(device)
+    packed: Any = basis.packed(device)
+    s, row = packed.s, packed.row
     if input_scale is not None:  # (in,), or (experts, in)
         if basis.expand:
             s = s * input_scale
         else:
             row = row * input_scale
-    return {"s": s, "row": row, "col": col, "expand": basis.expand, "scale": float(scaling)}
+    return {"s": s, "row": row, "col": packed.col, "expand": basis.expand, "scale": float(scaling)}
 
 
 linear = linear_entry("hadamard_linear", lambda row, **_: row.shape[0])

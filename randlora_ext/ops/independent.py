@@ -12,17 +12,18 @@ _ops = torch.ops.randlora
 
 
 def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> dict[str, Any]:
-    a_offset, a_index, a_tables, *of_b = basis.packed(device)
-    planes, lists = (of_b[0], [None] * 4) if len(of_b) == 1 else (None, of_b)
+    """The operators' arguments that describe the bases, in their order."""
+    packed: Any = basis.packed(device)
+    is_planes = basis.format == "planes"
     return {
-        "a_offset": a_offset,
-        "a_index": a_index,
-        "a_tables": a_tables if a_tables.numel() else None,  # CUDA's alone
-        "b_planes": planes,
-        "b_row_offset": lists[0],
-        "b_row_index": lists[1],
-        "b_col_offset": lists[2],
-        "b_col_index": lists[3],
+        "a_offset": packed.a_offset,
+        "a_index": packed.a_index,
+        "a_tables": packed.a_tables if packed.a_tables.numel() else None,  # CUDA's alone
+        "b_planes": packed.b_planes if is_planes else None,
+        "b_row_offset": None if is_planes else packed.b_row_offset,
+        "b_row_index": None if is_planes else packed.b_row_index,
+        "b_col_offset": None if is_planes else packed.b_col_offset,
+        "b_col_index": None if is_planes else packed.b_col_index,
         "expand": basis.expand,
         "scale": float(scaling * basis.scale),
     }

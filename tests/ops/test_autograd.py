@@ -59,7 +59,7 @@ def test_opcheck_scaled_basis(dtype):
 
 def test_opcheck_packing():
     basis = Basis(11, 70, 3, 1 / 3)
-    planes = basis.packed("cpu")[3]
+    planes = basis.packed("cpu").b_planes
     check(ops.planes_to_dense, planes, basis.K, 0.5, torch.float16)
     for wide in (False, True):
         lists = *ops.planes_to_lists(planes, basis.K, False, wide), basis.K
