@@ -165,8 +165,8 @@ def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, Tensor]) 
             held.callback(setattr, module, "training", module.training)
         for layer in sums:
             if isinstance(layer, AdaptedParameter):
-                layer._names = list  # W itself, not W + dW: dW is zero
-                held.callback(delattr, layer, "_names")
+                layer.takes_base_weight = True
+                held.callback(delattr, layer, "takes_base_weight")
             else:
                 held.enter_context(layer.register_forward_pre_hook(add, with_kwargs=True))
         model.eval()

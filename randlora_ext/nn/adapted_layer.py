@@ -20,13 +20,29 @@ class AdaptedLayer(KeepsWeight):
     """``base_layer(x) + sum over adapters of scaling * dropout(x) dW^T``, dW itself, and merging.
 
     Classes that mix it in make the adapters, choose the active ones, and say which basis and which
-    dtype each has. ``scaling``, ``randlora_lambda``, ``randlora_gamma`` and ``randlora_dropout``
-    hold the adapters by name, ``randlora_input_scale`` those on Hadamard bases.
+    dtype each has.
     """
 
+    _modules: dict[str, Any]  # read directly: nn.Module's __getattr__ takes half a microsecond
+    base_layer: Any
+    in_features: int
+    out_features: int
+    fan_in_fan_out: bool  # whether the weight is (in, out)
     experts: tuple[int, ...] = ()  # how many, if the weight is a stack
+    # Of each adapter, by its name.
+    r: dict[str, int]
     bases: dict[str, Basis]
-    randlora_input_scale: InputScales
+    scaling: dict[str, float]
+    randlora_gamma: nn.ParameterDict
+    randlora_dropout: nn.ModuleDict
+    randlora_input_scale: InputScales  # of those on Hadamard bases
+    # Those whose outputs are added, unless the layer is disabled.
+    active_adapters: Any
+    disabled: Any  # True or False
+
+    def _names(self) -> list[str]:
+        """The adapters to add now."""
+        raise NotImplementedError
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
         """The basis by which the adapter multiplies on that device."""
@@ -123,7 +139,7 @@ class AdaptedLayer(KeepsWeight):
 
     def _adapted(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and those of these adapters, by one operator if that may be."""
-        base = self._modules["base_layer"]  # nn.Module's __getattr__ takes half a microsecond
+        base = self._modules["base_layer"]
         if len(names) == 1 and not args and not kwargs:
             name = names[0]
             dropout = self._modules["randlora_dropout"]._modules[name]

@@ -31,6 +31,9 @@ class AdaptedParameter(AdaptedLayer):
     ``lora.ParamWrapper``.
     """
 
+    # `calibrate` sets it, to see products with W itself and not with W + dW; dW is zero then.
+    takes_base_weight = False
+
     def _set_sizes(self, base_layer: Any, parameter_name: str) -> nn.Linear:
         """Finds them; returns what stands for `base_layer` where a linear layer is expected."""
         self.parameter_name = parameter_name
@@ -47,7 +50,8 @@ class AdaptedParameter(AdaptedLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer, changed = self, {}
         while isinstance(layer, AdaptedParameter):
-            if names := layer._names():
+            names = [] if layer.takes_base_weight else layer._names()
+            if names:
                 changed[layer.parameter_name] = layer._adapted_weight(names)
             if layer.merged_adapters:
                 layer._warn_if_trained()

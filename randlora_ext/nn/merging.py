@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..basis.description import check_kind
 from ..checks import warn_user
@@ -22,10 +22,7 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-_Layer: Any = object  # mypy: this is mixed into layers
-
-
-class KeepsWeight(_Layer):
+class KeepsWeight(nn.Module):
     """Writes adapters into the base layer's weight and keeps W, so that `unmerge` restores it.
 
     Only W itself restores every bit whatever happens in between: a difference to the merged weight
@@ -33,9 +30,11 @@ class KeepsWeight(_Layer):
     so no state dict holds it and no `.to()` moves or casts it. Of layers that share a weight only
     one may be merged; the others then compute with its change, as everything that shares W does.
 
-    Quantized layers replace the methods from `_held_weight` to `_restorer`.
+    Quantized layers replace the methods from `_held_weight` to `_restorer`. Layers that mix this in
+    have these parameters, `_base_weight` and `_delta`.
     """
 
+    randlora_lambda: nn.ParameterDict
     path: str | None = None  # in the model, for error messages
     merged_adapters: list[str]
     _kept: Any = None  # what `_restorer` takes; None: W is not kept, or was not changed
@@ -153,6 +152,14 @@ class KeepsWeight(_Layer):
         for name in names:
             total.add_(self._delta(name, adapter_dtype(weight.dtype)), alpha=sign)
         return total.to(weight.dtype)
+
+    def _base_weight(self) -> Tensor:
+        """The weight of the base layer, in the dtype and on the device in which that computes."""
+        raise NotImplementedError
+
+    def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
+        """dW of the adapter in that dtype, in shape and layout of the base weight."""
+        raise NotImplementedError
 
     def _held_weight(self) -> Tensor | None:
         """What merging writes into or replaces; None if it replaces the base layer."""
