@@ -5,7 +5,7 @@
     lora_r: 32
     lora_alpha: 640               # dW is scaled by 640 / 32 = 20
     lora_target_linear: true      # or lora_target_modules: [q_proj, ...]
-    learning_rate: 8e-4
+    learning_rate: 1e-3
     weight_decay: 0.0
 
 A new adapter is calibrated before the first step, so that the model forgets less.

