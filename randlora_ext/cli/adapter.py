@@ -1,6 +1,7 @@
 """A saved adapter, read without its model: what it adds to each weight of a model folder."""
 
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..basis import Basis
 from ..files import read_safetensors
 from ..nn.adapter_file import read_adapter_file
+from ..nn.adapter_record import FIELDS, RECORD_KEY, check_records, record_of
 from ..nn.paths import in_base_model, nesting
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE, check_adapter
 from ..ops.functional import merged_weight
@@ -127,15 +129,18 @@ def _read_peft(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     if not file.is_file():
         raise CliError(f"{file} does not exist; open adapter_model.bin in PEFT and save it again")
     from ..peft import RandLoraConfig, enable
-    from ..peft.config import one_save
 
     enable()  # so that PEFT reads our fields
-    with warnings.catch_warnings(), one_save(folder, {}) as shown:
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save")
         with told_of(folder / CONFIG, Exception):  # whatever PEFT's conversion raises
-            config = RandLoraConfig.from_pretrained(shown)
-        saved, _ = read_safetensors(Path(shown, WEIGHTS))
-    return config, {key.removeprefix("base_model.model."): each for key, each in saved.items()}
+            config = RandLoraConfig.from_pretrained(os.fspath(folder))
+    saved, _ = read_safetensors(file)
+    if isinstance(config.projection_prng_key, str):
+        record = record_of(**{name: getattr(config, name) for name in FIELDS})
+        check_records(saved, record, folder)
+    tensors = {key: each for key, each in saved.items() if not key.endswith(RECORD_KEY)}
+    return config, {key.removeprefix("base_model.model."): each for key, each in tensors.items()}
 
 
 def _parameter(path: str, depth: int, config: Any) -> str:

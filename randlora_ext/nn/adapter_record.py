@@ -9,11 +9,12 @@ it. Adapters on bases that PEFT draws have none: their files are those of stock 
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RECORD = "randlora_record"
 # After the layer's path. torch gives this name to what `nn.Module.get_extra_state` returns.
@@ -59,24 +60,87 @@ def record_misfits(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> Iterat
     """Why `tensors`, by their names in a file, do not belong to the configuration with the record
     `own`: a layer has another record or none. Nothing if they belong to it.
 
-    Each reason is given once, for the first layer. A value is compared as JSON gives it.
+    Of several layers the first one is told. Values are compared as JSON gives them.
     """
-    own = read_record("own", record_tensor(own))
-    told = set()
     for key in tensors:
         at, _, name = key.rpartition(".randlora_lambda")
         if at and not name and f"{at}.{RECORD_KEY}" not in tensors:
             yield f"{at}.{RECORD_KEY} is missing, which says what the tensors belong to"
             break
     for key, tensor in tensors.items():
-        if not key.endswith(RECORD_KEY):
-            continue
-        try:
-            record = read_record(key, tensor)
-        except ValueError as error:
-            yield str(error)
-            return
-        for name in FIELDS:
-            if name not in told and record[name] != own[name]:
-                told.add(name)
-                yield f"{name} of the tensors is {record[name]!r}, not {own[name]!r}"
+        if key.endswith(RECORD_KEY) and (different := differences(key, tensor, own)):
+            yield from different
+            break
+
+
+def check_records(
+    tensors: Mapping[str, Any], own: Mapping[str, Any], folder: str | os.PathLike
+) -> None:
+    """Raises ValueError, naming the folder that both were read from, if `record_misfits` of tensors
+    and the record of the configuration gives a reason."""
+    if problems := list(record_misfits(tensors, own)):
+        told = "\n\t".join(problems)
+        raise ValueError(
+            f"{os.fspath(folder)} holds tensors that do not belong to its configuration, because a "
+            "save was interrupted or is still running, or a file was edited. Load again, or save "
+            f"the adapter again:\n\t{told}"
+        )
+
+
+def differences(key: str, tensor: Any, own: Mapping[str, Any]) -> list[str]:
+    """In words, how the record in a tensor of the name `key` differs from `own`."""
+    try:
+        record = read_record(key, tensor)
+    except ValueError as error:
+        return [str(error)]
+    own = read_record("own", record_tensor(own))
+    return [
+        f"{name} of the tensors is {record[name]!r}, not {own[name]!r}"
+        for name in FIELDS
+        if record[name] != own[name]
+    ]
+
+
+class AdapterRecord(nn.Module):
+    """The record of one adapter in a layer: state dicts hold it, and it refuses tensors of another.
+
+    It has neither parameters nor buffers, so nothing casts, moves or trains it. What it saves is
+    what the configuration says at that time.
+
+    Args:
+        config: an object with the fields of a record, and ``read_from``, the folder that it was
+            read from, if any.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def record(self) -> dict[str, Any]:
+        config = self.config
+        experts = getattr(config, "target_parameters", None)
+        return record_of(config.projection_prng_key, config.r, config.randlora_alpha, experts)
+
+    def misfits(self, key: str, tensor: Any) -> list[str]:
+        """Why the adapter's layer cannot take tensors whose record is `tensor`."""
+        problems = differences(key, tensor, self.record())
+        if not problems:
+            return []
+        folder = getattr(self.config, "read_from", None)
+        place = "was not read from a folder" if folder is None else f"was read from {folder}"
+        return [
+            *problems,
+            f"the adapter's configuration {place}. If the tensors are from the same folder, its "
+            "files are of two saves, one of which was interrupted or is still running: load "
+            "again, or save the adapter again. An adapter that exists keeps its configuration; "
+            "randlora_ext.peft.hotswap_adapter takes over another randlora_alpha",
+        ]
+
+    def get_extra_state(self) -> Tensor:
+        return record_tensor(self.record())
+
+    def set_extra_state(self, state: Any) -> None:
+        # `refuse_misfit` has asked already, except for transformers' own loaders.
+        if problems := self.misfits(RECORD_KEY, state):
+            told = "\n\t".join(problems)
+            raise RuntimeError(f"the tensors do not belong to the adapter:\n\t{told}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import Basis
+from .adapter_record import AdapterRecord
 from .base_layer import is_conv1d
 from .merging import KeepsWeight
 
@@ -30,9 +31,10 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
     torch copies what fits and then raises for the rest, which would mix two adapters. This raises a
     RuntimeError before, with every entry of such a layer whose shape differs or that is no floating
     point tensor, every input scale that is not positive and finite, or that is missing beside
-    lambda or gamma, and every merged layer that has entries: the new lambda and gamma could not
-    undo its merge. A layer that has several paths needs equal input scales at all of them. Other
-    missing keys, and unknown ones, are left to torch, which knows whether loading is strict.
+    lambda or gamma, every record of another adapter, and every merged layer that has entries: the
+    new lambda and gamma could not undo its merge. A layer that has several paths needs equal input
+    scales at all of them. Other missing keys, and unknown ones, are left to torch, which knows
+    whether loading is strict.
     """
     problems: list[str] = []
     first: dict[nn.Module, str] = {}
@@ -41,6 +43,9 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
             at = f"{prefix}{path}." if path else prefix
             problems += _misfits(layer, state_dict, at)
             problems += _untied(layer, state_dict, first.setdefault(layer, at), at)
+        if isinstance(layer, AdapterRecord):
+            key = f"{prefix}{path}._extra_state"
+            problems += layer.misfits(key, state_dict[key]) if key in state_dict else []
     refuse(problems, "the state dict", f"the {type(module).__name__}", RuntimeError)
 
 
@@ -48,7 +53,8 @@ def refuse(
     problems: Iterable[str], what: str, place: str, kind: type[Exception] = ValueError
 ) -> None:
     """Raises `kind` with all problems, if there are any, of putting `what` into `place`."""
-    if told := [problem for problem in problems if problem]:
+    told = [*dict.fromkeys(problem for problem in problems if problem)]  # many layers say the same
+    if told:
         raise kind(f"{what} does not fit {place}, which is unchanged:\n\t" + "\n\t".join(told))
 
 

@@ -1,22 +1,14 @@
 """`RandLoraConfig`: PEFT's, plus any density and bases that are saved as a seed."""
 
-import json
 import os
-import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from ..basis.description import check_kind, check_r
 from ..nn.adapter_config import NEEDS_OURS, SPARSE, description_of
@@ -28,13 +20,6 @@ _FLAGS = (
 _TEXTS = "target_modules", "layers_pattern"
 _LISTS = "modules_to_save", "target_parameters"
 _OURS = "basis", "density", "target_parameters"
-
-_METADATA = "randlora_ext"  # the entry of a safetensors header
-_RECORDED = (  # a key says all of our own bases
-    "r", "randlora_alpha", "projection_prng_key", "sparse", "very_sparse", "save_projection",
-    "target_modules", "target_parameters", "layers_to_transform", "layers_pattern",
-    "modules_to_save", "bias",
-)  # fmt: skip
 
 
 @dataclass
@@ -94,6 +79,16 @@ class RandLoraConfig(peft.RandLoraConfig):
             stacklevel=3,  # where the configuration is made
         )
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As PEFT's; the configuration remembers the folder, which errors then name."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        folder = os.fspath(pretrained_model_name_or_path)
+        config.read_from = os.path.join(folder, subfolder) if subfolder else folder
+        return config
+
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
         values = super().to_dict()
@@ -139,93 +134,3 @@ def _bases_in_words(fields: Mapping[str, Any]) -> str:
     # very_sparse overrules the other flag
     flag = next((name for name in reversed(SPARSE) if fields.get(name)), "uniform")
     return f"PEFT's, {flag}, of projection_prng_key={fields['projection_prng_key']}"
-
-
-def record_configurations(folder: Path) -> None:
-    """Writes into every safetensors file which configuration it belongs to.
-
-    A process may be killed between renaming the tensors and renaming the configuration. Two
-    adapters of the same shapes cannot be told apart otherwise.
-    """
-    for config in folder.rglob(CONFIG_NAME):
-        tensors = config.with_name(SAFETENSORS_WEIGHTS_NAME)
-        if tensors.exists():
-            new, held = tensors.with_suffix(".recorded"), load_file(tensors)
-            save_file(held, new, metadata={"format": "pt", _METADATA: config.read_text()})
-            os.replace(new, tensors)
-
-
-def _recorded_in(tensors: Path) -> str | None:
-    """What `record_configurations` wrote; None for other files."""
-    # Whoever reads the tensors reports more.
-    with suppress(OSError, SafetensorError), safe_open(tensors, "pt") as file:
-        return (file.metadata() or {}).get(_METADATA)
-    return None
-
-
-def _fields_in(text: str) -> dict:
-    """Those of a JSON object; none of anything else."""
-    with suppress(ValueError, RecursionError):
-        fields = json.loads(text)
-        if isinstance(fields, dict):
-            if isinstance(targets := fields.get("target_modules"), list):  # PEFT saves a set
-                fields["target_modules"] = sorted(targets, key=str)
-            return fields
-    return {}
-
-
-class OneSave(str):
-    """A folder with the files of one save, shown to users as the one `of` which they are."""
-
-    of: str
-
-    def __repr__(self) -> str:
-        return repr(self.of)
-
-
-@contextmanager
-def one_save(folder: str | os.PathLike, hub: dict[str, Any]) -> Iterator[str]:
-    """`OneSave`, which stays as it is while other processes save.
-
-    Saving replaces files and writes into none, so an open file stays as it is, and its path under
-    /proc reads it again and again. Folders that we have not saved are given back, as are those of
-    the hub. A missing configuration is that in the tensors' header. `hub` has PEFT's arguments for
-    reading beside the folder; if the folder shown is the subfolder, that is taken out of it.
-
-    Raises ValueError if configuration and tensors are not from one save.
-    """
-    place = Path(folder, hub.get("subfolder") or "")
-    if isinstance(folder, OneSave) or _recorded_in(place / SAFETENSORS_WEIGHTS_NAME) is None:
-        yield os.fspath(folder)
-        return
-    with TemporaryDirectory() as temporary, ExitStack() as held:
-        config, tensors = (Path(temporary, n) for n in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
-        for wait in (0.02, 0.2, 0):  # for a save that is between its files
-            for link in (config, tensors):
-                link.unlink(missing_ok=True)
-                with suppress(FileNotFoundError):
-                    file = held.enter_context(open(place / link.name, "rb"))
-                    link.symlink_to(f"/proc/self/fd/{file.fileno()}")
-            text = _recorded_in(tensors) or ""
-            if not config.exists():
-                config.write_text(text)
-            recorded, own = _fields_in(text), _fields_in(config.read_text())
-            different = [
-                f"{name} is {recorded.get(name)!r}, not {own.get(name)!r}"
-                for name in _RECORDED
-                if recorded.get(name) != own.get(name)
-            ]
-            if not different:
-                break
-            time.sleep(wait)
-        else:
-            raise ValueError(
-                f"{place / CONFIG_NAME} does not belong to the {SAFETENSORS_WEIGHTS_NAME} beside "
-                f"it, whose {', '.join(different)}: a save was interrupted, or the file was "
-                "edited. Save the adapter again; to load it with other fields, pass config= "
-                "instead of editing the file"
-            )
-        hub.pop("subfolder", None)
-        save = OneSave(temporary)
-        save.of = str(place)
-        yield save

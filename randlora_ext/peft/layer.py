@@ -2,8 +2,10 @@
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+import peft
 import torch
 from peft import PeftModel
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
@@ -12,12 +14,15 @@ from torch import Tensor, nn
 
 from ..basis import Basis
 from ..basis.description import check_kind
-from ..checks import check_model
+from ..checks import check_model, warn_user
 from ..devices import cuda_refusal, serve
 from ..nn.adapted_layer import AdaptedLayer
+from ..nn.adapter_record import RECORD, AdapterRecord
+from ..nn.base_layer import first, force_module_call, is_conv1d
 from ..nn.experts import AdaptedParameter
 from ..nn.input_scale import InputScales
 from ..nn.merging import forget_merged
+from ..nn.state_dict import DIAGONALS
 from .bases import BasisTensor, PackedBufferDict, generator_of, layer_basis
 
 
@@ -30,30 +35,55 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
-    _found: tuple | None = None  # what `bases` are made of
+    _found: tuple | None  # what `bases` are made of
     disabled = Linear.disable_adapters
     # Of these PEFT deletes an adapter's entries with it.
-    other_param_names = (*Linear.other_param_names, "bases", "randlora_input_scale")
+    other_param_names = (*Linear.other_param_names, "bases", "randlora_input_scale", RECORD)
     # Of all layers; `enable` sets them, and says what they do.
     float32_products = False
     keep_weight = "host"
 
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().update_layer(adapter_name, *args, **kwargs)
-        self.add_input_scales(adapter_name)
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        randlora_A: PackedBufferDict,
+        randlora_B: PackedBufferDict,
+        adapter_name: str,
+        config: peft.RandLoraConfig,
+        sizes: tuple[int, int],
+    ) -> None:
+        """`sizes`: in_features and out_features. Source: PEFT's ``Linear``, which reads them off an
+        nn.Linear or a Conv1D, and knows no other layers."""
+        nn.Module.__init__(self)
+        RandLoraLayer.__init__(self, nn.Linear(*sizes, bias=False, device="meta"))
+        self.base_layer = base_layer
+        self.fan_in_fan_out = config.fan_in_fan_out
+        self.is_target_conv_1d_layer = is_conv1d(base_layer)
+        self._active_adapter = adapter_name
+        self.add_our_own()
+        self.update_layer(adapter_name, randlora_A, randlora_B, config.r, config=config)
 
-    def add_input_scales(self, *adapter_names: str) -> None:
-        """For these adapters, None means all: PEFT's ``__init__`` knows nothing of them."""
-        if "randlora_input_scale" not in self._modules:
-            self.randlora_input_scale = InputScales()
-        for name in adapter_names or self.randlora_lambda:
-            made = generator_of(self.randlora_A[name])  # None: PEFT drew them
-            self._reset_input_scale(name, "peft" if made is None else made.kind)
+    def add_our_own(self) -> None:
+        """Makes the attributes that PEFT's layers do not have, still empty."""
+        self.bases = {}
+        self._found = None
+        self.randlora_input_scale = InputScales()
+        self.randlora_record = nn.ModuleDict()
+        force_module_call(self)
+
+    def update_layer(
+        self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any
+    ) -> None:
+        super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
+        made = generator_of(self.randlora_A[adapter_name])  # None: PEFT drew them
+        self._reset_input_scale(adapter_name, "peft" if made is None else made.kind)
+        if made is not None:  # files do not hold the bases
+            self.randlora_record[adapter_name] = AdapterRecord(config)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         # PEFT moves only what is in its own kinds of dictionaries.
-        scales = self._modules.get("randlora_input_scale", ())
+        scales = self.randlora_input_scale
         if adapter_name in scales and not scales[adapter_name].is_meta:
             device = self.randlora_lambda[adapter_name].device
             scales[adapter_name] = scales[adapter_name].to(device)
@@ -170,10 +200,9 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
     def __init__(
         self, base_layer: Any, parameter_name: str, A: Any, B: Any, adapter_name: str, config: Any
     ) -> None:
-        self.bases = {}
         like = self._set_sizes(base_layer, parameter_name)
-        super().__init__(like, A, B, adapter_name, config, config.r)
-        self.base_layer = base_layer
+        sizes = like.in_features, like.out_features
+        super().__init__(base_layer, A, B, adapter_name, config, sizes)
 
     def update_layer(self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any):
         super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
@@ -210,6 +239,24 @@ def kernel_summary(model: nn.Module) -> str:
             told["on PEFT's own code: made without randlora_ext.peft.enable() or accelerate()"] += 1
     listed = ", ".join(f"{count}x {what}" for what, count in sorted(told.items()))
     return f"{told.total()} RandLoRA layers: {listed}" if told else "no RandLoRA layers"
+
+
+def warn_of_misfits(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Warns if tensors, by their names in `model`, fit an adapter only in part. PEFT returns such
+    names, and few look at them."""
+    ends = tuple(f".{kind}.{adapter_name}" for kind in DIAGONALS)
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    own = {name.replace("_fsdp_wrapped_module.", "") for name in names if name.endswith(ends)}
+    given = {key for key in state_dict if any(f".{kind}" in key for kind in DIAGONALS)}
+    for keys, told in (
+        (given - own, "tensors have no place in the model and are not used"),
+        (own - given, "tensors of the adapter are missing and stay as they were"),
+    ):
+        if keys:
+            warn_user(
+                f"the tensors fit adapter {adapter_name!r} only in part: {len(keys)} {told}: "
+                f"{first(sorted(keys))}"
+            )
 
 
 def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLoraLayer]:

@@ -1,22 +1,25 @@
-"""Loading over an existing adapter: what does not fit is refused before anything changes."""
+"""`hotswap_adapter`: another file in the same parameters, refused before anything changes."""
 
+import json
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import fields as dataclass_fields
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 
 from ..nn.adapter_config import PEFT_TYPES
-from ..nn.base_layer import first
+from ..nn.adapter_record import FIELDS, RECORD_KEY, check_records, record_of
 from ..nn.linear import check_alpha
-from ..nn.state_dict import DIAGONALS, INPUT_SCALE, misfit, misfit_of_scale, refuse
+from ..nn.state_dict import INPUT_SCALE, misfit, misfit_of_scale, refuse
 from .bases import BASIS_NAMES
-from .config import one_save, other_bases
+from .config import other_bases
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
@@ -32,8 +35,8 @@ def hotswap_adapter(
 
     Equivalent to ``peft.utils.hotswap.hotswap_adapter``, which supports only LoRA: no parameter is
     replaced, so optimizers stay valid; the scaling becomes the file's.
-    ``model.load_adapter(folder, adapter_name)`` also writes into the parameters, but keeps the
-    adapter's own scaling, and accepts a file that lacks tensors.
+    ``model.load_adapter(folder, adapter_name)`` also writes into the parameters, but the adapter
+    keeps its own scaling, and a file may lack tensors.
 
     Args:
         model: a PeftModel on our layers.
@@ -53,17 +56,24 @@ def hotswap_adapter(
             "enable() and accelerate()"
         )
     layers = layers_with(model, adapter_name).values()
-    with one_save(model_name_or_path, kwargs) as place:
-        fields = _SavedFields.from_pretrained(place, **kwargs)
-        saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
-    check_alpha("randlora_alpha", fields["randlora_alpha"])
+    place = os.fspath(model_name_or_path)
+    fields = _read_fields(place, **kwargs)
+    saved = load_peft_weights(place, device=torch_device or "cpu", **kwargs)
+    alpha, config = fields["randlora_alpha"], model.peft_config[adapter_name]
+    check_alpha("randlora_alpha", alpha)
+    if isinstance(fields["projection_prng_key"], str):
+        record = record_of(**{name: fields.get(name) for name in FIELDS})
+        check_records(saved, record, place)
     errors = _hotswap_errors(model, adapter_name, fields, saved)
     refuse(errors, f"the adapter of {place!r}", repr(adapter_name))
-    scaling = fields["randlora_alpha"] / model.peft_config[adapter_name].r
-    peft.set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
+    old, config.randlora_alpha = config.randlora_alpha, alpha  # what the file's records have
+    try:
+        peft.set_peft_model_state_dict(model, saved, adapter_name=adapter_name)
+    except BaseException:
+        config.randlora_alpha = old
+        raise
     for layer in layers:
-        layer.scaling[adapter_name] = scaling
-    model.peft_config[adapter_name].randlora_alpha = fields["randlora_alpha"]
+        layer.scaling[adapter_name] = alpha / config.r
 
 
 def _hotswap_errors(
@@ -83,8 +93,10 @@ def _hotswap_errors(
     if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
         yield from other_bases(vars(config), fields)
     # What a file may lack, or bring.
-    free = BASIS_NAMES
+    free = *BASIS_NAMES, RECORD_KEY
     for key in own:
+        if key.endswith(RECORD_KEY):
+            continue
         if key in saved:
             check = misfit_of_scale if key.endswith(INPUT_SCALE) else misfit
             yield check(key, saved[key], own[key])
@@ -96,45 +108,16 @@ def _hotswap_errors(
     yield from (f"{key} is not part of the adapter" for key in passed if key not in own)
 
 
-def check_load_over(model: PeftModel, folder: str, adapter_name: str, hub: dict) -> None:
-    """ValueError if tensors that ``PeftModel.load_adapter`` writes into an adapter belong to other
-    bases, and do not bring these; a warning if alpha differs.
-    """
-    saved = _SavedFields.from_pretrained(folder, **hub)
-    config = model.peft_config[adapter_name]
-    saves_bases = adapter_name in model.base_model.randlora_A.saved()
-    if not (saves_bases and saved["save_projection"]):
-        errors = other_bases(vars(config), saved)
-        refuse(errors, f"the adapter of {folder!r}", repr(adapter_name))
-    if saved["randlora_alpha"] != config.randlora_alpha:
-        warnings.warn(
-            f"randlora_alpha of {folder!r} is {saved['randlora_alpha']}, adapter "
-            f"{adapter_name!r} keeps its own, {config.randlora_alpha}, as in stock PEFT; "
-            "randlora_ext.peft.hotswap_adapter takes over the file's",
-            stacklevel=4,
-        )
-
-
-def warn_of_misfits(folder: str, adapter_name: str, result: Any) -> None:
-    """Warns if a file has fitted only in part; PEFT returns the keys as `result`, and few look."""
-    for keys, told in (
-        (result.unexpected_keys, "of its tensors have no place in the model and are not used"),
-        (result.missing_keys, "tensors of the adapter are not in it and stay as they were"),
-    ):
-        if ours := [key for key in keys if any(f".{name}" in key for name in DIAGONALS)]:
-            warnings.warn(
-                f"the file of {folder!r} fits adapter {adapter_name!r} only in part: "
-                f"{len(ours)} {told}: {first(ours)}",
-                stacklevel=4,
-            )
-
-
-class _SavedFields(peft.PeftConfig):
-    """Its `from_pretrained` gives the fields in a saved adapter_config.json, and PEFT's defaults.
+def _read_fields(folder: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> dict:
+    """The fields in a saved adapter_config.json, and PEFT's defaults of others.
 
     Not an object: without `enable`, PEFT would make its own, which lacks ``density``.
     """
-
-    @classmethod
-    def from_peft_type(cls, **fields):
-        return {each.name: each.default for each in dataclass_fields(peft.RandLoraConfig)} | fields
+    file = Path(folder, subfolder or "", CONFIG_NAME)
+    if not file.is_file():
+        try:
+            file = Path(hf_hub_download(os.fspath(folder), CONFIG_NAME, subfolder=subfolder, **hub))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{os.fspath(folder)!r} holds no {CONFIG_NAME}: {error}") from error
+    defaults = {each.name: each.default for each in dataclass_fields(peft.RandLoraConfig)}
+    return defaults | json.loads(file.read_text())

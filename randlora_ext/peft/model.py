@@ -1,9 +1,11 @@
 """PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
+import sys
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import peft
+import torch
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
@@ -20,18 +22,17 @@ from ..nn.base_layer import (
     disable_nested_tensors,
     features,
     first,
-    force_module_call,
     is_conv1d,
 )
 from ..nn.experts import matching_parameters, sizes_of
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
-from ..nn.merging import remember_merged
 from ..nn.shared import check_mergeable, warn_of_shared
 from ..nn.state_dict import guard, misfit, refuse
 from ..nn.uncalibrated import warn_when_trained
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
-from .layer import AcceleratedLinear, ParamWrapper
+from .layer import AcceleratedLinear, ParamWrapper, warn_of_misfits
+from .quantized import QuantizedLinear
 from .saving import refuse_lora_files
 
 # PEFT adds these names to ``modules_to_save`` of classifiers, of which each has one.
@@ -45,12 +46,20 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
-        kwargs |= {"loaded_in_8bit": False, "loaded_in_4bit": False}  # PEFT has a class for each
-        refused = quantized.backend_of(target) and not isinstance(target, nn.Linear)
-        accepted = quantized.linear_like(target) if refused else target
-        layer = RandLoraModel._create_new_module(config, A, B, adapter_name, accepted, **kwargs)
-        layer.base_layer = target
-        return accelerate_layer(layer)
+        if not _is_linear(target):
+            raise ValueError(
+                f"Target module {target} is not supported: it is no nn.Linear, no Conv1D of "
+                "transformers and no quantized linear layer"
+            )
+        stored_transposed = is_conv1d(target)
+        if config.fan_in_fan_out != stored_transposed:
+            warn_user(
+                f"fan_in_fan_out is set to {config.fan_in_fan_out}, and must be "
+                f"{stored_transposed} for a {type(target).__name__}. It is set to that."
+            )
+            config.fan_in_fan_out = stored_transposed
+        kind = layer_class(target)
+        return kind(target, A, B, adapter_name, config, features(target))
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # PEFT would also set the weight of what it unloads, which not every base layer has.
@@ -95,6 +104,28 @@ class AcceleratedRandLoraModel(RandLoraModel):
             raise
         guard(self.model)
         warn_when_trained(self.model, adapter_name)
+        if adapter_name == "ref":
+            self._copy_for_trl()
+
+    def _copy_for_trl(self) -> None:
+        """Copies "default" into "ref", which TRL has added as the reference.
+
+        DPO, KTO, GRPO and RLOO add it with the very configuration of "default", and then copy every
+        parameter whose name contains ".default.". Names of RandLoRA *end* in ".default", so the
+        reference would silently be the base model (docs/trl.md). Here every parameter and buffer
+        of the adapter is copied. If a mended version copies them, too, they are the same.
+        """
+        by_trl = "trl" in sys.modules and "default" in self.peft_config
+        if not by_trl or self.peft_config["ref"] is not self.peft_config["default"]:
+            return
+        with torch.no_grad():
+            for layer in self.model.modules():
+                if not isinstance(layer, AcceleratedLinear):
+                    continue
+                tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
+                for name, tensor in tensors.items():
+                    if name.endswith(".ref") and not name.startswith("base_layer."):
+                        tensor.copy_(tensors[name.removesuffix("ref") + "default"])
 
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.
@@ -274,26 +305,14 @@ class AcceleratedRandLoraModel(RandLoraModel):
         # PEFT adds the adapter's name only to entries that the model would write itself. A file may
         # hold bases elsewhere, also under every layer.
         name, entries = kwargs["adapter_name"], super()._remap_adapter_state_dict_for_load(**kwargs)
-        return {f"{k}.{name}" if k.endswith(BASIS_NAMES) else k: v for k, v in entries.items()}
+        named = {f"{k}.{name}" if k.endswith(BASIS_NAMES) else k: v for k, v in entries.items()}
+        warn_of_misfits(kwargs["model"], name, named)
+        return named
 
 
-def change_class(module: Any, to: type) -> None:
-    """Makes ours of what PEFT has made: its functions choose among its own classes."""
-    module.__class__ = to
-
-
-def accelerate_layer(layer: Any) -> Any:
-    """Gives a RandLoRA layer of PEFT its accelerated class, in place; ours stay as they are."""
-    if not isinstance(layer, AcceleratedLinear):
-        backend = quantized.backend_of(layer.get_base_layer())
-        change_class(layer, quantized.QuantizedLinear if backend else AcceleratedLinear)
-        layer.quantization_backend = backend
-        layer.bases = {}
-        layer.add_input_scales()
-        force_module_call(layer)
-        if layer.merged:  # by stock PEFT
-            remember_merged(layer)
-    return layer
+def layer_class(base_layer: nn.Module) -> type[AcceleratedLinear]:
+    """That of a layer with adapters over `base_layer`."""
+    return QuantizedLinear if quantized.backend_of(base_layer) else AcceleratedLinear
 
 
 def _target_parameters(config: peft.RandLoraConfig) -> list[str]:

@@ -37,6 +37,16 @@ class QuantizedLinear(AcceleratedLinear):
 
     quantization_backend: Any
 
+    def add_our_own(self) -> None:
+        super().add_our_own()
+        self.quantization_backend = backend_of(self.get_base_layer())
+
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple:
+        if isinstance(base_layer, nn.Linear):
+            return super()._get_base_layer_device_and_dtype(base_layer)
+        like = _stand_in(base_layer)  # PEFT knows the weights of some
+        return like.device, like.dtype
+
     def _base_weight(self) -> Tensor:
         return _stand_in(self.get_base_layer())
 
@@ -85,11 +95,3 @@ def _stand_in(base: Any) -> Tensor:
     floating = (t.dtype for t in tensors if t.is_floating_point())
     dtype = getattr(base, "compute_dtype", None) or next(floating, torch.float32)
     return torch.empty(0, dtype=dtype, device=tensors[0].device)
-
-
-def linear_like(base: Any) -> nn.Linear:
-    """What PEFT takes in the place of `base`: a layer of its sizes that takes no memory."""
-    like = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    zero = _stand_in(base).new_zeros(())
-    like.weight = nn.Parameter(zero.expand(base.out_features, base.in_features), False)
-    return like

@@ -20,7 +20,6 @@ from ..files import appear_together
 from ..nn.adapter_config import NEEDS_OURS, description_of
 from ..nn.state_dict import INPUT_SCALE
 from .bases import BASIS_NAMES, BasisTensor, as_dense, largest
-from .config import record_configurations
 from .layer import layers_with
 
 _MERGE = "merge instead (merge_and_unload or `randlora merge`)"
@@ -39,8 +38,8 @@ _IS_CALIBRATED = re.compile(r"^Calibrated by `randlora_ext.calibrate`: .*\n\n", 
 
 
 def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args, **kwargs) -> None:
-    """Has PeftModel's ``save_pretrained`` write into a scratch folder first; the README.md begins
-    with how to open the adapter, if PEFT alone cannot."""
+    """Has `stock`, PeftModel's ``save_pretrained``, write into a scratch folder; the README.md
+    begins with how to open the adapter, if PEFT alone cannot."""
     if not kwargs.get("is_main_process", True):
         stock(model, save_directory, *args, **kwargs)
         return
@@ -57,7 +56,6 @@ def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args,
                 text = _OPENS + _calibration(model, names) + text
             card.text = text
             card.save(file)
-        record_configurations(folder)
 
 
 def _calibration(model: peft.PeftModel, names: list[str]) -> str:

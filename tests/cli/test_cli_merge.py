@@ -108,7 +108,8 @@ def test_diagonals_of_another_dtype(whole):
     file = whole / "adapter" / "adapter_model.safetensors"
     dtypes = (torch.float8_e4m3fn, torch.bfloat16, torch.float64)
     state = sorted(load_file(file).items())
-    save_file({name: t.to(dtypes[k % 3]) for k, (name, t) in enumerate(state)}, file)
+    cast = {n: t.to(dtypes[k % 3]) for k, (n, t) in enumerate(state) if t.is_floating_point()}
+    save_file(dict(state) | cast, file)
     merge(whole)
     got = tensors_of(whole / "out")
     for name, tensor in by_peft(whole / "model", whole / "adapter").items():

@@ -1,6 +1,5 @@
 """``randlora merge`` of what is broken or hostile: one line, exit code 2, nothing written."""
 
-import json
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ from cli_helpers import Q0, added, edit, refused, run, sharded
 from safetensors.torch import load_file, save_file
 
 from randlora_ext.cli.checkpoint import Checkpoint
+from randlora_ext.nn.adapter_record import RECORD_KEY
 
 pytestmark = [
     pytest.mark.usefixtures("stock_peft"),
@@ -17,24 +17,12 @@ pytestmark = [
 
 
 def config(**changes):
-    """As another program writes both files: the tensors do not record the configuration."""
-
-    def change(root):
-        edit(root / CONFIG, **changes)
-        save_file(load_file(root / WEIGHTS), root / WEIGHTS)
-
-    return change
-
-
-def without_key(root):
-    file = root / "adapter" / "adapter_config.json"
-    fields = json.loads(file.read_text())
-    del fields["projection_prng_key"]
-    file.write_text(json.dumps(fields))
+    return lambda root: edit(root / CONFIG, **changes)
 
 
 def recording(text):
-    return lambda r: save_file(load_file(r / WEIGHTS), r / WEIGHTS, {"randlora_ext": text})
+    record = torch.tensor([*text.encode()], dtype=torch.uint8)
+    return added(**{f"{Q0}.{RECORD_KEY}": record})
 
 
 def without_gamma(root):
@@ -80,11 +68,11 @@ BROKEN = {
     ),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
-    "other r": (lambda r: edit(r / CONFIG, r=6), "r is 5, not 6: a save was interrupted, or the"),
-    "no key": (without_key, "projection_prng_key is 'randlora_ext:independent-1"),
-    "no record": (recording("{}"), "whose r is None, not 5"),
-    "a list recorded": (recording("[]"), "whose r is None, not 5"),
-    "no JSON recorded": (recording("["), "whose r is None, not 5"),
+    "other r": (config(r=6), "r of the tensors is 5, not 6"),
+    "other alpha": (config(randlora_alpha=7), "randlora_alpha of the tensors is "),
+    "no record": (recording("{}"), "is no record of an adapter: KeyError"),
+    "a list recorded": (recording("[]"), "is no record of an adapter: TypeError"),
+    "no JSON recorded": (recording("["), "is no record of an adapter: JSONDecodeError"),
     "alpha huge": (config(randlora_alpha=10**400), "randlora_alpha must be a finite number"),
     "other model": (
         lambda root: sharded(root / "model", hidden_size=64),
@@ -92,7 +80,7 @@ BROKEN = {
     ),
     "other names": (
         added(**{"x.randlora_lambda": torch.zeros(5, 7), "x.randlora_gamma": torch.zeros(7, 32)}),
-        "has no tensor x.weight",
+        "x.randlora_record._extra_state is missing",
     ),
     "gamma's shape": (
         added(**{GAMMA: torch.zeros(3, 32)}), "randlora_gamma is (3, 32), and must be (7, 32)"

@@ -1,5 +1,8 @@
 """randlora_ext.peft: enable, disable and accelerate; which PEFT; what a model says of itself."""
 
+import os
+import sys
+
 import pytest
 import torch
 from layer_cases import run_python
@@ -25,12 +28,16 @@ from peft_helpers import (
 )
 from torch import nn
 
+import randlora_ext
 from randlora_ext import _C
 from randlora_ext.peft.layer import AcceleratedLinear
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(RandLoRA layers multiply by dense|Found missing|randlora_alpha)"
 )
+
+
+OURS = os.path.dirname(randlora_ext.__file__)
 
 
 def tables():
@@ -71,6 +78,57 @@ def test_enable_twice_and_disable():
     assert {type(layer) for layer in layers(outside)} == {StockLinear}
     inside.add_adapter("two", config(5, sparse=True))
     assert runs_on_kernels(inside)
+
+
+def replaced():
+    """What of PEFT's classes is not PEFT's own."""
+    owners = peft.PeftModel, peft.config.PeftConfigMixin, peft.PeftConfig, BaseTuner, StockLinear
+    return {
+        f"{owner.__name__}.{name}"
+        for owner in owners
+        for name, value in vars(owner).items()
+        if getattr(getattr(value, "__code__", None), "co_filename", "").startswith(OURS)
+    }
+
+
+def test_disable_leaves_nothing_of_ours():
+    accelerated.disable()
+    assert not replaced()
+    own = peft.PeftModel.save_pretrained
+    accelerated.accelerate(stock_made())
+    assert not replaced()
+    for _ in range(2):
+        accelerated.enable()
+        assert replaced() == {"PeftModel.save_pretrained"}
+    for _ in range(2):
+        accelerated.disable()
+        assert not replaced() and peft.PeftModel.save_pretrained is own
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_user_of_lora_never_meets_our_code(tmp_path, enabled):
+    lora = peft.LoraConfig(r=3, target_modules=["a"])
+    peft.get_peft_model(Deep(), lora).save_pretrained(tmp_path)
+    accelerated.enable()
+    if not enabled:
+        accelerated.disable()
+    met = set()
+
+    def profile(frame, event, argument):
+        if frame.f_code.co_filename.startswith(OURS):
+            met.add(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        peft.PeftConfig.from_pretrained(tmp_path)
+        model = opened(tmp_path)
+        model.load_adapter(tmp_path, "two")
+        model.load_adapter(tmp_path, "default")
+        if not enabled:
+            model.save_pretrained(tmp_path / "again")
+    finally:
+        sys.setprofile(None)
+    assert not met
 
 
 @pytest.mark.filterwarnings("error")

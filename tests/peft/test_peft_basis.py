@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import randlora_ext
+from randlora_ext.nn.adapter_record import RECORD_KEY
 
 KEY = "randlora_ext:independent-1:density={}:seed={}"
 
@@ -49,7 +50,7 @@ def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options, x):
     model = made(**options)
     model.save_pretrained(tmp_path)
     keys = list(load_file(tmp_path / "adapter_model.safetensors"))
-    own = "randlora_lambda", "randlora_gamma", "randlora_input_scale"
+    own = "randlora_lambda", "randlora_gamma", "randlora_input_scale", RECORD_KEY
     assert keys and all(key.endswith(own) for key in keys)
     loaded = opened(tmp_path, low_cpu_mem_usage=True)
     assert loaded.peft_config["default"].density == model.peft_config["default"].density

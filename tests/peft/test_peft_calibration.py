@@ -42,8 +42,8 @@ def test_every_door(tmp_path):
     want = model(x)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert {k.rpartition(".")[2] for k in saved} == {
-        "randlora_lambda", "randlora_gamma", "randlora_input_scale"
+    assert {k.split(".")[3] for k in saved} == {
+        "randlora_lambda", "randlora_gamma", "randlora_input_scale", "randlora_record"
     }  # fmt: skip
     bare = [made(seed=4, **OPTIONS) for _ in range(5)]
     bare[0].load_adapter(tmp_path, "default")

@@ -25,6 +25,7 @@ from peft_helpers import (
 from safetensors.torch import load_file
 
 from randlora_ext import apply_randlora, calibrate
+from randlora_ext.nn.adapter_record import RECORD_KEY
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant)")
 
@@ -131,6 +132,8 @@ def test_beside_linear_layers_and_opened_by_transformers_classes(tmp_path, low):
     assert torch.equal(logits(opened), y)
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     shapes = {key.split("mlp.")[1]: value.shape for key, value in saved.items() if "0.mlp" in key}
+    records = [shapes.pop(key) for key in list(shapes) if key.endswith(RECORD_KEY)]
+    assert len(records) == 2
     assert shapes == {  # as PEFT's LoRA: the parameter found first is inside
         "experts.base_layer.randlora_lambda": (4, 4, 8),
         "experts.base_layer.randlora_gamma": (4, 8, 32),
@@ -189,9 +192,10 @@ def test_names_of_tensors_alone_do_not_say_the_parameter(tmp_path):
     one, other = (moe(target_parameters=[name]) for name in EXPERTS)  # of equal shapes
     one.save_pretrained(tmp_path)
     before = numbers(other)
-    for load in (other.load_adapter, lambda *a: accelerated.hotswap_adapter(other, *a)):
-        with pytest.raises(ValueError, match="its target_parameters are .*gate_up.*, not .*down"):
-            load(tmp_path, "default")
+    with pytest.raises(ValueError, match="its target_parameters are .*gate_up.*, not .*down"):
+        accelerated.hotswap_adapter(other, tmp_path)
+    with pytest.raises(RuntimeError, match="target_parameters of the tensors is .*gate_up.*, not"):
+        other.load_adapter(tmp_path, "default")
     assert_unchanged(other, before)
 
 
