@@ -178,7 +178,7 @@ def test_tensors_of_another_save(tmp_path, old, new, message, x):
     assert torch.equal(base(x), Deep()(x)) and torch.equal(running(x), before)
 
 
-@pytest.mark.parametrize("kind", [{"basis": "independent"}], ids=str)
+@pytest.mark.parametrize("kind", [{"basis": "independent"}, SIGNS], ids=str)
 def test_transformers_own_loaders(tmp_path, kind, caplog):
     """They report nothing, and refuse the tensors of another save."""
     ids = torch.arange(6).view(1, 6)
@@ -209,7 +209,7 @@ def test_tensors_without_a_record_are_told(tmp_path):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / TENSORS)
     bare = {key: each for key, each in tensors.items() if not key.endswith(RECORD_KEY)}
-    assert len(bare) == 2 * len(tensors) / 3
+    assert len(bare) == 3 * len(tensors) / 4
     save_file(bare, tmp_path / TENSORS)
     with pytest.warns(UserWarning, match="missing adapter keys.*a.randlora_record.default"):
         opened(tmp_path)
