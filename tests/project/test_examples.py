@@ -59,7 +59,7 @@ def test_vision(tmp_path, run_example):
     before, after = map(float, re.search(r"images: (\S+)% -> (\S+)%", output).groups())
     assert before < 55 and after > 80  # of ten digits, of which the base has seen five
     assert difference(output, "reloaded") < 1e-5
-    assert len(saved(tmp_path)) == 22 and sum("classifier" in key for key in saved(tmp_path)) == 2
+    assert len(saved(tmp_path)) == 32 and sum("classifier" in key for key in saved(tmp_path)) == 2
 
 
 def trains_and_loads(model, load, folder):
