@@ -58,11 +58,11 @@ def apply_randlora(
     """
     check_model(model)
     whole: dict[str, nn.Module] = {}
-    kind = type(model).__name__
+    model_class = type(model).__name__
     for name in modules_to_save:
         if isinstance(modules_to_save, str) or not (found := _matching(model, [name])):
             raise ValueError(
-                f"modules_to_save must list names of modules in the {kind}, got {name!r}"
+                f"modules_to_save must list names of modules in the {model_class}, got {name!r}"
             )
         whole |= found
     for name, module in whole.items():
@@ -87,12 +87,12 @@ def apply_randlora(
         as_list = isinstance(target_modules, str) and _matching(model, [target_modules])
         hint = f"; a text must match a whole name: did you mean [{target_modules!r}]?"
         raise ValueError(
-            f"target_modules {target_modules!r} matches no module of {kind} that is not adapted "
-            f"yet{hint if as_list else ''}; its linear layers are called {first(linear)}"
+            f"target_modules {target_modules!r} matches no module of {model_class} that is not "
+            f"adapted yet{hint if as_list else ''}; its linear layers are called {first(linear)}"
         )
     modules = (name for name, _ in model.named_modules(remove_duplicate=False))
-    warn_of_unmatched("target_modules", target_modules, modules, f"module of {kind}")
-    parameters_of = f"parameter of {kind}"
+    warn_of_unmatched("target_modules", target_modules, modules, f"module of {model_class}")
+    parameters_of = f"parameter of {model_class}"
     warn_of_unmatched("target_parameters", target_parameters, found_parameters, parameters_of)
     parameters = [p for module in whole.values() for p in module.parameters()]
     why = f", matched by target_modules {target_modules!r},"
@@ -220,11 +220,11 @@ def unload(model: nn.Module) -> nn.Module:
     return _without(model)
 
 
-def adapted_layers(model: nn.Module, kind: type[Any] = RandLoraLinear) -> dict[str, Any]:
+def adapted_layers(model: nn.Module, layer_class: type[Any] = RandLoraLinear) -> dict[str, Any]:
     """By their paths, and those of parameters by the names of these; a tied one several times."""
     layers = layers_by_path(model)
-    of_kind = {path: layer for path, layer in layers.items() if isinstance(layer, kind)}
-    return {layer.name_at(in_base_model(path, layers)): layer for path, layer in of_kind.items()}
+    wanted = {path: layer for path, layer in layers.items() if isinstance(layer, layer_class)}
+    return {layer.name_at(in_base_model(path, layers)): layer for path, layer in wanted.items()}
 
 
 def _without(model: nn.Module) -> nn.Module:

@@ -34,10 +34,10 @@ def check_base_layer(module: Any, argument: str) -> None:
             "adds another adapter"
         )
     if not (isinstance(module, nn.Linear) or is_conv1d(module)) or is_lazy(module.weight):
-        kind = type(module)
+        given = type(module)
         raise TypeError(
             f"{argument} must be an nn.Linear or a transformers Conv1D with a weight, got "
-            f"{kind.__module__}.{kind.__qualname__}"
+            f"{given.__module__}.{given.__qualname__}"
         )
     check_whole(module.weight, argument)
 

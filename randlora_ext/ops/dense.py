@@ -77,9 +77,11 @@ def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> dict[s
 
 def delta(basis: Basis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
     """As `functional.delta_weight`, for bases of any kind; differentiable by torch."""
-    wide, kind = torch.promote_types(lam.dtype, torch.float32), lam.device.type
+    wide = torch.promote_types(lam.dtype, torch.float32)
+    # torch.autocast does not know "meta".
+    device_type = "cpu" if lam.is_meta else lam.device.type
     A, B = basis.dense(lam.device, wide)
-    with torch.autocast(kind if kind != "meta" else "cpu", enabled=False):
+    with torch.autocast(device_type, enabled=False):
         product = (scaling * B) @ scaled(A, lam.to(wide), gam.to(wide))
     return (product if basis.expand else product.T).to(lam.dtype)
 
