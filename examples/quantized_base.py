@@ -48,11 +48,11 @@ def main() -> None:
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(base, config).train()
+    blocks = blocks.to(model.device)
+    randlora_ext.calibrate(model, blocks[:8].split(2))  # to forget less
     quantized = sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())
     print(f"{quantized} layers of 4 bits; {randlora_ext.peft.kernel_summary(model)}")
 
-    blocks = blocks.to(model.device)
-    randlora_ext.calibrate(model, blocks[:8].split(2))  # to forget less
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0)
     torch.manual_seed(0)
