@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 _OPERANDS = {
     "model": ("MODEL", "a local folder with safetensors"),
-    "source": ("ADAPTER", "a folder of PEFT's save_pretrained, or a file of save_adapter"),
+    "source": ("ADAPTER", "a folder of save_adapter or of PEFT's save_pretrained"),
     "out": ("OUT", "the folder to write, new or empty"),
 }
 _COMMANDS: tuple[tuple[str, str, str, Iterable[str]], ...] = (

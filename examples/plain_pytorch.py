@@ -35,15 +35,13 @@ def main() -> None:
         if step % max(1, args.steps // 10) == 0 or step == args.steps - 1:
             print(f"step {step}: loss {loss.item():.3f}")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "randlora.safetensors"
-    save_adapter(model, file)
-    print(f"{file}: {file.stat().st_size:,} bytes")
+    save_adapter(model, args.out)
+    print(f"{args.out}: {sum(file.stat().st_size for file in args.out.iterdir()):,} bytes")
 
     model.eval()
     with torch.no_grad():
         want = model(blocks[:1]).logits
-        fresh = load_adapter(load_model(args).to(device), file).eval()
+        fresh = load_adapter(load_model(args).to(device), args.out).eval()
         difference = (fresh(blocks[:1]).logits - want).abs().max().item()
         print(f"reloaded: largest difference {difference:.1e}")
         merge_and_unload(fresh)

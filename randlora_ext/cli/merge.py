@@ -1,5 +1,6 @@
 """``randlora merge``: W + dW into a copy of the model's files, a layer at a time."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ..files import appear
-from . import CliError
+from . import CliError, told_of
 from .adapter import read_changes
-from .checkpoint import Checkpoint, read_checkpoint
+from .checkpoint import Checkpoint, read_checkpoint, read_json
 
+MERGED = "randlora_merged.json"  # which adapters are in the weights
+_TOLD = "adapter", "sha256"
 # Weights in other formats would be those of the unmerged model.
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
@@ -33,10 +36,13 @@ def merge(model: Path, source: Path, out: Path) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CliError(f"{out} exists; choose another name or remove it first")
     with appear(out) as folder:
-        added, replaced = read_changes(source, checkpoint)
+        added, replaced, digest = read_changes(source, checkpoint)
+        merged = _merged_before(model, source, digest)
         written = sorted(added.keys() | replaced.keys())
         _check_names(checkpoint, replaced, written)
         left = _copy(checkpoint, folder)
+        merged.append({"adapter": str(source), "sha256": digest})
+        (folder / MERGED).write_text(json.dumps({"merged": merged}, indent=2))
         for name in written:
             print(f"merging {name}", file=sys.stderr)
             weight = replaced[name] if name in replaced else checkpoint.read(name)
@@ -52,6 +58,23 @@ def merge(model: Path, source: Path, out: Path) -> int:
     if left:
         print("not copied, since they hold unmerged weights or are folders:", ", ".join(left))
     return 0
+
+
+def _merged_before(model: Path, source: Path, digest: str) -> list[dict]:
+    """What the folder says of adapters in its weights; CliError if this one is among them."""
+    if not (model / MERGED).exists():
+        return []
+    with told_of(model / MERGED, (AttributeError, KeyError, TypeError)):
+        merged = [
+            {name: each[name] for name in _TOLD} for each in read_json(model / MERGED)["merged"]
+        ]
+    for each in merged:
+        if each["sha256"] == digest:
+            raise CliError(
+                f"{model} holds {source} already, which was merged from {each['adapter']}: twice "
+                f"would add it twice ({MERGED} lists what is in the weights)"
+            )
+    return merged
 
 
 def _check_names(checkpoint: Checkpoint, replaced: dict[str, Tensor], written: list[str]) -> None:

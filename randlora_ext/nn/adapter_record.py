@@ -4,8 +4,9 @@ A folder holds an adapter in two files, adapter_config.json and adapter_model.sa
 may be killed between the two, and another may read them in between. Two adapters on generated bases
 can have tensors of the same names and shapes and differ in the seed, so nothing else would notice.
 Therefore each adapted layer has one more tensor, ``PATH.randlora_record._extra_state``: JSON in
-ASCII, as uint8, of the fields without which lambda and gamma mean nothing. docs/formats.md shows
-it. Adapters on bases that PEFT draws have none: their files are those of stock PEFT.
+ASCII, as uint8, of the fields without which lambda and gamma mean nothing, and of the layer's
+sizes, which decide its bases and of which lambda and gamma show the smaller one. docs/formats.md
+shows it. Adapters on bases that PEFT draws have none: their files are those of stock PEFT.
 """
 
 import json
@@ -20,6 +21,7 @@ RECORD = "randlora_record"
 # After the layer's path. torch gives this name to what `nn.Module.get_extra_state` returns.
 RECORD_KEY = f"{RECORD}._extra_state"
 FIELDS = ("projection_prng_key", "r", "randlora_alpha", "target_parameters")
+SIZES = ("in_features", "out_features")
 
 
 def record_of(
@@ -28,7 +30,7 @@ def record_of(
     randlora_alpha: float,
     target_parameters: Iterable[str] | None = None,
 ) -> dict[str, Any]:
-    """The fields of a record, by their names in adapter_config.json.
+    """What the records of all layers have alike, by the names in adapter_config.json.
 
     Args:
         projection_prng_key: the key of a `BasisDescription`.
@@ -41,9 +43,10 @@ def record_of(
     return dict(zip(FIELDS, values, strict=True))
 
 
-def record_tensor(record: Mapping[str, Any]) -> Tensor:
-    """The tensor of a record, uint8 (bytes,)."""
-    return torch.tensor([*json.dumps(dict(record)).encode("ascii")], dtype=torch.uint8)
+def record_tensor(record: Mapping[str, Any], in_features: int, out_features: int) -> Tensor:
+    """The record of a layer of these sizes, uint8 (bytes,)."""
+    sizes = {"in_features": in_features, "out_features": out_features}
+    return torch.tensor([*json.dumps(dict(record) | sizes).encode("ascii")], dtype=torch.uint8)
 
 
 def read_record(key: str, tensor: Any) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def read_record(key: str, tensor: Any) -> dict[str, Any]:
     try:
         text = bytes(tensor.tolist()).decode("ascii")
         record = json.loads(text)
-        return {name: record[name] for name in FIELDS}
+        return {name: record[name] for name in (*FIELDS, *SIZES)}
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{key} is no record of an adapter: {error!r}") from error
 
@@ -88,15 +91,16 @@ def check_records(
 
 
 def differences(key: str, tensor: Any, own: Mapping[str, Any]) -> list[str]:
-    """In words, how the record in a tensor of the name `key` differs from `own`."""
+    """In words, how the record in a tensor of the name `key` differs from `own`, which may lack
+    sizes."""
     try:
         record = read_record(key, tensor)
     except ValueError as error:
         return [str(error)]
-    own = read_record("own", record_tensor(own))
+    own = json.loads(json.dumps(dict(own)))
     return [
         f"{name} of the tensors is {record[name]!r}, not {own[name]!r}"
-        for name in FIELDS
+        for name in own
         if record[name] != own[name]
     ]
 
@@ -110,11 +114,13 @@ class AdapterRecord(nn.Module):
     Args:
         config: an object with the fields of a record, and ``read_from``, the folder that it was
             read from, if any.
+        in_features: of the layer, as out_features.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, in_features: int, out_features: int) -> None:
         super().__init__()
         self.config = config
+        self.in_features, self.out_features = in_features, out_features
 
     def record(self) -> dict[str, Any]:
         config = self.config
@@ -123,7 +129,8 @@ class AdapterRecord(nn.Module):
 
     def misfits(self, key: str, tensor: Any) -> list[str]:
         """Why the adapter's layer cannot take tensors whose record is `tensor`."""
-        problems = differences(key, tensor, self.record())
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        problems = differences(key, tensor, self.record() | sizes)
         if not problems:
             return []
         folder = getattr(self.config, "read_from", None)
@@ -137,7 +144,7 @@ class AdapterRecord(nn.Module):
         ]
 
     def get_extra_state(self) -> Tensor:
-        return record_tensor(self.record())
+        return record_tensor(self.record(), self.in_features, self.out_features)
 
     def set_extra_state(self, state: Any) -> None:
         # `refuse_misfit` has asked already, except for transformers' own loaders.

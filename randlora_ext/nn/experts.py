@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..basis import Basis
 from ..ops import hadamard
 from ..ranks import is_dtensor, laid_out_like
 from .adapted_layer import AdaptedLayer, layers_by_path
@@ -15,7 +16,14 @@ from .base_layer import check_is_called, check_no_plan, check_whole, first
 from .linear import RandLoraLinear
 from .paths import in_base_model
 
-_TRANSPOSED = {"Llama4TextExperts"}  # classes that store (experts, in, out) and do not say so
+# Models of transformers that store experts as (in, out), and the classes of these, by model_type.
+# Modules say so themselves by ``is_transposed``, but Llama 4's, and a folder has no modules.
+TRANSPOSED = {
+    "aria_text": "AriaExperts",
+    "gpt_oss": "GptOssExperts",
+    "llama4_text": "Llama4TextExperts",
+    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
+}
 
 
 class AdaptedParameter(AdaptedLayer):
@@ -34,15 +42,13 @@ class AdaptedParameter(AdaptedLayer):
     # `calibrate` sets it, to see products with W itself and not with W + dW; dW is zero then.
     takes_base_weight = False
 
-    def _set_sizes(self, base_layer: Any, parameter_name: str) -> nn.Linear:
-        """Finds them; returns what stands for `base_layer` where a linear layer is expected."""
+    def _set_sizes(self, base_layer: Any, parameter_name: str) -> tuple[int, int]:
+        """Finds what `base_layer` says of the parameter; returns (in_features, out_features)."""
         self.parameter_name = parameter_name
         base = base_layer.get_base_layer() if isinstance(base_layer, AdaptedLayer) else base_layer
-        n_in, n_out, self.transposed, count = sizes_of(base, parameter_name)
+        in_features, out_features, self.transposed, count = sizes_of(base, parameter_name)
         self.experts = (count,)
-        like = nn.Linear(n_in, n_out, bias=False, device="meta")
-        like.__dict__[parameter_name] = getattr(base, parameter_name)  # not registered twice
-        return like
+        return in_features, out_features
 
     def _base_weight(self) -> Any:
         return getattr(self.get_base_layer(), self.parameter_name)
@@ -76,9 +82,8 @@ class AdaptedParameter(AdaptedLayer):
         basis, shape = self.basis_of(name, lam.device), self._base_weight().shape
         stack = None if weight is None else weight.reshape(*self.experts, *shape[-2:])
         scale = self._input_scale(name, lam.device)
-        operands = hadamard.operands(basis, lam.device, self.scaling[name], input_scale=scale)
-        operands["expand"] ^= self.transposed
-        return hadamard.weight(stack, lam, gam, **operands).view(shape)
+        factors = basis, lam, gam, scale, self.scaling[name]
+        return stacked_weight(stack, *factors, self.transposed).view(shape)
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
         diagonals = self._diagonals(name, self.randlora_lambda[name].device)
@@ -103,11 +108,40 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
     Raises TypeError or ValueError, naming the argument.
     """
 
-    def __init__(self, base_layer: nn.Module, parameter_name: str, **options: Any) -> None:
-        super().__init__(self._set_sizes(base_layer, parameter_name), **options)
-        self.base_layer = base_layer
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        parameter_name: str,
+        adapter_name: str = "default",
+        **options: Any,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = self._set_sizes(base_layer, parameter_name)
+        self.fan_in_fan_out = False  # experts have `transposed`
+        self._make_empty(base_layer, adapter_name)
+        self.update_layer(adapter_name, **options)
         self._base_weight().requires_grad_(False)
         self.train(base_layer.training)
+
+
+def stacked_weight(
+    stack: Tensor | None,
+    basis: Basis,
+    lam: Tensor,
+    gam: Tensor,
+    input_scale: Tensor | None,
+    scaling: float,
+    transposed: bool,
+) -> Tensor:
+    """W + dW of stacked experts (experts, out, in), or (experts, in, out) if they are `transposed`;
+    dW alone if `stack` is None.
+
+    Lambda is (experts, r, n), gamma (experts, n, d), the input scale (experts, in). W + dW has the
+    dtype of W, dW that of lambda.
+    """
+    operands = hadamard.operands(basis, lam.device, scaling, input_scale=input_scale)
+    operands["expand"] ^= transposed
+    return hadamard.weight(stack, lam, gam, **operands)
 
 
 def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:
@@ -123,7 +157,9 @@ def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:
     if len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"{told} must have two or three dimensions, got {tuple(shape)}")
     *stack, n_out, n_in = shape
-    says_so = type(module).__name__ in _TRANSPOSED or getattr(module, "is_transposed", False)
+    says_so = type(module).__name__ in TRANSPOSED.values() or getattr(
+        module, "is_transposed", False
+    )
     if transposed := bool(stack and says_so):
         n_in, n_out = n_out, n_in
     return n_in, n_out, transposed, stack[0] if stack else 1

@@ -79,6 +79,13 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         check_base_layer(base_layer, "base_layer")
         self.in_features, self.out_features = features(base_layer)
         self.fan_in_fan_out = is_conv1d(base_layer)
+        self._make_empty(base_layer, adapter_name)
+        self.update_layer(adapter_name, r, randlora_alpha, density, seed, randlora_dropout, basis)
+        base_layer.requires_grad_(False)
+        self.train(base_layer.training)
+
+    def _make_empty(self, base_layer: nn.Module, adapter_name: str) -> None:
+        """Makes the attributes of a layer whose first adapter is still to come."""
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.bases = {}
@@ -90,9 +97,6 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
         self.randlora_input_scale = InputScales()
-        self.update_layer(adapter_name, r, randlora_alpha, density, seed, randlora_dropout, basis)
-        base_layer.requires_grad_(False)
-        self.train(base_layer.training)
         force_module_call(self)
 
     def update_layer(

@@ -1,6 +1,6 @@
 """Where our layers lie in the path of a module or of a saved tensor."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 # Names that torch.compile and activation checkpointing put into the paths of modules.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -26,3 +26,12 @@ def nesting(path: str, layers: Container[str]) -> int:
     while outer != path and outer in layers:
         depth, path, outer = depth + 1, outer, outer.removesuffix(".base_layer")
     return depth
+
+
+def in_file(path: str, layers: Mapping[str, int]) -> str:
+    """The path in a model where so many layers of ours lie around each module of `layers`."""
+    kept, parts = [], path.split(".") if path else []
+    for depth, part in enumerate(parts):
+        kept += ["base_layer"] * layers.get(".".join(parts[:depth]), 0)
+        kept.append(part)
+    return ".".join(kept)

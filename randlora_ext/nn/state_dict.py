@@ -1,12 +1,11 @@
 """Checks a state dict before torch copies anything from it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..basis import Basis
 from .adapter_record import AdapterRecord
 from .base_layer import is_conv1d
 from .merging import KeepsWeight
@@ -120,24 +119,3 @@ def misfit_of_scale(key: str, saved: Any, own: Tensor) -> str:
 
 def missing_scale(key: str) -> str:
     return f"{key} is missing: adapters on Hadamard bases have one, of ones if not calibrated"
-
-
-def check_adapter(
-    at: str, tensors: dict[str, Tensor], basis: Basis, experts: Sequence[int]
-) -> None:
-    """KeyError or ValueError unless the tensors of the adapter at that path are there and fit:
-    lambda, gamma and, on Hadamard bases, the input scale, one of each per expert."""
-    for kind, shape in zip(DIAGONALS, basis.of_diagonals, strict=True):
-        key = f"{at}.{kind}"
-        if error := misfit(key, tensors[key], torch.empty(*experts, *shape, device="meta")):
-            raise ValueError(error)
-    key = f"{at}.{INPUT_SCALE}"
-    if basis.kind != "hadamard":
-        if key in tensors:
-            raise ValueError(f"{key} goes with Hadamard bases, and these are {basis.kind}")
-        return
-    if key not in tensors:
-        raise ValueError(missing_scale(key))
-    like = torch.empty(*experts, basis.in_features, device="meta")
-    if error := misfit_of_scale(key, tensors[key], like):
-        raise ValueError(error)

@@ -78,7 +78,9 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         made = generator_of(self.randlora_A[adapter_name])  # None: PEFT drew them
         self._reset_input_scale(adapter_name, "peft" if made is None else made.kind)
         if made is not None:  # files do not hold the bases
-            self.randlora_record[adapter_name] = AdapterRecord(config)
+            self.randlora_record[adapter_name] = AdapterRecord(
+                config, self.in_features, self.out_features
+            )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
@@ -200,8 +202,7 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
     def __init__(
         self, base_layer: Any, parameter_name: str, A: Any, B: Any, adapter_name: str, config: Any
     ) -> None:
-        like = self._set_sizes(base_layer, parameter_name)
-        sizes = like.in_features, like.out_features
+        sizes = self._set_sizes(base_layer, parameter_name)
         super().__init__(base_layer, A, B, adapter_name, config, sizes)
 
     def update_layer(self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any):

@@ -58,6 +58,7 @@ def test_refused(tmp_path):
         make(name, num_local_experts=5).save_pretrained(tmp_path / name)
         told = refused("merge", tmp_path / name, tmp_path / "adapter", tmp_path / "merged")
         assert "each of 4 experts, and is (5, " in told
+    make(name).save_pretrained(tmp_path / name)  # whose down_proj is square
     config = json.loads((tmp_path / name / "config.json").read_text())
     for field in ({"auto_map": {}}, {"model_type": "qwen3_vl_moe"}):
         (tmp_path / name / "config.json").write_text(json.dumps(config | field))

@@ -64,7 +64,7 @@ BROKEN = {
     ),
     "adapter truncated": (written(WEIGHTS, lambda data: data[:-5]), "damaged"),
     "adapter pickled": (
-        lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "open adapter_model",
+        lambda r: (r / WEIGHTS).rename(r / "adapter" / "adapter_model.bin"), "is a pickle: open it",
     ),
     "bad density": (config(density=7), "density"),
     "r zero": (config(r=0), "r must be"),
@@ -76,7 +76,7 @@ BROKEN = {
     "alpha huge": (config(randlora_alpha=10**400), "randlora_alpha must be a finite number"),
     "other model": (
         lambda root: sharded(root / "model", hidden_size=64),
-        "randlora_lambda is (5, 7), and must be (5, 10)",
+        "down_proj is of in_features and out_features (48, 32), and must be of (48, 64)",
     ),
     "other names": (
         added(**{"x.randlora_lambda": torch.zeros(5, 7), "x.randlora_gamma": torch.zeros(7, 32)}),
@@ -87,7 +87,7 @@ BROKEN = {
     ),
     "integers": (added(**{GAMMA: torch.zeros(7, 32, dtype=torch.int8)}), "floating point"),
     "not finite": (added(**{LAMBDA: torch.full((5, 7), torch.nan)}), "NaN or inf"),
-    "lambda alone": (without_gamma, f"'{GAMMA}' is missing"),
+    "lambda alone": (without_gamma, f"{GAMMA} is missing"),
     "modules_to_save lacks one": (
         config(modules_to_save=["norm"]), "lacks model.norm.weight, though modules_to_save has 'no",
     ),

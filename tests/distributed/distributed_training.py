@@ -121,20 +121,23 @@ def check_fsdp_16_bit(place: Place):
 
 @worlds(2)
 def check_adapter_file(place: Place):
-    """The file of a sharded model is that of one process, bit for bit, and opens in one.
+    """The files of a sharded model are those of one process, bit for bit, and open in one.
 
     A parameter of the base is trained along.
     """
     reference, model = make(alike=True), sharded(alike=True)
-    file = place.folder / "fsdp.safetensors"
-    save_adapter(model, file)
+    folder, alone = place.folder / "fsdp", place.folder / f"alone-{place.rank}"
+    save_adapter(model, folder)
     dist.barrier()
-    save_adapter(reference, alone := place.folder / f"alone-{place.rank}.safetensors")
-    assert file.read_bytes() == alone.read_bytes()
-    save_adapter(DistributedDataParallel(reference), alone)
-    assert file.read_bytes() == alone.read_bytes()
+    for one in (reference, DistributedDataParallel(reference)):
+        save_adapter(one, alone)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (folder / name).read_bytes() == (alone / name).read_bytes()
     with pytest.raises(ValueError, match="not whole here .fully_shard"):
-        load_adapter(model, file, "two")
+        load_adapter(model, folder, "two")
+    opened = load_adapter(base().double(), folder)
+    for ours, theirs in zip(trained(opened), trained(reference), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @worlds(2)
@@ -170,16 +173,18 @@ def check_fsdp_outside_forward(place: Place):
 @worlds(2)
 def check_a_file_that_one_rank_lacks(place: Place):
     """Every rank raises, and all can go on."""
-    model, file = sharded(alike=True), place.folder / "one-rank"
-    here = file if place.rank else file / "no" / "folder"
+    model, folder = sharded(alike=True), place.folder / "one-rank"
+    taken = place.folder / "taken"
+    taken.touch()
+    here = folder if place.rank else taken / "below"
     with pytest.raises(
         OSError, match="first rank: .*cannot be" if place.rank else "cannot be written"
     ):
         save_adapter(model, here)
-    assert not file.exists()
+    assert not folder.exists()
     dist.barrier()
-    save_adapter(model, file)
-    assert file.exists()
+    save_adapter(model, folder)
+    assert folder.exists()
 
 
 @worlds(2)

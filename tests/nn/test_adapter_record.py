@@ -19,19 +19,24 @@ AT = "base_model.model.layers.0.q_proj"
 
 
 def tensors_of(record, at=AT):
-    return {f"{at}.randlora_lambda": torch.zeros(1), f"{at}.{RECORD_KEY}": record_tensor(record)}
+    return {
+        f"{at}.randlora_lambda": torch.zeros(1),
+        f"{at}.{RECORD_KEY}": record_tensor(record, 8, 4),
+    }
 
 
 def test_a_record_is_json_in_ascii():
-    tensor = record_tensor(OWN)
+    tensor = record_tensor(OWN, 8, 4)
     assert tensor.dtype == torch.uint8 and tensor.dim() == 1
     assert json.loads(bytes(tensor.tolist())) == {
         "projection_prng_key": "randlora_ext:hadamard-1:seed=7",
         "r": 32,
         "randlora_alpha": 640,
         "target_parameters": ["experts.a", "experts.b"],
+        "in_features": 8,
+        "out_features": 4,
     }
-    assert read_record("key", tensor) == OWN
+    assert read_record("key", tensor) == OWN | {"in_features": 8, "out_features": 4}
 
 
 def test_tensors_that_belong():

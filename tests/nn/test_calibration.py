@@ -166,7 +166,7 @@ def calibrated():
 def test_the_vector_goes_where_the_adapter_goes(tmp_path):
     """Copies, state dicts and files take it along, or take it away where they have none."""
     bare, scaled, x = randomize(net()).eval(), calibrated().eval(), uneven(9, seed=2)
-    file = tmp_path / "adapter.safetensors"
+    file = tmp_path / "adapter"
     for source, target in ((bare, scaled), (scaled, bare)):
         want = source(x)
         randlora_ext.save_adapter(source, file)

@@ -1,0 +1,199 @@
+"""A saved adapter as PEFT writes it, read without PEFT and without the model (docs/formats.md)."""
+
+import hashlib
+import json
+import os
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..basis import Basis
+from ..files import read_safetensors
+from .adapter_config import SPARSE, description_of, fields_of
+from .adapter_record import RECORD_KEY, check_records, read_record, record_of
+from .paths import in_base_model, nesting
+from .state_dict import DIAGONALS, INPUT_SCALE, misfit, misfit_of_scale, missing_scale
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # in front of every path of the base model
+BASIS_NAMES = ("randlora_A", "randlora_B")  # of bases that PEFT draws
+_OF_LAYERS = (*DIAGONALS, INPUT_SCALE, RECORD_KEY)
+
+
+class SavedAdapter:
+    """The configuration and the tensors of one adapter, which belong together.
+
+    Args:
+        place: what messages call it.
+        saved: the fields of adapter_config.json; those that it lacks have PEFT's defaults.
+        tensors: by their names in adapter_model.safetensors.
+
+    Attributes: ``fields`` (as `fields_of` gives them); ``basis``, what generates the bases, None if
+    PEFT draws them; ``r``, ``randlora_alpha``, ``scaling``, ``targets`` (its target_parameters);
+    ``layers``, by their paths in the file lambda, gamma and input scale by their kind, whose paths
+    in the base model `names` gives; ``bases``, A and B if they are saved; ``others``, what else is
+    saved, by the names in the base model, and of these ``base_weights``, which are weights below an
+    adapter.
+
+    Raises TypeError or ValueError, naming the field or the tensor, if one is not allowed or
+    missing, or if the tensors do not belong to the configuration.
+    """
+
+    def __init__(self, place: str, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.place = place
+        self.fields = fields_of(saved)
+        self.basis = description_of(self.fields)
+        self.r: int = self.fields["r"]
+        self.randlora_alpha: float = self.fields["randlora_alpha"]
+        self.scaling = self.randlora_alpha / self.r
+        self.targets: list[str] = self.fields["target_parameters"] or []
+        if self.basis is not None:
+            own = record_of(self.basis.key(), self.r, self.randlora_alpha, self.targets)
+            check_records(tensors, own, place)
+        self.layers: dict[str, dict[str, Tensor]] = {}
+        self.bases: dict[str, Tensor] = {}
+        self.others: dict[str, Tensor] = {}
+        self.base_weights: set[str] = set()
+        # Safetensors have no order.
+        self._sort({f".{key.removeprefix(PREFIX)}": tensors[key] for key in sorted(tensors)})
+
+    def _sort(self, tensors: dict[str, Tensor]) -> None:
+        rest = {}
+        for key, tensor in tensors.items():
+            kind = next((kind for kind in _OF_LAYERS if key.endswith(f".{kind}")), None)
+            if kind is None:
+                rest[key] = tensor
+            else:
+                at = key[1:].removesuffix(kind).removesuffix(".")
+                self.layers.setdefault(at, {})[kind] = tensor
+        if not self.layers:
+            raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
+        for at, own in self.layers.items():
+            for kind in DIAGONALS:
+                if kind not in own:
+                    raise ValueError(f"{at}.{kind} is missing")
+        for key, tensor in rest.items():
+            above, _, last = key[1:].rpartition(".")
+            if last in BASIS_NAMES:  # PEFT up to 0.21.2 saves them again under every layer
+                self.bases.setdefault(last, tensor)
+            elif above in self.layers:
+                raise ValueError(f"it has {key[1:]}, which an adapted layer does not have")
+            else:
+                name = in_base_model(key[1:], self.layers)
+                self.others[name] = tensor
+                if key.endswith(".base_layer.weight"):
+                    self.base_weights.add(name)
+
+    def digest(self) -> str:
+        """The same for the same adapter in any folder: SHA-256 of what it computes with."""
+        fields = "r", "randlora_alpha", "projection_prng_key", *SPARSE
+        found = hashlib.sha256(json.dumps([self.fields[name] for name in fields]).encode())
+        tensors = dict(self.others)
+        for at, own in self.layers.items():
+            tensors |= {f"{at}.{kind}": tensor for kind, tensor in own.items()}
+        for name in sorted(tensors):
+            tensor = tensors[name].contiguous()
+            found.update(json.dumps([name, str(tensor.dtype), *tensor.shape]).encode())
+            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def experts(self, at: str) -> tuple[int, ...]:
+        """How many experts the layer has; () if it is a linear layer."""
+        return tuple(self.layers[at][DIAGONALS[0]].shape[:-2])
+
+    def sizes(self, at: str) -> tuple[int, int] | None:
+        """(in_features, out_features) of the layer; None on PEFT's bases, which do not say."""
+        if self.basis is None:
+            return None
+        record = read_record(f"{at}.{RECORD_KEY}", self.layers[at][RECORD_KEY])
+        return record["in_features"], record["out_features"]
+
+    def misfits(self, at: str, basis: Basis, experts: Sequence[int]) -> Iterator[str]:
+        """Why the tensors of a layer do not fit one of these sizes."""
+        own, sizes = self.layers[at], (basis.in_features, basis.out_features)
+        if (saved := self.sizes(at)) not in (None, sizes):
+            yield f"{at} is of in_features and out_features {saved}, and must be of {sizes}"
+        for kind, shape in zip(DIAGONALS, basis.of_diagonals, strict=True):
+            like = torch.empty(*experts, *shape, device="meta")
+            yield misfit(f"{at}.{kind}", own[kind], like)
+        key = f"{at}.{INPUT_SCALE}"
+        if basis.kind == "hadamard":
+            like = torch.empty(*experts, basis.in_features, device="meta")
+            has_one = INPUT_SCALE in own
+            yield misfit_of_scale(key, own[INPUT_SCALE], like) if has_one else missing_scale(key)
+        elif INPUT_SCALE in own:
+            yield f"{key} goes with Hadamard bases, and these are {basis.kind}"
+
+    def have_equal_tensors(self, at: str, other: str) -> bool:
+        """Whether two layers do, as they must if they are one, tied, module."""
+        one, two = self.layers[at], self.layers[other]
+        return one.keys() == two.keys() and all(
+            one[kind].dtype == two[kind].dtype and torch.equal(one[kind], two[kind]) for kind in one
+        )
+
+    def names(self, known: Container[str] = ()) -> dict[str, str]:
+        """By the layer's path in the file the one in the base model, and of experts the name of
+        their parameter; `known` has the names of the model's parameters.
+
+        The layers of several parameters of one module are nested in the order of
+        ``target_parameters``, the first one innermost. ValueError if these do not say which.
+        """
+        paths = {at: in_base_model(at, self.layers) for at in self.layers}
+        counts: dict[str, int] = {}
+        for path in paths.values():
+            counts[path] = counts.get(path, 0) + 1
+        names = {}
+        for at, path in paths.items():
+            if not self.experts(at):
+                names[at] = path
+                continue
+            ends = {target: f"{path}.{target.rpartition('.')[2]}" for target in self.targets}
+            found = [name for target, name in ends.items() if f".{name}".endswith(f".{target}")]
+            found = [*dict.fromkeys(found)]
+            if len(found) != counts[path]:
+                found = [name for name in found if name in known]
+            if len(found) != counts[path]:
+                raise ValueError(
+                    f"{self.place}: {path} has {counts[path]} layers of parameters, and "
+                    f"target_parameters {self.targets} name {found} of them"
+                )
+            names[at] = found[-1 - nesting(at, self.layers)]
+        return names
+
+    def first_missing(self, names: Iterable[str], others: Container[str]) -> str | None:
+        """Which of a model's parameters `others`, those that the adapter replaces, lack, though
+        ``modules_to_save`` says that the adapter has its module, in words; None if there is none.
+        """
+        for name in names:
+            for module in self.fields["modules_to_save"] or ():
+                if f".{module}." in f".{name}" and name not in others:
+                    return f"it lacks {name}, though modules_to_save has {module!r}"
+        return None
+
+
+def read_adapter(folder: str | os.PathLike) -> SavedAdapter:
+    """The adapter in a folder of `save_adapter` or of PEFT's ``save_pretrained``.
+
+    Each file is opened once, so that another process may save meanwhile. OSError if one cannot be
+    read; ValueError, naming the folder, if the adapter is damaged or no RandLoRA adapter.
+    """
+    config, weights = Path(folder, CONFIG), Path(folder, WEIGHTS)
+    text = config.read_bytes()
+    pickled = weights.with_suffix(".bin")
+    if not weights.exists() and pickled.exists():
+        raise ValueError(f"{pickled} is a pickle: open it by PEFT and save it again")
+    try:
+        saved = json.loads(text)
+        if not isinstance(saved, dict):
+            raise ValueError(f"must hold a JSON object, got {type(saved).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config}: {error}") from error
+    tensors, _ = read_safetensors(weights)
+    try:
+        return SavedAdapter(os.fspath(folder), saved, tensors)
+    except (TypeError, ValueError) as error:
+        place, told = os.fspath(folder), str(error)
+        raise ValueError(told if told.startswith(place) else f"{place}: {told}") from error
