@@ -75,7 +75,7 @@ class CalibrateCallback(TrainerCallback):
             return "not calibrated again: the adapter is calibrated already"
         with _random_states_kept():
             batches = [_arguments(model, batch) for batch in _first(loader, self.batches, size)]
-            if not _on_all_ranks(batches and all(batches)):
+            if not all(_of_all_ranks(bool(batches) and all(batches))):
                 return (
                     "not calibrated: the trainer's batches hold no arguments of the model; call "
                     "randlora_ext.calibrate(model, batches) before training"
@@ -90,8 +90,7 @@ def _first(loader: Any, count: int, size: int) -> list[Any]:
     The loader itself is not iterated: its sampler, its workers and accelerate's bookkeeping have
     states that training would find changed.
     """
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset):
         rows = list(islice(dataset, rank, count * size * ranks, ranks))
@@ -100,11 +99,8 @@ def _first(loader: Any, count: int, size: int) -> list[Any]:
         order = random.Random(0).sample(range(len(dataset)), enough)
         rows = [dataset[i] for i in order[rank::ranks]]
     batches = [loader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
-    if distributed:  # FSDP2 gathers weights in each forward, in which all ranks must take part
-        counts: list[Any] = [None] * ranks
-        dist.all_gather_object(counts, len(batches))
-        batches = batches[: min(counts)]
-    return batches
+    # FSDP2 gathers weights in each forward, in which all ranks must take part.
+    return batches[: min(_of_all_ranks(len(batches)))]
 
 
 def _arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
@@ -117,12 +113,16 @@ def _arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
     return {name: value for name, value in given if name in known}
 
 
-def _on_all_ranks(value: Any) -> bool:
-    if not (dist.is_available() and dist.is_initialized()):
-        return bool(value)
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    if not _is_distributed():
+        return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, bool(value))
-    return all(values)
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager

@@ -138,23 +138,22 @@ def table(points: Sequence[DialPoint]) -> str:
     return "\n".join(lines)
 
 
-def draw(axis: Any, points: Sequence[DialPoint], **style: Any) -> None:
-    """The curve into axes of matplotlib: the task's loss over the text's, a point for a factor."""
-    style = {"marker": "o", "markersize": 4} | style
-    axis.plot([point.text for point in points], [point.task for point in points], **style)
-    for factor, task, text in points:
-        axis.annotate(
-            f"x {factor:g}", (text, task), (4, 4), textcoords="offset points", fontsize="small"
-        )
-    axis.set(xlabel="loss on the text, per token", ylabel="loss on the task, per token")
-
-
 def _write_plot(points: Sequence[DialPoint], path: str | os.PathLike) -> None:
+    """The task's loss over the text's, a point for a factor. Without dW the task's is far above."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
-    draw(axis, points, color="tab:red")
-    axis.set_title("dW times a factor: learned and forgotten", fontsize="medium")
+    rows = sorted(point for point in points if point.factor > 0)
+    axis.plot([row.text for row in rows], [row.task for row in rows], color="tab:red", marker="o")
+    for factor, task, text in rows:
+        axis.annotate(f"x {factor:g}", (text, task), (4, 4), textcoords="offset points")
+    for point in points:
+        if point.factor == 0:
+            axis.axvline(point.text, color="k", ls=":", label="the text without dW")
+            axis.legend()
+    axis.set_title("dW times a factor: learned and forgotten")
+    axis.set(xlabel="loss on the text, nats per token", ylabel="loss on the task, nats per token")
+    axis.margins(0.15)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
