@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,6 +45,72 @@ def warn_of_unmatched(argument: str, targets: Any, names: Iterable[str], what: s
         told.append(f"{target!r} (did you mean {near[0]!r}?)" if near else repr(target))
     if told:
         warn_user(f"{argument} that match no {what}: {', '.join(told)}")
+
+
+def check_one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raises ValueError, naming `name` and the nearest allowed value, unless it is one of them."""
+    if not isinstance(value, str) or value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {[*allowed]}, got {value!r}{hint}")
+
+
+def check_number(
+    name: str, value: Any, allowed: str, fits: Callable[[Any], bool], types: Any = (int, float)
+) -> None:
+    """Raises TypeError or ValueError, naming `name`, unless `value` is a number that fits."""
+    is_number = isinstance(value, types) and not isinstance(value, bool)
+    if not is_number or not fits(value):
+        is_huge = isinstance(value, int) and value.bit_length() > 1000
+        shown = f"an integer of {value.bit_length()} bits" if is_huge else repr(value)
+        error = ValueError if is_number else TypeError
+        raise error(f"{name} must be {allowed}, got {shown}")
+
+
+def check_integer(name: str, value: int, first: int, last: int, allowed: str = "") -> None:
+    allowed = f"an integer in {allowed or [first, last]}"
+    check_number(name, value, allowed, lambda v: first <= v <= last, int)
+
+
+def check_seed(name: str, seed: int) -> None:
+    check_integer(name, seed, 0, 2**64 - 1, "[0, 2**64)")
+
+
+def check_r(r: int) -> None:
+    # Memory and time grow with r, which a file may name. No layer needs r > d.
+    check_integer("r", r, 1, 2**16)
+
+
+def check_adapter_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"adapter_name must be a string, got {name!r}")
+    # nn.ModuleDict and nn.ParameterDict keep their entries as attributes.
+    taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
+    if not name or "." in name or taken:
+        raise ValueError(
+            f"adapter_name must be non-empty, without '.', and no attribute of nn.ModuleDict or "
+            f"nn.ParameterDict, got {name!r}"
+        )
+
+
+def check_alpha(name: str, alpha: float) -> None:
+    # An int may be larger than any float.
+    check_number(name, alpha, "a finite number", lambda v: abs(v) <= sys.float_info.max)
+
+
+def check_dropout(dropout: float) -> None:
+    check_number("randlora_dropout", dropout, "a number in [0, 1)", lambda v: 0 <= v < 1)
+
+
+def check_options(
+    parameters: Any, basis: str | None, density: float | None, randlora_dropout: float
+) -> None:
+    """Raises ValueError for what adapters of parameters cannot have."""
+    if basis not in (None, "hadamard") or density is not None or randlora_dropout:
+        raise ValueError(
+            f'target_parameters {parameters!r} need basis="hadamard" and randlora_dropout=0, got '
+            f"basis={basis!r}, density={density}, randlora_dropout={randlora_dropout}"
+        )
 
 
 # ---- for operators in plain torch, what csrc/torch/check.cpp checks for the kernels --------------

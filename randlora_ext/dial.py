@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .basis.description import check_kind, check_number
+from .checks import check_number, check_one_of
 from .nn.adapted_layer import AdaptedLayer
 from .nn.apply import adapted_layers
 
@@ -162,7 +162,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
     """Those with the adapter, by their paths; ValueError if there are none, or one is merged."""
     found = adapted_layers(model, AdaptedLayer)
     known = {name for layer in found.values() for name in layer.randlora_lambda}
-    check_kind("adapter_name", adapter_name, known)
+    check_one_of("adapter_name", adapter_name, known)
     layers = {at: layer for at, layer in found.items() if adapter_name in layer.randlora_lambda}
     for path, layer in layers.items():
         if adapter_name in layer.merged_adapters:

@@ -1,10 +1,9 @@
 """What decides A and B: a description their elements, the layer's shape their sizes."""
 
-import difflib
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from ..checks import check_integer, check_number, check_one_of, check_r, check_seed
 
 # The version of docs/basis-spec.md that defines each kind.
 SPECIFICATIONS = {"independent": 1, "hadamard": 1}
@@ -24,7 +23,7 @@ class BasisDescription:
 
     def __post_init__(self) -> None:
         kind, density = self.kind, self.density
-        check_kind("kind", kind)
+        check_one_of("kind", kind, SPECIFICATIONS)
         check_seed("seed", self.seed)
         if kind == "hadamard":
             if density is not None:
@@ -66,40 +65,6 @@ class BasisDescription:
         if made.key() != text:  # such as another specification, 0.30 or 007
             raise ValueError(f"{told}; the nearest is {made.key()!r}")
         return made
-
-
-def check_kind(name: str, kind: str, known: Iterable[str] = SPECIFICATIONS) -> None:
-    """Raises ValueError, naming `name` and the nearest of `known`, unless `kind` is one of them."""
-    if not isinstance(kind, str) or kind not in known:
-        near = difflib.get_close_matches(str(kind), known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name} must be one of {[*known]}, got {kind!r}{hint}")
-
-
-def check_number(
-    name: str, value: Any, allowed: str, fits: Callable[[Any], bool], kinds: Any = (int, float)
-) -> None:
-    """Raises TypeError or ValueError, naming `name`, unless `value` is a number that fits."""
-    is_number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not is_number or not fits(value):
-        is_huge = isinstance(value, int) and value.bit_length() > 1000
-        shown = f"an integer of {value.bit_length()} bits" if is_huge else repr(value)
-        kind = ValueError if is_number else TypeError
-        raise kind(f"{name} must be {allowed}, got {shown}")
-
-
-def check_integer(name: str, value: int, first: int, last: int, allowed: str = "") -> None:
-    allowed = f"an integer in {allowed or [first, last]}"
-    check_number(name, value, allowed, lambda v: first <= v <= last, int)
-
-
-def check_seed(name: str, seed: int) -> None:
-    check_integer(name, seed, 0, 2**64 - 1, "[0, 2**64)")
-
-
-def check_r(r: int) -> None:
-    # Memory and time grow with r, which a file may name. No layer needs r > d.
-    check_integer("r", r, 1, 2**16)
 
 
 def as_signed(seed: int) -> int:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import Basis
-from ..basis.description import check_kind
-from ..checks import check_model
+from ..checks import check_model, check_one_of
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import plain_weight, refuse_cut
@@ -98,7 +97,7 @@ class AdaptedLayer(KeepsWeight):
         another shape, or numbers that are not positive and finite; TypeError if it is no floating
         tensor; RuntimeError if the adapter is merged or on the meta device.
         """
-        check_kind("adapter", adapter, self.randlora_lambda)
+        check_one_of("adapter", adapter, self.randlora_lambda)
         if adapter in self.merged_adapters:
             raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it first")
         if adapter not in self.randlora_input_scale:
@@ -127,7 +126,7 @@ class AdaptedLayer(KeepsWeight):
         number than one. False on bases other than Hadamard and on the meta device; ValueError for
         an unknown adapter.
         """
-        check_kind("adapter", adapter, self.randlora_lambda)
+        check_one_of("adapter", adapter, self.randlora_lambda)
         if adapter not in self.randlora_input_scale:
             return False
         scale = self.randlora_input_scale[adapter]
@@ -179,7 +178,7 @@ class AdaptedLayer(KeepsWeight):
         layer, a DTensor placed like its weight; all ranks must call. Raises ValueError for an
         unknown adapter. Source: PEFT's method.
         """
-        check_kind("adapter", adapter, self.randlora_lambda)
+        check_one_of("adapter", adapter, self.randlora_lambda)
         return self._delta(adapter, self._dtype_of(adapter))
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..basis import BasisDescription
-from ..basis.description import SPECIFICATIONS, check_integer, check_kind, check_r, check_seed
-from .linear import check_alpha, check_dropout
+from ..basis.description import SPECIFICATIONS
+from ..checks import check_alpha, check_dropout, check_integer, check_one_of, check_r, check_seed
 
 # The type in files that stock PEFT cannot open: its error quotes a type that it does not know.
 NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
@@ -52,7 +52,7 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
     """
     kind, density = fields.get("basis", "peft"), fields.get("density")
     key, flags = fields["projection_prng_key"], [n for n in SPARSE if fields.get(n)]
-    check_kind("basis", kind, ("peft", *SPECIFICATIONS))
+    check_one_of("basis", kind, ("peft", *SPECIFICATIONS))
     BasisDescription("independent", density, 0)  # whether it is a density
     if isinstance(key, str):
         try:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..basis import Basis, BasisDescription
-from ..basis.description import check_kind
+from ..checks import check_adapter_name, check_one_of
 from ..files import appear_together
 from ..ranks import failing_together, full_tensor, is_dtensor
 from .adapted_layer import AdaptedLayer, layers_by_path
@@ -22,7 +22,7 @@ from .adapter_folder import CONFIG, PREFIX, WEIGHTS, SavedAdapter, read_adapter
 from .adapter_record import FIELDS, RECORD_KEY, record_of, record_tensor
 from .apply import adapted_layers, adapting
 from .experts import matching_parameters
-from .linear import RandLoraLinear, check_adapter_name
+from .linear import RandLoraLinear
 from .paths import in_base_model, in_file
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
@@ -166,7 +166,7 @@ def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, RandLoraLinea
             "unload take them away; a model of PEFT has save_pretrained"
         )
     known = {name: at for at, layer in adapted.items() for name in layer.bases}
-    check_kind("adapter_name", adapter_name, known)
+    check_one_of("adapter_name", adapter_name, known)
     return {at: layer for at, layer in adapted.items() if adapter_name in layer.bases}
 
 

@@ -1,6 +1,5 @@
 """`RandLoraLinear`: a frozen linear layer with one or more RandLoRA adapters, without PEFT."""
 
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..basis import Basis
-from ..basis.description import check_kind, check_number
-from ..checks import warn_user
+from ..basis.description import SPECIFICATIONS
+from ..checks import (
+    check_adapter_name,
+    check_alpha,
+    check_dropout,
+    check_one_of,
+    check_options,
+    warn_user,
+)
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_base_layer, features, force_module_call, is_conv1d
 from .input_scale import InputScales
@@ -118,7 +124,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
             raise ValueError(f"adapter_name {adapter_name!r} is merged; call unmerge() first")
         check_dropout(randlora_dropout)
         if basis is not None:
-            check_kind("basis", basis)
+            check_one_of("basis", basis, SPECIFICATIONS)
         if self.experts:
             check_options(self.parameter_name, basis, density, randlora_dropout)
         bases = Basis(self.in_features, self.out_features, r, density, seed, basis).canonical()
@@ -231,39 +237,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     def _chosen(self, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
-            check_kind("adapter_names", name, self.randlora_lambda)
+            check_one_of("adapter_names", name, self.randlora_lambda)
         if len(set(names)) != len(names):
             raise ValueError(f"adapter_names must not repeat a name, got {names}")
         return names
-
-
-def check_adapter_name(name: str) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name must be a string, got {name!r}")
-    # nn.ModuleDict and nn.ParameterDict keep their entries as attributes.
-    taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
-    if not name or "." in name or taken:
-        raise ValueError(
-            f"adapter_name must be non-empty, without '.', and no attribute of nn.ModuleDict or "
-            f"nn.ParameterDict, got {name!r}"
-        )
-
-
-def check_alpha(name: str, alpha: float) -> None:
-    # An int may be larger than any float.
-    check_number(name, alpha, "a finite number", lambda v: abs(v) <= sys.float_info.max)
-
-
-def check_dropout(dropout: float) -> None:
-    check_number("randlora_dropout", dropout, "a number in [0, 1)", lambda v: 0 <= v < 1)
-
-
-def check_options(
-    parameters: Any, basis: str | None, density: float | None, randlora_dropout: float
-) -> None:
-    """Raises ValueError for what adapters of parameters cannot have."""
-    if basis not in (None, "hadamard") or density is not None or randlora_dropout:
-        raise ValueError(
-            f'target_parameters {parameters!r} need basis="hadamard" and randlora_dropout=0, got '
-            f"basis={basis!r}, density={density}, randlora_dropout={randlora_dropout}"
-        )

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..basis.description import check_kind
-from ..checks import warn_user
+from ..checks import check_one_of, warn_user
 from ..ranks import full_tensor, is_dtensor, local_tensor
 from .base_layer import check_writable, do_nothing
 from .shared import refuse_shared
@@ -75,7 +74,7 @@ class KeepsWeight(nn.Module):
 
     def _merge(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
         """Merges adapters that are known and not merged yet."""
-        check_kind("keep_weight", keep_weight, KEEP_WEIGHT)
+        check_one_of("keep_weight", keep_weight, KEEP_WEIGHT)
         weight = self._dense_weight()
         for other in merged_layers():
             refuse_shared(other, self)

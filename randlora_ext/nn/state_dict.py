@@ -49,27 +49,27 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
 
 
 def refuse(
-    problems: Iterable[str], what: str, place: str, kind: type[Exception] = ValueError
+    problems: Iterable[str], what: str, place: str, error: type[Exception] = ValueError
 ) -> None:
-    """Raises `kind` with all problems, if there are any, of putting `what` into `place`."""
+    """Raises `error` with all problems, if there are any, of putting `what` into `place`."""
     told = [*dict.fromkeys(problem for problem in problems if problem)]  # many layers say the same
     if told:
-        raise kind(f"{what} does not fit {place}, which is unchanged:\n\t" + "\n\t".join(told))
+        raise error(f"{what} does not fit {place}, which is unchanged:\n\t" + "\n\t".join(told))
 
 
 def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
     merged, base = layer.merged_adapters, layer.base_layer
     own: dict[str, Tensor] = {}
     for name in layer.randlora_lambda:
-        own |= {f"{prefix}{kind}.{name}": getattr(layer, kind)[name] for kind in DIAGONALS}
+        own |= {f"{prefix}{part}.{name}": getattr(layer, part)[name] for part in DIAGONALS}
     for name in layer.randlora_input_scale:
         key, scale = f"{prefix}{INPUT_SCALE}.{name}", layer.randlora_input_scale[name]
         if key in state_dict:
             yield misfit_of_scale(key, state_dict[key], scale)
-        elif any(f"{prefix}{kind}.{name}" in state_dict for kind in DIAGONALS):
+        elif any(f"{prefix}{part}.{name}" in state_dict for part in DIAGONALS):
             yield missing_scale(key)
-    kinds = *DIAGONALS, INPUT_SCALE
-    forbidden = {f"{prefix}{kind}.{name}" for kind in kinds for name in merged}
+    parts = *DIAGONALS, INPUT_SCALE
+    forbidden = {f"{prefix}{part}.{name}" for part in parts for name in merged}
     based = f"{prefix}base_layer."
     # Below an outer layer of experts lie the adapters of an inner one.
     bases = [key for key in state_dict if key.startswith(based) and ".randlora_" not in key]
@@ -101,8 +101,8 @@ def misfit(key: str, saved: Any, own: Tensor) -> str:
         return f"{key} is {tuple(saved.shape)}, and must be {tuple(own.shape)}"
     if saved.is_floating_point() == own.is_floating_point():
         return ""
-    kind = "floating point" if own.is_floating_point() else "an integer"
-    return f"{key} is {saved.dtype}, and must be {kind}"
+    wanted = "floating point" if own.is_floating_point() else "an integer"
+    return f"{key} is {saved.dtype}, and must be {wanted}"
 
 
 def misfit_of_scale(key: str, saved: Any, own: Tensor) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _C
 from ..basis import Basis
-from ..basis.description import check_number
+from ..checks import check_number
 from ..devices import cuda_refusal, cuda_serves, serve
 from ..ranks import is_dtensor
 from . import dense, hadamard, independent

@@ -15,8 +15,7 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from torch import nn
 
-from ..basis.description import check_kind
-from ..checks import check_model
+from ..checks import check_model, check_one_of
 from ..nn.adapter_config import NEEDS_OURS, PEFT_TYPES
 from ..nn.base_layer import check_no_plan
 from ..nn.merging import KEEP_WEIGHT, remember_merged
@@ -49,7 +48,7 @@ def enable(float32_products: bool | None = None, keep_weight: str | None = None)
     leaves them as they are. So a second `enable()`, a library's perhaps, changes nothing.
     """
     if keep_weight is not None:
-        check_kind("keep_weight", keep_weight, KEEP_WEIGHT)
+        check_one_of("keep_weight", keep_weight, KEEP_WEIGHT)
         AcceleratedLinear.keep_weight = keep_weight
     if float32_products is not None:
         AcceleratedLinear.float32_products = float32_products

@@ -10,9 +10,8 @@ import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from ..basis.description import check_kind, check_r
+from ..checks import check_alpha, check_dropout, check_one_of, check_options, check_r
 from ..nn.adapter_config import NEEDS_OURS, SPARSE, description_of
-from ..nn.linear import check_alpha, check_dropout, check_options
 
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
@@ -100,7 +99,7 @@ class RandLoraConfig(peft.RandLoraConfig):
 def _check_types(config: RandLoraConfig) -> None:
     """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
     none, several = type(None), (list, tuple, set)
-    for names, allowed, kinds, of in (
+    for names, allowed, types, of in (
         (_FLAGS, "True or False", (bool,), object),
         (_TEXTS, "a text, a list of texts or None", (str, none, *several), str),
         (_LISTS, "a list of texts or None", (none, *several), str),
@@ -109,11 +108,11 @@ def _check_types(config: RandLoraConfig) -> None:
         for name in names:
             value: Any = getattr(config, name)
             parts = value if isinstance(value, several) else ()
-            is_bool = isinstance(value, bool) and bool not in kinds  # an int, but no index
-            if is_bool or not isinstance(value, kinds) or not all(isinstance(p, of) for p in parts):
+            is_bool = isinstance(value, bool) and bool not in types  # an int, but no index
+            if is_bool or not isinstance(value, types) or not all(isinstance(p, of) for p in parts):
                 raise TypeError(f"{name} must be {allowed}, got {value!r}")
     check_dropout(config.randlora_dropout)
-    check_kind("bias", config.bias, ("none", "all", "randlora_only"))
+    check_one_of("bias", config.bias, ("none", "all", "randlora_only"))
 
 
 def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

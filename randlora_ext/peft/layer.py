@@ -13,8 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..basis import Basis
-from ..basis.description import check_kind
-from ..checks import check_model, warn_user
+from ..checks import check_model, check_one_of, warn_user
 from ..devices import cuda_refusal, serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.adapter_record import RECORD, AdapterRecord
@@ -273,5 +272,5 @@ def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLo
         raise TypeError(f"model must be a PeftModel with RandLoRA layers, got {type(model)}")
     if adapter_name is None:
         return layers
-    check_kind("adapter_name", adapter_name, model.peft_config)
+    check_one_of("adapter_name", adapter_name, model.peft_config)
     return {path: m for path, m in layers.items() if adapter_name in m.randlora_lambda}

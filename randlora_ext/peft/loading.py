@@ -14,9 +14,9 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from peft.utils.save_and_load import load_peft_weights
 
+from ..checks import check_alpha
 from ..nn.adapter_config import PEFT_TYPES
 from ..nn.adapter_record import FIELDS, RECORD_KEY, check_records, record_of
-from ..nn.linear import check_alpha
 from ..nn.state_dict import INPUT_SCALE, misfit, misfit_of_scale, refuse
 from .bases import BASIS_NAMES
 from .config import other_bases

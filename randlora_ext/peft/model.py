@@ -12,8 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..basis.description import check_r
-from ..checks import warn_of_unmatched, warn_user
+from ..checks import check_r, warn_of_unmatched, warn_user
 from ..nn.apply import check_not_nested
 from ..nn.base_layer import (
     check_is_called,
