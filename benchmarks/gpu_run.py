@@ -16,7 +16,7 @@ A card that is at hand for thirty minutes, in commands of at most ten:
     layers      a layer by every method: sizes, tokens, densities
     kernels     every operator beside its floor
     racecheck   compute-sanitizer's racecheck on small shapes
-    ncu         Nsight Compute: time, bytes and shared-memory wavefronts of each kernel
+    ncu         Nsight Compute: time, bytes and wavefronts of each kernel
     slow        the remaining GPU tests
 
 A stage is one or more processes with a time limit each, so one that dies or hangs costs only

@@ -17,12 +17,15 @@ from randlora_ext import Basis
 INTEGERS_PER_ELEMENT = 10 * (2 * 2 + 4 + 2) / 4
 # Of the slots in which a card issues instructions, those that a kernel can be expected to fill.
 ISSUED = 0.7
+# Between the starts of two kernels, beside their work.
+LAUNCH_US = 1.0
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """Rates of a card per second. Additions run at half the flop rate of fp32, integer operations
-    at a quarter (64 of 128 lanes). An instruction of a warp takes the slot of 32 multiply-adds."""
+    at a quarter (64 of 128 lanes). An instruction of a warp takes the slot of 32 multiply-adds, and
+    a wavefront of the pipe between a multiprocessor and its L1 and shared memory that of 128."""
 
     copy_bytes_per_s: float
     bf16_flop_per_s: float
@@ -36,11 +39,13 @@ class Floor:
     fma: float = 0.0  # fp32 additions or multiply-adds
     integer: float = 0.0
     instructions: float = 0.0  # of warps, counted
+    wavefronts: float = 0.0  # of L1 and shared memory together, counted
 
     def __add__(self, other: "Floor") -> "Floor":
         return Floor(self.bytes + other.bytes, self.matrix + other.matrix, self.fma + other.fma,
                      self.integer + other.integer,
-                     self.instructions + other.instructions)  # fmt: skip
+                     self.instructions + other.instructions,
+                     self.wavefronts + other.wavefronts)  # fmt: skip
 
     def byte_us(self, rates: Ceilings) -> float:
         return self.bytes / rates.copy_bytes_per_s * 1e6
@@ -52,6 +57,7 @@ class Floor:
             self.fma / (rates.fp32_flop_per_s / 2),
             self.integer / (rates.fp32_flop_per_s / 4),
             self.instructions / (rates.fp32_flop_per_s / 64 * ISSUED),
+            self.wavefronts / (rates.fp32_flop_per_s / 256),
         )
 
     def us(self, rates: Ceilings) -> float:
@@ -142,31 +148,34 @@ def independent(
 
 
 def hadamard_kernels(
-    b: Basis, tokens: int, element: int = 2, counted: Mapping[str, float] = MappingProxyType({})
+    b: Basis,
+    tokens: int,
+    element: int = 2,
+    counted: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
 ) -> tuple[list[Floor], list[Floor]]:
     """Forward and backward of the adapter on Hadamard bases, kernel by kernel, with the
-    instructions of each as `counted`.
+    instructions and wavefronts of each as `counted`.
 
-    The class products read or write a (T, d) tensor and z or w (T, K); the transform reads and
-    writes y. Additions: log2 r + log2 N for each of K and N numbers.
+    The class products read or write a (T, d) tensor and z or w (T, K); the transform writes y, to
+    which the frozen layer's product adds. Additions: log2 r + log2 N for each of K and N numbers.
     """
     x, y, z = (element * tokens * size for size in (b.d, b.D, b.K))
     N = 1 << (b.K - 1).bit_length()
     adds = tokens * (b.K * (b.r - 1).bit_length() + N * (N.bit_length() - 1))
-    sums = 4 * min(tokens, 512) * b.K  # of slots, for the gradient of lambda
+    longest = -(-tokens // 512)  # slot, for the gradient of lambda
+    sums = 4 * -(-tokens // longest) * b.K
 
     def kernel(name: str, moved: float, fma: float = 0) -> Floor:
-        return Floor(moved, fma=fma, instructions=counted.get(name, 0))
+        return Floor(moved, fma=fma, **counted.get(name, {}))
 
     gamma = kernel("gamma", (4 + element) * b.n * b.d)
     product = Floor(x + z, matrix=2 * tokens * b.K * b.n)
-    added = Floor(2 * x + z, matrix=2 * tokens * b.K * b.n)  # dx or y of d features
-    up = kernel("up", z + 2 * y, adds)
+    up = kernel("up", z + y, adds)
     down = kernel("down_with_sums", y + 2 * z + sums, adds + tokens * b.K * (b.r - 1).bit_length())
     diagonals = kernel("diagonals", (4 + element) * b.n * b.d + sums)
     if b.expand:
-        return [gamma, product, up], [gamma, product, down, added, product, diagonals]
-    forward = [gamma, kernel("down", y + z, adds), added]
+        return [gamma, product, up], [gamma, product, down, product, product, diagonals]
+    forward = [gamma, kernel("down", y + z, adds), product]
     return forward, [gamma, product, up, down, product, diagonals]
 
 
@@ -175,11 +184,35 @@ def hadamard(b: Basis, tokens: int, element: int = 2) -> tuple[Floor, Floor]:
     return sum(forward, Floor(0)), sum(backward, Floor(0))
 
 
-def lora(b: Basis, tokens: int, rank: int, element: int = 2) -> tuple[Floor, Floor]:
-    """Forward and backward of LoRA at best: y and dx added to in the product that makes them."""
-    x, y = (element * tokens * size for size in (b.in_features, b.out_features))
-    work = 2 * tokens * rank * (b.in_features + b.out_features)
-    return Floor(x + 2 * y, matrix=work), Floor(3 * x + 2 * y, matrix=2 * work)
+def best_lora(n_in: int, n_out: int, tokens: int, rank: int) -> tuple[list[Floor], list[Floor]]:
+    """Forward and backward of LoRA in bf16 by six products, of which those that make y and dx add
+    to what is there."""
+    x, y = 2 * tokens * n_in, 2 * tokens * n_out
+    of_in, of_out = (Floor(0, matrix=2 * tokens * rank * size) for size in (n_in, n_out))
+    forward = [of_in + Floor(x), of_out + Floor(2 * y)]
+    backward = [of_out + Floor(y), of_out + Floor(y), of_in + Floor(x), of_in + Floor(2 * x)]
+    return forward, backward
+
+
+def peft_lora(
+    n_in: int, n_out: int, tokens: int, rank: int, element: int
+) -> tuple[list[Floor], list[Floor]]:
+    """The kernels that PEFT's LoRA lets torch start beside the frozen layer's, whose dtype is bf16.
+    The adapter's numbers have `element` bytes: 2, or 4, PEFT's default, which casts."""
+    x, y = tokens * n_in, tokens * n_out
+
+    def product(numbers: int) -> Floor:
+        if element == 2:
+            return Floor(element * numbers, matrix=2 * rank * numbers)
+        return Floor(element * numbers, fma=rank * numbers)
+
+    scaled = Floor(2 * element * y)
+    forward = [product(x), product(y), scaled, Floor((2 + 2 * element) * y)]  # the last adds
+    backward = [scaled, product(y), product(y), product(x), product(x), Floor(6 * x)]
+    if element == 2:
+        return forward, backward
+    to_x, to_y = Floor(6 * x), Floor(6 * y)  # casts
+    return [to_x, *forward, to_y], [to_y, to_y, *backward, to_x]
 
 
 def hadamard_weight(b: Basis, element: int = 2) -> Floor:

@@ -21,7 +21,8 @@ SELF_CHECK = "import randlora_cli; raise SystemExit(randlora_cli.main([]))"
 FINDING = 9  # exit status of compute-sanitizer if it found something
 METRICS = (
     "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum,"
-    "l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,smsp__inst_executed.sum,"
+    "l1tex__data_pipe_lsu_wavefronts.sum,l1tex__data_pipe_lsu_wavefronts_mem_shared.sum,"
+    "smsp__inst_executed.sum,"
     "sm__throughput.avg.pct_of_peak_sustained_elapsed,"
     "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed,"
     "sm__warps_active.avg.pct_of_peak_sustained_active"
