@@ -58,22 +58,15 @@ const Products& products_of(bool cpu) {
   return on_cuda;
 }
 
-// The matrices of `m` as a tensor; as a matrix, if there is one.
-Tensor view(const MatrixBatch& m, const Tensor& like) {
-  const int64_t sizes[3] = {m.count, m.rows, m.cols}, strides[3] = {m.next, m.row, m.col};
-  const size_t skip = m.count == 1 ? 1 : 0;
-  return torch::stable::from_blob(const_cast<void*>(m.data), {sizes + skip, 3 - skip},
-                                  {strides + skip, 3 - skip}, like.device(), scalar_type(m.dtype));
-}
-
 // `multiply` by one call of torch's GEMM or, in 16 bits on the CPU, where torch copies matrices of
 // a batch that are not contiguous, by one for each matrix.
 void multiply_at_once(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-                      double alpha, double beta, const Tensor& like) {
-  const Products& products = products_of(like.is_cpu());
-  const int64_t step = like.is_cpu() && bytes_of(out.dtype) == 2 ? 1 : out.count;
+                      double alpha, double beta) {
+  const bool cpu = out.in->is_cpu();
+  const Products& products = products_of(cpu);
+  const int64_t step = cpu && bytes_of(out.dtype) == 2 ? 1 : out.count;
   for (int64_t i = 0; i < out.count; i += step) {
-    const auto matrix = [&](const MatrixBatch& m) { return view(m.matrices(i, step), like); };
+    const auto matrix = [&](const MatrixBatch& m) { return m.matrices(i, step).tensor(); };
     // The summand is the very tensor `out`: torch would copy any other one to it.
     const Tensor to = matrix(out), a = matrix(left), b = matrix(right);
     TORCH_ERROR_CODE_CHECK((step == 1 ? products.one : products.batch)(to.get(), to.get(), a.get(),
@@ -186,11 +179,26 @@ Operators::Operators(std::initializer_list<Operator> all) {
   waiting().insert(waiting().end(), all);
 }
 
+// A tensor from a pointer would make torch ask the driver on which card the pointer is.
+Tensor MatrixBatch::tensor() const {
+  const int64_t sizes[3] = {count, rows, cols}, strides[3] = {next, row, col};
+  const size_t skip = count == 1 ? 1 : 0;
+  if (runs_on_cuda(*in)) {
+    AtenTensorHandle view;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+        in->get(), static_cast<int64_t>(3 - skip), sizes + skip, strides + skip, first, &view));
+    return Tensor(view);
+  }
+  void* data = moved(const_cast<void*>(in->const_data_ptr()), first, dtype);
+  return torch::stable::from_blob(data, {sizes + skip, 3 - skip}, {strides + skip, 3 - skip},
+                                  in->device(), scalar_type(dtype));
+}
+
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-              double alpha, double beta, const Tensor& like) {
-  if (runs_on_cuda(like)) {
+              double alpha, double beta) {
+  if (runs_on_cuda(*out.in)) {
     products_made.fetch_add(1, std::memory_order_relaxed);
-    return multiply_at_once(out, left, right, alpha, beta, like);
+    return multiply_at_once(out, left, right, alpha, beta);
   }
   const Cut cut(out, left.cols);
   std::exception_ptr failed;
@@ -205,7 +213,7 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
       to = to.part_of_rows(begin, end), a = a.part_of_rows(begin, end);
     else
       to = to.part_of_cols(begin, end), b = b.part_of_cols(begin, end);
-    multiply_at_once(to, a, b, alpha, beta, like);
+    multiply_at_once(to, a, b, alpha, beta);
   };
   TorchRuntime runtime;
   const int64_t slices = cut.groups * cut.parts;

@@ -57,28 +57,31 @@ class TorchDevice : public Device {
   std::vector<Tensor> held_;
 };
 
-// `count` matrices (rows, cols) in one tensor; next, row and col are strides in elements.
+// `count` matrices (rows, cols) in the memory of one tensor, from its element `first` on; next, row
+// and col are strides in elements.
 struct MatrixBatch {
-  const void* data;
+  const Tensor* in;  // of `dtype`, or on the CPU of any
   DType dtype;
-  int64_t count, rows, cols, next, row, col;
+  int64_t first, count, rows, cols, next, row, col;
 
-  MatrixBatch transposed() const { return {data, dtype, count, cols, rows, next, col, row}; }
-  MatrixBatch matrices(int64_t first, int64_t number) const {
-    return {moved(data, first * next, dtype), dtype, number, rows, cols, next, row, col};
+  MatrixBatch transposed() const { return {in, dtype, first, count, cols, rows, next, col, row}; }
+  MatrixBatch matrices(int64_t begin, int64_t number) const {
+    return {in, dtype, first + begin * next, number, rows, cols, next, row, col};
   }
   MatrixBatch part_of_rows(int64_t begin, int64_t end) const {
-    return {moved(data, begin * row, dtype), dtype, count, end - begin, cols, next, row, col};
+    return {in, dtype, first + begin * row, count, end - begin, cols, next, row, col};
   }
   MatrixBatch part_of_cols(int64_t begin, int64_t end) const {
-    return {moved(data, begin * col, dtype), dtype, count, rows, end - begin, next, row, col};
+    return {in, dtype, first + begin * col, count, rows, end - begin, next, row, col};
   }
+  // The matrices as a tensor; as a matrix, if there is one.
+  Tensor tensor() const;
 };
 
-// out = beta * out + alpha * left @ right by torch's GEMM, in one dtype on the device of `like`.
-// With beta = 0, out is not read. On the CPU the result does not depend on the number of threads.
+// out = beta * out + alpha * left @ right by torch's GEMM, in one dtype on one device. With
+// beta = 0, out is not read. On the CPU the result does not depend on the number of threads.
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-              double alpha, double beta, const Tensor& like);
+              double alpha, double beta);
 // How many GEMMs `multiply` has started on cards, which tests/gpu counts.
 int64_t products();
 

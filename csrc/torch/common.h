@@ -82,8 +82,8 @@ Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor
 inline Tensor allocate_like(const Tensor& t) {
   return allocate({t.sizes().begin(), t.sizes().end()}, t.scalar_type(), t);
 }
-// Memory that does not outlive the operator, which on the CPU the thread keeps for the next call.
-// No tensor: making and dropping one takes half a microsecond.
+// Memory that does not outlive the operator. On the CPU these are bytes, which the thread keeps for
+// the next call: making and dropping a tensor takes half a microsecond.
 class Temporary {
  public:
   Temporary() = default;
@@ -96,6 +96,8 @@ class Temporary {
   }
   ~Temporary();
   void* data() const { return block_->mutable_data_ptr(); }
+  // Where our CUDA kernels run it has the dtype that was asked for.
+  const Tensor& tensor() const { return *block_; }
 
  private:
   std::optional<Tensor> block_;

@@ -160,54 +160,53 @@ class Product {
     P_ = Temporary(numbers, class_dtype_, like_);
     sums_ = Temporary(chunks_ * slots_ * s_.K(), compute_dtype(dtype_), like_);
     if (T_ == 0) {
-      Tensor P = torch::stable::from_blob(P_.data(), {numbers}, {1}, like_.device(),
-                                          scalar_type(class_dtype_));
+      Tensor P = MatrixBatch{&P_.tensor(), class_dtype_, 0, 1, 1, numbers, 0, numbers, 1}.tensor();
       torch::stable::zero_(P);
     }
   }
 
   // z = the class products with x (T, d).
   void inner(const Tensor& x, int64_t t, const Temporary& z) {
-    const void* from = widened(x, t);
+    const MatrixBatch from = widened(x, t);
     each_part([&](const Part& p) {
-      multiply(at_classes(z, p), columns(from, p), gamma(p).transposed(), 1, 0, like_);
+      multiply(at_classes(z, p), columns(from, p), gamma(p).transposed(), 1, 0);
     });
   }
   // Adds the class products with w to y (T, d), or sets y unless `accumulate`. `room` is scratch.
   void outer(const Temporary& w, const Tensor& y, int64_t t, bool accumulate,
              const Temporary& room) const {
-    void* to = moved(y.mutable_data_ptr(), t * s_.d, dtype_);
     if (in_caches()) {
       each_part([&](const Part& p) {
         MatrixBatch out = at_classes(room, p);
         out.cols = p.width;
-        multiply(out, at_classes(w, p), gamma(p), 1, 0, like_);
+        multiply(out, at_classes(w, p), gamma(p), 1, 0);
       });
       TorchRuntime runtime;
+      void* to = moved(y.mutable_data_ptr(), t * s_.d, dtype_);
       cpu_kernels().hadamard_add({s_, room.data(), to, dtype_, tokens_, b_.scale, accumulate},
                                  runtime);
       return;
     }
     // torch's GEMM adds to results of its own dtype alone.
     const bool direct = dtype_ == class_dtype_;
-    Tensor result = chunk_of(to, dtype_), sums = chunk_of(room.data(), class_dtype_);
-    if (!direct && accumulate) torch::stable::copy_(sums, result);
+    const MatrixBatch to = chunk_of(y, t, dtype_),
+                      sums = direct ? to : chunk_of(room.tensor(), 0, class_dtype_);
+    if (!direct && accumulate) copy(sums, to);
     each_part([&](const Part& p) {
-      multiply(columns(direct ? to : room.data(), p), at_classes(w, p), gamma(p), b_.scale,
-               accumulate, like_);
+      multiply(columns(sums, p), at_classes(w, p), gamma(p), b_.scale, accumulate);
     });
-    if (!direct) torch::stable::copy_(result, sums);
+    if (!direct) copy(to, sums);
   }
   // The gradient of gamma from w and x (T, d), added to that of the chunks before in its span.
   void gradient(const Temporary& w, const Tensor& x, int64_t t) {
     const auto span_of = [&](int64_t chunk) { return chunk * spans_ / chunks_; };
     const int64_t span = span_of(chunk_), first_class = span * s_.classes();
     const bool add = chunk_ > 0 && span_of(chunk_ - 1) == span;
-    const void* from = widened(x, t);
+    const MatrixBatch from = widened(x, t);
     each_part([&](const Part& p) {
       const int64_t each = s_.n * s_.n;
-      multiply(batch(P_.data(), (first_class + p.first) * each, p.count, s_.n, p.width, each, s_.n),
-               at_classes(w, p).transposed(), columns(from, p), 1, add, like_);
+      multiply(batch(P_, (first_class + p.first) * each, p.count, s_.n, p.width, each, s_.n),
+               at_classes(w, p).transposed(), columns(from, p), 1, add);
     });
   }
   // Adds to y (T, D) what z gives by mix and transform, or sets y unless `accumulate`.
@@ -236,35 +235,38 @@ class Product {
     if (rest > 0) fn(Part{whole, 1, rest});
   }
 
-  // From element `first` of `data` on.
-  MatrixBatch batch(const void* data, int64_t first, int64_t count, int64_t rows, int64_t cols,
+  MatrixBatch batch(const Temporary& in, int64_t first, int64_t count, int64_t rows, int64_t cols,
                     int64_t next, int64_t row) const {
-    return {moved(data, first, class_dtype_), class_dtype_, count, rows, cols, next, row, 1};
+    return {&in.tensor(), class_dtype_, first, count, rows, cols, next, row, 1};
   }
   MatrixBatch at_classes(const Temporary& z, const Part& p) const {
     const int64_t each = tokens_ * s_.n;
-    return batch(z.data(), p.first * each, p.count, tokens_, s_.n, each, s_.n);
-  }
-  // Of a chunk (tokens, d).
-  MatrixBatch columns(const void* x, const Part& p) const {
-    return batch(x, p.first * s_.n, p.count, tokens_, p.width, s_.n, s_.d);
+    return batch(z, p.first * each, p.count, tokens_, s_.n, each, s_.n);
   }
   MatrixBatch gamma(const Part& p) const {
-    return batch(gam_.data(), p.first * s_.n, p.count, s_.n, p.width, s_.n, s_.d);
+    return batch(gam_, p.first * s_.n, p.count, s_.n, p.width, s_.n, s_.d);
   }
-
-  Tensor chunk_of(const void* data, DType dtype) const {
-    return torch::stable::from_blob(const_cast<void*>(data), {tokens_, s_.d}, {s_.d, 1},
-                                    like_.device(), scalar_type(dtype));
+  // (tokens, d), from token t on.
+  MatrixBatch chunk_of(const Tensor& x, int64_t t, DType dtype) const {
+    return {&x, dtype, t * s_.d, 1, tokens_, s_.d, 0, s_.d, 1};
+  }
+  // Of a chunk, those of its classes.
+  MatrixBatch columns(const MatrixBatch& chunk, const Part& p) const {
+    return {chunk.in, chunk.dtype, chunk.first + p.first * s_.n, p.count, tokens_, p.width,
+            s_.n,     s_.d,        1};
+  }
+  static void copy(const MatrixBatch& to, const MatrixBatch& from) {
+    Tensor result = to.tensor();
+    torch::stable::copy_(result, from.tensor());
   }
   // The chunk of x (T, d) in the class dtype. A call has one such x.
-  const void* widened(const Tensor& x, int64_t t) {
-    const void* from = moved(x.const_data_ptr(), t * s_.d, dtype_);
+  MatrixBatch widened(const Tensor& x, int64_t t) {
+    const MatrixBatch from = chunk_of(x, t, dtype_);
     if (dtype_ == class_dtype_) return from;
-    Tensor to = chunk_of(wide_.data(), class_dtype_);
-    if (widened_ != chunk_) torch::stable::copy_(to, chunk_of(from, dtype_));
+    const MatrixBatch to = chunk_of(wide_.tensor(), 0, class_dtype_);
+    if (widened_ != chunk_) copy(to, from);
     widened_ = chunk_;
-    return wide_.data();
+    return to;
   }
   template <class C>
   void sum_spans() const {
@@ -295,16 +297,16 @@ bool base_comes_last(const Tensor& x, const OptionalTensor& weight, const Option
   return weight && !bias && runs_on_cuda(x);
 }
 MatrixBatch matrix(const Tensor& weight) {
-  return {weight.const_data_ptr(), activation_dtype(weight, "weight"), 1, weight.size(0),
-          weight.size(1), 0, weight.stride(0), weight.stride(1)};
+  return {&weight, activation_dtype(weight, "weight"), 0, 1, weight.size(0), weight.size(1), 0,
+          weight.stride(0), weight.stride(1)};
 }
 // to += from @ right. `to` and `from` are contiguous and have T tokens.
 void add_product(const Tensor& to, const Tensor& from, const MatrixBatch& right, int64_t T) {
   const auto tokens = [&](const Tensor& t) {
     const int64_t features = t.size(-1);
-    return MatrixBatch{t.const_data_ptr(), right.dtype, 1, T, features, 0, features, 1};
+    return MatrixBatch{&t, right.dtype, 0, 1, T, features, 0, features, 1};
   };
-  multiply(tokens(to), tokens(from), right, 1, 1, to);
+  multiply(tokens(to), tokens(from), right, 1, 1);
 }
 
 Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "backend.h"
 
 namespace randlora {
 namespace {
@@ -70,11 +70,11 @@ Tensor allocate(const std::vector<int64_t>& sizes, ScalarType type, const Tensor
 Temporary::Temporary(int64_t bytes) : block_(kept_blocks.take(bytes)) {}
 
 Temporary::Temporary(int64_t count, DType dtype, const Tensor& like)
-    : block_(like.is_cpu() ? kept_blocks.take(count * bytes_of(dtype))
-                           : allocate({count}, scalar_type(dtype), like)) {}
+    : block_(runs_on_cuda(like) ? allocate({count}, scalar_type(dtype), like)
+                                : kept_blocks.take(count * bytes_of(dtype))) {}
 
 Temporary::~Temporary() {
-  if (block_ && block_->is_cpu()) kept_blocks.give_back(*block_);
+  if (block_ && block_->scalar_type() == ScalarType::Byte) kept_blocks.give_back(*block_);
 }
 
 void TorchRuntime::run(int slots, void (*task)(void*, int), void* arg) {
