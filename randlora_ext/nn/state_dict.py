@@ -12,16 +12,18 @@ from .merging import KeepsWeight
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
 INPUT_SCALE = "randlora_input_scale"
+_GUARD = "_randlora_guard"  # of a model: the handle of its hook
 
 
 def guard(model: nn.Module) -> None:
     """Registers `refuse_misfit` once on a model with RandLoRA layers: all are checked before the
     first one is loaded. Removes it from a model without such layers."""
-    hooks = model._load_state_dict_pre_hooks
-    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is refuse_misfit]:
-        del hooks[key]
+    # An attribute, so that a copy of the model has the handle of its own hook.
+    handle: Any = vars(model).pop(_GUARD, None)
+    if handle is not None:
+        handle.remove()
     if any(isinstance(module, KeepsWeight) for module in model.modules()):
-        model.register_load_state_dict_pre_hook(refuse_misfit)
+        setattr(model, _GUARD, model.register_load_state_dict_pre_hook(refuse_misfit))
 
 
 def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -74,6 +74,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any
     ) -> None:
         super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
+        self.cast_like_base(adapter_name)
         made = generator_of(self.randlora_A[adapter_name])  # None: PEFT drew them
         self._reset_input_scale(adapter_name, "peft" if made is None else made.kind)
         if made is not None:  # files do not hold the bases
@@ -82,12 +83,30 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        # PEFT moves only what is in its own kinds of dictionaries.
+        """As PEFT's, without a cast: ``low_cpu_mem_usage=True`` calls it after it has loaded lambda
+        and gamma, which in 16 bits would lose what the file holds."""
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        self._change_diagonals(adapter_name, device=device)
         scales = self.randlora_input_scale
         if adapter_name in scales and not scales[adapter_name].is_meta:
-            device = self.randlora_lambda[adapter_name].device
             scales[adapter_name] = scales[adapter_name].to(device)
+
+    def cast_like_base(self, adapter_name: str) -> None:
+        """Gives lambda and gamma the dtype of the base layer, as PEFT does; the model then casts
+        them to float32 again, unless it was told ``autocast_adapter_dtype=False``."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if dtype is not None and dtype.is_floating_point:
+            self._change_diagonals(adapter_name, dtype=dtype)
+
+    def _change_diagonals(self, adapter_name: str, **to: Any) -> None:
+        for diagonals in (self.randlora_lambda, self.randlora_gamma):
+            old = diagonals[adapter_name]
+            if old.is_meta:
+                continue
+            changed = old.detach().to(**to)
+            if (changed.dtype, changed.device) != (old.dtype, old.device):
+                diagonals[adapter_name] = nn.Parameter(changed, old.requires_grad)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)

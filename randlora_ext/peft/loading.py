@@ -62,7 +62,8 @@ def hotswap_adapter(
     alpha, config = fields["randlora_alpha"], model.peft_config[adapter_name]
     check_alpha("randlora_alpha", alpha)
     if isinstance(fields["projection_prng_key"], str):
-        record = record_of(**{name: fields.get(name) for name in FIELDS})
+        own: dict[str, Any] = {name: fields.get(name) for name in FIELDS}
+        record = record_of(**own)
         check_records(saved, record, place)
     errors = _hotswap_errors(model, adapter_name, fields, saved)
     refuse(errors, f"the adapter of {place!r}", repr(adapter_name))

@@ -126,6 +126,13 @@ class AcceleratedRandLoraModel(RandLoraModel):
                     if name.endswith(".ref") and not name.startswith("base_layer."):
                         tensor.copy_(tensors[name.removesuffix("ref") + "default"])
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:  # low_cpu_mem_usage=True has taken the dtypes of a file
+            for layer in self.modules():
+                if isinstance(layer, AcceleratedLinear) and adapter_name in layer.randlora_lambda:
+                    layer.cast_like_base(adapter_name)
+
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.
         layer = next((m for m in model.modules() if isinstance(m, AcceleratedLinear)), None)

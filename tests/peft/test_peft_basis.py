@@ -43,6 +43,29 @@ DESCRIBED = {
 }
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_low_cpu_mem_usage_on_a_16_bit_base_rounds_nothing(tmp_path, autocast):
+    """Unless it is told to keep the dtype of the base."""
+    made(basis="hadamard").save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    models = [
+        opened(
+            tmp_path,
+            lambda: Deep().bfloat16(),
+            low_cpu_mem_usage=low,
+            autocast_adapter_dtype=autocast,
+        )
+        for low in (True, False)
+    ]
+    for model in models:
+        for name, layer in model.base_model.model.named_children():
+            for kind in ("randlora_lambda", "randlora_gamma"):
+                want = saved[f"base_model.model.{name}.{kind}"]
+                got = getattr(layer, kind)["default"]
+                assert got.dtype == (torch.float32 if autocast else torch.bfloat16)
+                assert torch.equal(got, want.to(got.dtype))
+
+
 @pytest.mark.parametrize("options", DESCRIBED.values(), ids=DESCRIBED)
 def test_the_text_alone_decides_the_bases_at_every_door(tmp_path, options, x):
     """Stock PEFT's round trip would keep the key, drop `basis` and `density`, and tell nobody."""
