@@ -83,30 +83,32 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
-        """As PEFT's, without a cast: ``low_cpu_mem_usage=True`` calls it after it has loaded lambda
-        and gamma, which in 16 bits would lose what the file holds."""
-        if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        self._change_diagonals(adapter_name, device=device)
+        """As PEFT's, but lambda and gamma keep their dtype: ``low_cpu_mem_usage=True`` calls this
+        after it has loaded them, and 16 bits would lose what the file holds."""
+        each = self.randlora_lambda, self.randlora_gamma
+        loaded = [diagonals[adapter_name] for diagonals in each]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for diagonals, old in zip(each, loaded, strict=True):
+            place = diagonals[adapter_name].device
+            if old.device != place:
+                old = nn.Parameter(old.detach().to(place), old.requires_grad)
+            diagonals[adapter_name] = old
+        # PEFT moves only what is in its own kinds of dictionaries.
         scales = self.randlora_input_scale
         if adapter_name in scales and not scales[adapter_name].is_meta:
+            device = self.randlora_lambda[adapter_name].device
             scales[adapter_name] = scales[adapter_name].to(device)
 
     def cast_like_base(self, adapter_name: str) -> None:
         """Gives lambda and gamma the dtype of the base layer, as PEFT does; the model then casts
         them to float32 again, unless it was told ``autocast_adapter_dtype=False``."""
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        if dtype is not None and dtype.is_floating_point:
-            self._change_diagonals(adapter_name, dtype=dtype)
-
-    def _change_diagonals(self, adapter_name: str, **to: Any) -> None:
+        if dtype is None or not dtype.is_floating_point:
+            return
         for diagonals in (self.randlora_lambda, self.randlora_gamma):
             old = diagonals[adapter_name]
-            if old.is_meta:
-                continue
-            changed = old.detach().to(**to)
-            if (changed.dtype, changed.device) != (old.dtype, old.device):
-                diagonals[adapter_name] = nn.Parameter(changed, old.requires_grad)
+            if not old.is_meta and old.dtype != dtype:
+                diagonals[adapter_name] = nn.Parameter(old.detach().to(dtype), old.requires_grad)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
