@@ -13,14 +13,10 @@ extern "C" __attribute__((visibility("default"))) const randlora::CudaKernels*
 randlora_cuda_kernels() {
   using namespace randlora;
 #define RANDLORA_FUNCTION(name, Operator) cuda::name,
-  static constexpr CudaKernels table = {kCudaInterface,
-                                        RANDLORA_COMPILER,
-                                        cuda::describe,
-                                        cuda::make_current,
-                                        cuda::refusal,
-                                        cuda::support_tables,
-                                        cuda::hadamard_fits,
-                                        RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
+  static constexpr CudaKernels table = {kCudaInterface,      RANDLORA_COMPILER,
+                                        cuda::describe,      cuda::make_current,
+                                        cuda::refusal,       cuda::support_tables,
+                                        cuda::hadamard_fits, RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
 #undef RANDLORA_FUNCTION
   return &table;
 }

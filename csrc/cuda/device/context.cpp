@@ -55,9 +55,7 @@ const char* refusal(int index) {
     case cudaErrorJitCompilationDisabled:
       cudaGetLastError();  // clears it
       return cudaGetErrorString(error);
-    default:
-      check_cuda(error, "refusal");
-      return nullptr;
+    default: check_cuda(error, "refusal"); return nullptr;
   }
 }
 
