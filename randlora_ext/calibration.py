@@ -77,11 +77,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     for batch in batches:  # which may be made by other models, or by this one
         _observe(model, batch, sums)
         count += 1
-    if dist.is_available() and dist.is_initialized():
-        for total in (count, *sums.values()):
-            own = total.cuda() if dist.get_backend() == "nccl" else total  # it knows only cards
-            dist.all_reduce(own)
-            total.copy_(own)
+    _add_up_ranks([count, *sums.values()])
     if not count:
         raise ValueError("batches must hold at least one batch, got none")
     scales = {}
@@ -101,6 +97,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     for layer, (adapters, scale) in scales.items():
         for adapter in adapters:
             layer.set_input_scale(adapter, scale)
+
+
+def _add_up_ranks(totals: list[Tensor]) -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for total in totals:
+        own = total.cuda() if dist.get_backend() == "nccl" else total  # it knows only cards
+        dist.all_reduce(own)
+        total.copy_(own)
 
 
 def input_scale_of(rms: Tensor) -> Tensor:

@@ -114,15 +114,7 @@ def adapting(
     If it raises, the model is as it was. Otherwise as `apply_randlora`, for modules by their names,
     which `why` follows in error messages, and for parameters as `matching_parameters` gives them.
     """
-    for name, module in targets.items():
-        check_base_layer(module, f"module {name!r}{why}")
-        check_no_plan(model, name, f"module {name!r}{why}")
-        check_is_called(model, name, f"module {name!r}{why}")
-        check_not_nested(model, name, f"module {name!r}{why}")
-    for name, (path, _) in stacks.items():
-        check_not_nested(model, name, f"parameter {name!r}")
-        if path in targets:
-            raise ValueError(f"parameter {name!r} is of module {path!r}, which is matched, too")
+    _check_targets(model, targets, why, stacks)
     before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         wrapped = {m: RandLoraLinear(m, **layer_options) for m in dict.fromkeys(targets.values())}
@@ -150,6 +142,24 @@ def adapting(
         model.set_submodule(path, layer)
     guard(model)
     warn_when_trained(model, layer_options.get("adapter_name", "default"))
+
+
+def _check_targets(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    why: str,
+    stacks: Mapping[str, tuple[str, str]],
+) -> None:
+    """ValueError or TypeError for what cannot be adapted; the arguments are those of `adapting`."""
+    for name, module in targets.items():
+        check_base_layer(module, f"module {name!r}{why}")
+        check_no_plan(model, name, f"module {name!r}{why}")
+        check_is_called(model, name, f"module {name!r}{why}")
+        check_not_nested(model, name, f"module {name!r}{why}")
+    for name, (path, _) in stacks.items():
+        check_not_nested(model, name, f"parameter {name!r}")
+        if path in targets:
+            raise ValueError(f"parameter {name!r} is of module {path!r}, which is matched, too")
 
 
 def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
