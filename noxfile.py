@@ -1,5 +1,8 @@
-"""The wheel, and its tests with other versions of Python, torch and PEFT. Needs `pip install nox`.
+"""Tests while working, style and types; the wheel, and its tests with other versions of Python,
+torch and PEFT. Needs `pip install nox`.
 
+nox -s fast                                 in the active environment; under two minutes, two cores
+nox -s lint                                 all tools of .pre-commit-config.yaml, and mypy, pinned
 nox -s wheel                                builds dist/*.whl, compiler and Python of this machine
 nox -s wheel_test                           that wheel where there is no compiler, twice
 nox -s wheel "wheel_test(build='cpu')" --force-python 3.13
@@ -16,6 +19,34 @@ import nox
 ROOT = Path(__file__).parent
 nox.options.default_venv_backend = "venv"
 nox.options.sessions = ["wheel", "wheel_test"]
+
+
+# One file or more of every idea; the others repeat them on more shapes, models and libraries.
+FAST = """
+tests/basis
+tests/ops/test_linear.py tests/ops/test_weights.py tests/ops/test_errors.py
+tests/ops/test_experts.py tests/ops/test_autograd.py tests/ops/test_determinism.py
+tests/ops/test_autocast.py
+tests/nn --ignore tests/nn/test_callback.py
+tests/cli/test_cli.py tests/cli/test_cli_merge.py tests/cli/test_card_without_code.py
+tests/peft/test_peft.py tests/peft/test_peft_basis.py tests/peft/test_peft_adapters.py
+tests/project/test_packaging.py tests/project/test_public_names.py
+""".split()
+
+
+@nox.session(venv_backend="none")
+def fast(session: nox.Session) -> None:
+    """The tests to run while working."""
+    session.run("python", "-m", "pytest", "-n", "2", *FAST, *session.posargs)
+
+
+@nox.session(reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Style and types, by the same versions as .ci/run."""
+    project = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
+    # mypy reads the types of torch alone.
+    session.install(*project["optional-dependencies"]["lint"], "torch>=2.11")
+    session.run("pre-commit", "run", "--all-files", "--show-diff-on-failure", *session.posargs)
 
 
 @nox.session
@@ -63,7 +94,7 @@ def torch(session: nox.Session, version: str) -> None:
     """The whole suite."""
     session.env["PIP_CONFIG_FILE"] = os.devnull  # a machine's configuration may cap torch
     install(session, f"torch{version}")
-    session.run("pytest", "-W", "ignore", str(ROOT / "tests"), *session.posargs)
+    session.run("pytest", "-W", "ignore", "-m", "", str(ROOT / "tests"), *session.posargs)
 
 
 @nox.session

@@ -206,6 +206,7 @@ def test_an_exported_program(density, strict):
     model(x).sum().backward()
 
 
+@pytest.mark.slow  # four minutes, most of them in the C++ compiler
 @needs_compiler
 def test_a_program_and_an_aotinductor_package_in_another_process(tmp_path):
     model = mixed_net().eval()

@@ -188,3 +188,14 @@ def test_what_an_installation_does_about_the_cuda_library(
 ):
     plan = cuda_library.plan(wanted, torch_cuda, nvcc, present)
     assert plan.build == builds and says in plan.says
+
+
+def test_tools_are_pinned():
+    """clang-format or ruff of another version would format files that nobody has changed."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    config = (ROOT / ".pre-commit-config.yaml").read_text()
+    tools = re.findall(r"additional_dependencies: \[(.*)\]", config)
+    assert len(tools) == config.count("language: python")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for tool in (*tools, *project["optional-dependencies"]["lint"]):
+        assert re.fullmatch(r"[\w-]+==[\d.]+", tool), tool
