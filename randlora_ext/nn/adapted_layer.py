@@ -71,11 +71,8 @@ class AdaptedLayer(KeepsWeight):
 
     def _input_scale(self, name: str, device: torch.device) -> Tensor | None:
         """By what the adapter multiplies its inputs; None of bases that cannot be scaled."""
-        scales = self._modules["randlora_input_scale"]
-        if name not in scales._buffers:
-            return None
-        scale = getattr(scales, name)
-        return scale if scale.device == device else scale.to(device)
+        scale = self._modules["randlora_input_scale"]._buffers.get(name)
+        return scale if scale is None or scale.device == device else scale.to(device)
 
     def _reset_input_scale(self, adapter: str, kind: str) -> None:
         """Ones for an adapter on Hadamard bases, nothing for one on others."""

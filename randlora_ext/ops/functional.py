@@ -52,12 +52,12 @@ def _check_input_scale(basis: Basis, input_scale: Any) -> None:
         raise ValueError(f"input_scale goes with Hadamard bases, got kind={basis.kind!r}")
     if type(input_scale) not in _USUAL:
         _check_tensor("input_scale", input_scale)
-    given, wanted = tuple(input_scale.shape), (basis.in_features,)
-    if given != wanted or input_scale.dtype != torch.float32 or input_scale.requires_grad:
-        trained = " that requires a gradient" if input_scale.requires_grad else ""
+    trained, is_float32 = input_scale.requires_grad, input_scale.dtype is torch.float32
+    if input_scale.shape != (basis.in_features,) or not is_float32 or trained:
+        told = f"{tuple(input_scale.shape)} {input_scale.dtype}"
         raise ValueError(
-            f"input_scale must be (in,) = {wanted}, float32 and a constant, got {given} "
-            f"{input_scale.dtype}{trained}"
+            f"input_scale must be (in,) = {(basis.in_features,)}, float32 and a constant, got "
+            f"{told}{' that requires a gradient' if trained else ''}"
         )
 
 

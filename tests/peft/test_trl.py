@@ -1,4 +1,4 @@
-"""TRL's trainers on our layers: SFT, DPO, KTO and GRPO, with a new adapter or a trained one."""
+"""TRL's trainers on our layers: SFT, DPO, KTO, GRPO, RLOO, with a new adapter or a trained one."""
 
 import functools
 import json
@@ -53,8 +53,9 @@ DATA = {
     ],
     "GRPO": [{"prompt": row["prompt"]} for row in PAIRS],
 }
-GRPO = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
-OPTIONS = {"SFT": {"max_length": 8}, "DPO": {}, "KTO": {}, "GRPO": GRPO}
+DATA["RLOO"] = DATA["GRPO"]
+ONLINE = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+OPTIONS = {"SFT": {"max_length": 8}, "DPO": {}, "KTO": {}, "GRPO": ONLINE, "RLOO": ONLINE}
 ABOUT = {"randlora_alpha": 8, "task_type": "CAUSAL_LM"}
 
 
@@ -71,13 +72,20 @@ def trained(model):
     return randomize(adapted(model, TARGETS, 4, **ABOUT, sparse=True), size=30)
 
 
+def calibrated(model):
+    """A model with a trained adapter on Hadamard bases whose inputs are scaled."""
+    model = adapted(model, TARGETS, 4, **ABOUT, basis="hadamard", projection_prng_key=1)
+    randlora_ext.calibrate(randomize(model, size=0), [{"input_ids": torch.arange(4, 40)[None]}])
+    return randomize(model, size=0.1)
+
+
 def trainer(method, model, folder, **options):
     about = {"output_dir": str(folder), "save_strategy": "no", "report_to": [],
              "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
              "per_device_train_batch_size": 2, "gradient_checkpointing": False,
              "use_cpu": True, "bf16": False, "disable_tqdm": True}  # fmt: skip
     settings = getattr(trl, f"{method}Config")(**about, **OPTIONS[method])
-    if method == "GRPO":
+    if OPTIONS[method] is ONLINE:
         options["reward_funcs"] = lambda completions, **_: [float(len(c)) for c in completions]
     return getattr(trl, f"{method}Trainer")(
         model=model,
@@ -151,6 +159,28 @@ def test_trainers_calibrate(method, tmp_path, caplog):
     assert ("not calibrated: the trainer's batches hold" in caplog.text) == (method == "GRPO")
     if method == "DPO":
         assert logged(run, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_the_reference_of_a_calibrated_adapter_is_a_copy(method, tmp_path):
+    accelerated.enable()
+    model = calibrated(base())
+    want = model.eval()(torch.arange(4, 30)[None]).logits
+    model.save_pretrained(tmp_path)
+    run = trainer(method, opened(tmp_path, base, is_trainable=True), tmp_path)
+    for layer in layers(run.model):
+        own = dict(layer.named_parameters()) | dict(layer.named_buffers())
+        adapter = [name for name in own if name.endswith(".default")]
+        assert len(adapter) == 3 and layer.is_calibrated("ref")
+        for name in adapter:
+            assert torch.equal(own[name], own[name.removesuffix("default") + "ref"])
+    with torch.no_grad():
+        run.model.set_adapter("ref")
+        assert torch.equal(run.model.eval()(torch.arange(4, 30)[None]).logits, want)
+    if method == "DPO":
+        run.model.set_adapter("default")
+        run.train()
+        assert logged(run, "loss")[0] == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_other_added_adapters_stay_as_new(monkeypatch):
