@@ -17,7 +17,7 @@ from peft.utils.save_and_load import load_peft_weights
 from ..checks import check_alpha
 from ..nn.adapter_config import PEFT_TYPES
 from ..nn.adapter_record import FIELDS, RECORD_KEY, check_records, record_of
-from ..nn.state_dict import INPUT_SCALE, misfit, misfit_of_scale, refuse
+from ..nn.state_dict import INPUT_SCALE, misfit, misfit_of_scale, missing_scale, refuse
 from .bases import BASIS_NAMES
 from .config import other_bases
 from .layer import layers_with
@@ -101,6 +101,8 @@ def _hotswap_errors(
         if key in saved:
             check = misfit_of_scale if key.endswith(INPUT_SCALE) else misfit
             yield check(key, saved[key], own[key])
+        elif key.endswith(INPUT_SCALE):
+            yield missing_scale(key)
         elif not key.endswith(free):
             yield f"{key} is missing"
     # PEFT saves the base weights of a targeted lm_head, too.

@@ -185,14 +185,100 @@ def test_the_vector_goes_where_the_adapter_goes(tmp_path):
     assert torch.equal(cast, vector)
 
 
-def test_a_vector_of_another_layer_is_refused_before_anything_changes():
+def flipped(scale):
+    """One bit is another: that of a sign."""
+    return torch.cat([scale[:-1], -scale[-1:]])
+
+
+BAD = {
+    "shape": (lambda scale: scale[:24], r"is \(24,\), and must be \(40,\)"),
+    "sign": (flipped, "must be positive and finite in every feature"),
+    "nan": (lambda scale: scale.log() * torch.inf, "must be positive and finite in every feature"),
+    "meta": (lambda scale: scale.to("meta"), r"has no numbers \(meta device\)"),
+    "integers": (lambda scale: scale.ceil().int(), "is torch.int32, and must be floating point"),
+    "missing": (None, "is missing: adapters on Hadamard bases have one"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("assign", [False, True])
+def test_what_does_not_fit_the_last_layer_is_refused_before_the_first_is_loaded(case, assign):
     model, state = calibrated(), calibrated().state_dict()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = {name: value + 1 for name, value in state.items()}
-    state["two.randlora_input_scale.default"] = torch.ones(24)
-    with pytest.raises(RuntimeError, match=r"two.randlora_input_scale.default is \(24,\)"):
-        model.load_state_dict(state)
+    state, key = (
+        {name: value + 1 for name, value in state.items()},
+        "two.randlora_input_scale.default",
+    )
+    (change, message), scale = BAD[case], state.pop(key)
+    if change is not None:
+        state[key] = change(scale)
+    for target in (model, nn.Sequential(model)):
+        prefix = "" if target is model else "0."
+        given = {prefix + name: value for name, value in state.items()}
+        with pytest.raises(RuntimeError, match=f"{key} {message}"):
+            target.load_state_dict(given, strict=change is not None, assign=assign)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_tied_layer_has_one_vector(tmp_path):
+    def tied():
+        layer = nn.Linear(24, 24)
+        return randlora_ext.apply_randlora(nn.Sequential(layer, layer), ["0", "1"], r=5)
+
+    model, one, two = tied(), *(f"{i}.randlora_input_scale.default" for i in range(2))
+    assert model[0] is model[1]
+    calibrate(model, [uneven(9)])
+    state = randomize(model).state_dict()
+    other = tied()
+    other.load_state_dict(state)
+    assert torch.equal(other(uneven(3)), model(uneven(3)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match=f"{two} differs from {one}, and both are of one tied"):
+        model.load_state_dict(state | {two: state[two] * 2})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_vector_is_a_float32_buffer():
+    model = calibrated()
+    scale = model.one.randlora_input_scale["default"].clone()
+    buffers = dict(model.named_buffers())
+    assert torch.equal(buffers.pop("one.randlora_input_scale.default"), scale)
+    assert buffers.keys() == {"two.randlora_input_scale.default"}
+    for cast in ("half", "bfloat16", "double", "cpu", "share_memory"):
+        each = getattr(copy.deepcopy(model), cast)().one.randlora_input_scale["default"]
+        assert each.dtype == torch.float32 and torch.equal(each, scale)
+    given = {key: value.bfloat16() for key, value in model.state_dict().items()}
+    for assign in (False, True):
+        other = net()
+        other.load_state_dict(given, assign=assign)
+        each = other.one.randlora_input_scale["default"]
+        assert each.dtype == torch.float32 and torch.equal(each, scale.bfloat16().float())
+        assert other.two.base_layer.weight.dtype == (torch.bfloat16 if assign else torch.float32)
+
+
+def test_on_the_meta_device():
+    model, state = net().to("meta"), calibrated().state_dict()
+    assert model.one.randlora_input_scale["default"].is_meta
+    assert not model.one.is_calibrated("default") and "not calibrated" in repr(model.one)
+    with pytest.raises(RuntimeError, match=r"adapter 'default' has no numbers \(meta device\)"):
+        model.one.set_input_scale("default", torch.ones(24))
+    empty = model.to_empty(device="cpu")
+    assert torch.equal(empty.one.randlora_input_scale["default"], torch.ones(24))
+    empty.load_state_dict(state)
+    assert torch.equal(empty(uneven(3)), calibrated()(uneven(3)))
+
+
+def test_an_adapter_takes_its_vector_along():
+    layer = layer_of(basis="hadamard")
+    layer.update_layer("two", r=4)
+    layer.set_input_scale("two", torch.rand(24) + 0.5)
+    assert [name for name in layer.bases if layer.is_calibrated(name)] == ["two"]
+    layer.update_layer("two", r=4)  # a new one
+    assert not layer.is_calibrated("two")
+    layer.update_layer("two", r=4, density=0.3)
+    assert [*layer.randlora_input_scale] == ["default"]
+    with pytest.raises(ValueError, match="adapter must be one of"):
+        layer.is_calibrated("three")
 
 
 def test_compiled_exported_and_mapped():
@@ -203,5 +289,13 @@ def test_compiled_exported_and_mapped():
     torch._dynamo.reset()
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.equal(fast(x), want)
-    model.one.set_input_scale("default", torch.ones(24))  # noticed
-    assert torch.equal(fast(x), model(x)) and not torch.equal(model(x), want)
+    state = model.state_dict()
+    state["one.randlora_input_scale.default"] = torch.rand(24) + 0.5
+    for change in (
+        lambda: model.one.set_input_scale("default", torch.ones(24)),
+        lambda: model.load_state_dict(state),
+        lambda: model.one.randlora_input_scale["default"].mul_(1.5),
+    ):
+        change()  # noticed
+        assert torch.equal(fast(x), model(x)) and not torch.equal(model(x), want)
+        want = model(x)

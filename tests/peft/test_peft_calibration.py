@@ -1,7 +1,9 @@
 """`calibrate` under PEFT: the vector goes wherever the adapter goes."""
 
 import copy
+import functools
 
+import expert_models
 import pytest
 import torch
 import transformers
@@ -23,7 +25,8 @@ from peft_helpers import (
     scales,
     trainer_of,
 )
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import randlora_ext
 
@@ -57,7 +60,7 @@ def test_every_door(tmp_path):
         assert torch.equal(door(x), want)
 
 
-def test_a_file_without_a_vector_takes_it_away(tmp_path):
+def test_a_file_of_an_adapter_that_is_not_calibrated_takes_the_vector_away(tmp_path):
     bare, x = made(**OPTIONS), uneven(2, 9, seed=1)
     bare.save_pretrained(tmp_path)
     load = peft.PeftModel.load_adapter
@@ -65,6 +68,96 @@ def test_a_file_without_a_vector_takes_it_away(tmp_path):
         model = calibrated()
         door(model, tmp_path)
         assert torch.equal(model(x), bare(x)) and not any(are_calibrated(model))
+
+
+def save_changed(folder, change):
+    """Changes the input scale of the last layer in a saved adapter; None takes it out."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = [key for key in tensors if key.endswith("input_scale")][-1]
+    scale = tensors.pop(key)
+    if change is not None:
+        tensors[key] = change(scale)
+    with safe_open(file, "pt") as opened_file:
+        metadata = opened_file.metadata()
+    save_file(tensors, file, metadata)
+    return key
+
+
+def flipped(scale):
+    """One bit is another: that of a sign."""
+    return torch.cat([scale[:-1], -scale[-1:]])
+
+
+DOORS = {
+    "load_adapter over it": lambda model, folder: model.load_adapter(folder, "default"),
+    "load_adapter": lambda model, folder: model.load_adapter(folder, "new"),
+    "hotswap_adapter": accelerated.hotswap_adapter,
+    "set_peft_model_state_dict": lambda model, folder: peft.set_peft_model_state_dict(
+        model, load_file(folder / "adapter_model.safetensors")
+    ),
+    "load_state_dict": lambda model, folder: model.load_state_dict(
+        {
+            f"{key}.default": value
+            for key, value in load_file(folder / "adapter_model.safetensors").items()
+        },
+        strict=False,
+    ),
+    "from_pretrained": lambda model, folder: opened(folder),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("change", [flipped, torch.zeros_like, lambda s: s * torch.nan, None])
+def test_a_bad_vector_of_the_last_layer_is_refused_before_the_first_is_loaded(
+    door, change, tmp_path
+):
+    model = calibrated()
+    randomize(calibrated(), size=0.2).save_pretrained(tmp_path)
+    key = save_changed(tmp_path, change)
+    before, names = numbers(model), model.peft_config.keys()
+    told = "is missing: adapters on" if change is None else "must be positive and finite"
+    with pytest.raises((RuntimeError, ValueError), match=f"{key}(.default|.new)? {told}"):
+        DOORS[door](model, tmp_path)
+    assert_unchanged(model, before)
+    assert model.peft_config.keys() == names and all(are_calibrated(model))
+
+
+def tokenizer():
+    """Words by their number; nothing is downloaded."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<unk>": 0} | {f"word{i}": i for i in range(1, 50)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("calibrate", [False, True], ids=["not calibrated", "calibrated"])
+@pytest.mark.parametrize("experts", [False, True], ids=["layers", "experts"])
+@torch.no_grad()
+def test_the_loaders_of_transformers(experts, calibrate, tmp_path):
+    options = {"task_type": "CAUSAL_LM", **OPTIONS}
+    if experts:
+        base = functools.partial(expert_models.make, "Qwen3Moe")
+        model = adapted(base(), ["q_proj"], 4, target_parameters=expert_models.EXPERTS, **options)
+    else:
+        base = functools.partial(llama, initializer_range=0.3)
+        model = adapted(base(), ["q_proj", "down_proj"], **options)
+    if calibrate:
+        randlora_ext.calibrate(randomize(model, size=0), [{"input_ids": tokens(3).repeat(4, 1)}])
+    want = randomize(model, size=0.1).eval()(tokens(1)).logits
+    base().save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    auto = transformers.AutoModelForCausalLM.from_pretrained
+    later = auto(tmp_path / "base")
+    info = later.load_adapter(tmp_path / "adapter")
+    assert not (info.missing_keys or info.unexpected_keys or info.mismatched_keys)
+    folder = str(tmp_path / "adapter")
+    pipeline = transformers.pipeline("text-generation", model=folder, tokenizer=tokenizer())
+    for loaded in (auto(tmp_path / "adapter"), later, pipeline.model):
+        assert torch.equal(loaded.eval()(tokens(1)).logits, want)
+        assert are_calibrated(loaded) == [calibrate] * len(layers(model))
 
 
 def test_several_adapters_a_mixed_batch_and_deletion():
