@@ -67,8 +67,8 @@ def test_from_a_model_to_a_merged_model_and_the_printed_commands(
     for picture in ("loss.png", "spectra.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     saved = load_file(out / "adapter" / "adapter_model.safetensors")
-    trained = [t.numel() for key, t in saved.items() if not key.endswith("input_scale")]
-    assert len(saved) == 3 * len(trained) // 2  # of each layer one scale
+    trained = [t.numel() for key, t in saved.items() if key.endswith(("_lambda", "_gamma"))]
+    assert len(saved) == 2 * len(trained)  # of each layer one scale and one record, too
     assert sum(trained) == results["parameters"]["trained"]
     assert results["forgetting"][0] == [0, 0] and len(results["forgetting"]) == 7
     assert [factor for factor, *_ in results["dial"]] == [1, 0.7, 0.4, 0]
