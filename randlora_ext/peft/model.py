@@ -57,8 +57,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 f"{stored_transposed} for a {type(target).__name__}. It is set to that."
             )
             config.fan_in_fan_out = stored_transposed
-        kind = layer_class(target)
-        return kind(target, A, B, adapter_name, config, features(target))
+        make = layer_class(target)
+        return make(target, A, B, adapter_name, config, features(target))
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # PEFT would also set the weight of what it unloads, which not every base layer has.
@@ -185,19 +185,25 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 f"target_modules {config.target_modules!r} matches no linear layer of "
                 f"{type(model).__name__}; its linear layers are called {first(linear)}"
             )
-        kind = type(model).__name__
+        module_of = f"module of {type(model).__name__}"
+        parameter_of = f"parameter of {type(model).__name__}"
         modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        warn_of_unmatched("target_modules", config.target_modules, modules, f"module of {kind}")
+        warn_of_unmatched("target_modules", config.target_modules, modules, module_of)
         named = _target_parameters(config)
-        warn_of_unmatched("target_parameters", named, parameters, f"parameter of {kind}")
+        warn_of_unmatched("target_parameters", named, parameters, parameter_of)
         saved = set(config.modules_to_save or ()) - _SAVED_ANYWAY
         # PEFT looks for these without a dot before them.
         saved = {name for name in saved if not any(path.endswith(name) for path in modules)}
-        warn_of_unmatched("modules_to_save", saved, modules, f"module of {kind}")
+        warn_of_unmatched("modules_to_save", saved, modules, module_of)
         if parameters:  # in the order of nesting, innermost first, which `randlora merge` reads
-            names = [f".{name}" for name in parameters]
-            place = {t: [n.endswith(f".{t}") for n in names] for t in config.target_parameters}
-            config.target_parameters = sorted(place, key=lambda t: place[t], reverse=True)
+
+            def first_match(target: str) -> int:
+                matches = [f".{name}".endswith(f".{target}") for name in parameters]
+                return matches.index(True) if True in matches else len(matches)
+
+            config.target_parameters = sorted(
+                dict.fromkeys(config.target_parameters), key=first_match
+            )
         for name, module in targets.items():
             check_no_plan(model, name, f"target {name!r}")
             if not isinstance(module, RandLoraLayer):
