@@ -31,19 +31,23 @@ class SavedAdapter:
         saved: the fields of adapter_config.json; those that it lacks have PEFT's defaults.
         tensors: by their names in adapter_model.safetensors.
 
-    Attributes: ``fields`` (as `fields_of` gives them); ``basis``, what generates the bases, None if
-    PEFT draws them; ``r``, ``randlora_alpha``, ``scaling``, ``targets`` (its target_parameters);
-    ``layers``, by their paths in the file lambda, gamma and input scale by their kind, whose paths
-    in the base model `names` gives; ``bases``, A and B if they are saved; ``others``, what else is
-    saved, by the names in the base model, and of these ``base_weights``, which are weights below an
-    adapter.
+    Attributes:
+        place, tensors: as given.
+        fields: as `fields_of` gives them; of these r, randlora_alpha and ``targets``, which are its
+            target_parameters, have attributes, too.
+        basis: what generates the bases; None if PEFT draws them.
+        layers: by the layer's path in the file its tensors by their kinds. `names` gives the paths
+            in the base model.
+        bases: A and B, if they are saved.
+        others: what else is saved, by the names in the base model.
+        base_weights: which of these are weights below an adapter.
 
     Raises TypeError or ValueError, naming the field or the tensor, if one is not allowed or
     missing, or if the tensors do not belong to the configuration.
     """
 
     def __init__(self, place: str, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.place = place
+        self.place, self.tensors = place, tensors
         self.fields = fields_of(saved)
         self.basis = description_of(self.fields)
         self.r: int = self.fields["r"]
@@ -75,6 +79,9 @@ class SavedAdapter:
             for kind in DIAGONALS:
                 if kind not in own:
                     raise ValueError(f"{at}.{kind} is missing")
+            takes_scale = self.basis is not None and self.basis.kind == "hadamard"
+            if takes_scale and INPUT_SCALE not in own:
+                raise ValueError(missing_scale(f"{at}.{INPUT_SCALE}"))
         for key, tensor in rest.items():
             above, _, last = key[1:].rpartition(".")
             if last in BASIS_NAMES:  # PEFT up to 0.21.2 saves them again under every layer
@@ -122,8 +129,7 @@ class SavedAdapter:
         key = f"{at}.{INPUT_SCALE}"
         if basis.kind == "hadamard":
             like = torch.empty(*experts, basis.in_features, device="meta")
-            has_one = INPUT_SCALE in own
-            yield misfit_of_scale(key, own[INPUT_SCALE], like) if has_one else missing_scale(key)
+            yield misfit_of_scale(key, own[INPUT_SCALE], like)
         elif INPUT_SCALE in own:
             yield f"{key} goes with Hadamard bases, and these are {basis.kind}"
 

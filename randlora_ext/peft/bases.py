@@ -18,9 +18,8 @@ from ..basis.cache import ordinary_tensors, share
 from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices, pack_dense
 from ..nn.adapter_config import description_of
+from ..nn.adapter_folder import BASIS_NAMES
 from ..nn.state_dict import misfit
-
-BASIS_NAMES = ("randlora_A", "randlora_B")  # PEFT's attributes of models and layers
 
 # The state dict that each dictionary of bases wrote last.
 _written: "WeakKeyDictionary[PackedBufferDict, ref]" = WeakKeyDictionary()
