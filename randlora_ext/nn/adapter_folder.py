@@ -73,15 +73,7 @@ class SavedAdapter:
             else:
                 at = key[1:].removesuffix(kind).removesuffix(".")
                 self.layers.setdefault(at, {})[kind] = tensor
-        if not self.layers:
-            raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
-        for at, own in self.layers.items():
-            for kind in DIAGONALS:
-                if kind not in own:
-                    raise ValueError(f"{at}.{kind} is missing")
-            takes_scale = self.basis is not None and self.basis.kind == "hadamard"
-            if takes_scale and INPUT_SCALE not in own:
-                raise ValueError(missing_scale(f"{at}.{INPUT_SCALE}"))
+        self._check_complete()
         for key, tensor in rest.items():
             above, _, last = key[1:].rpartition(".")
             if last in BASIS_NAMES:  # PEFT up to 0.21.2 saves them again under every layer
@@ -93,6 +85,17 @@ class SavedAdapter:
                 self.others[name] = tensor
                 if key.endswith(".base_layer.weight"):
                     self.base_weights.add(name)
+
+    def _check_complete(self) -> None:
+        if not self.layers:
+            raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
+        takes_scale = self.basis is not None and self.basis.kind == "hadamard"
+        for at, own in self.layers.items():
+            for kind in DIAGONALS:
+                if kind not in own:
+                    raise ValueError(f"{PREFIX}{at}.{kind} is missing")
+            if takes_scale and INPUT_SCALE not in own:
+                raise ValueError(missing_scale(f"{PREFIX}{at}.{INPUT_SCALE}"))
 
     def digest(self) -> str:
         """The same for the same adapter in any folder: SHA-256 of what it computes with."""

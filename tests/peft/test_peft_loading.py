@@ -208,7 +208,7 @@ def test_what_hotswap_asks_more_than_load_adapter(tmp_path):
     refuses_to_swap(made(seed=2, **SEED, **head), tmp_path, message)
     with edited(tmp_path) as state:
         del state["base_model.model.b.randlora_lambda"]
-    message = f"{tmp_path}: b.randlora_lambda is missing"
+    message = f"{tmp_path}: base_model.model.b.randlora_lambda is missing"
     refuses_to_swap(made(seed=2, **SEED, **head), tmp_path, message)
     weights = tmp_path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
