@@ -40,10 +40,10 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def told_of(what: object, kinds: Any):
+def told_of(what: object, errors: Any):
     """Raises the block's error as a CliError that names `what`."""
     try:
         yield
-    except kinds as error:
+    except errors as error:
         told = one_line(error)
         raise CliError(told if str(what) in told else f"{what}: {told}") from error

@@ -55,7 +55,7 @@ def _changes(saved: SavedAdapter, checkpoint: Checkpoint) -> Changes:
         if misfit := next(filter(None, saved.misfits(path, basis, saved.experts(path))), None):
             raise ValueError(misfit)
         own = saved.layers[path]
-        lam, gam = (own[kind] for kind in DIAGONALS)
+        lam, gam = (own[part] for part in DIAGONALS)
         operands = basis, lam, gam, own.get(INPUT_SCALE), saved.scaling, transposed
         added[names[path]] = partial(_plus_delta, *operands)
     others = {name_in(name): tensor for name, tensor in saved.others.items()}
@@ -134,7 +134,7 @@ def _layout(
 
 def _checked_fan_in_fan_out(saved: SavedAdapter, checkpoint: Checkpoint, name: str) -> bool:
     says_so = saved.fields["fan_in_fan_out"]
-    conv1d = {kind in _CONV1D_MODELS for kind in checkpoint.types}
+    conv1d = {each in _CONV1D_MODELS for each in checkpoint.types}
     is_square = len({*checkpoint.parameters[name].shape}) == 1
     if is_square and True in conv1d and conv1d != {says_so}:
         raise ValueError(

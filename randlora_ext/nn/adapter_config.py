@@ -26,8 +26,8 @@ def fields_of(saved: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises TypeError or ValueError, naming the field, for a value that is not allowed.
     """
-    if (kind := saved.get("peft_type")) not in PEFT_TYPES:
-        raise ValueError(f"peft_type must be RANDLORA, got {kind!r}")
+    if (peft_type := saved.get("peft_type")) not in PEFT_TYPES:
+        raise ValueError(f"peft_type must be RANDLORA, got {peft_type!r}")
     fields = {name: saved.get(name, default) for name, default in _DEFAULTS.items()}
     check_r(fields["r"])
     check_alpha("randlora_alpha", fields["randlora_alpha"])

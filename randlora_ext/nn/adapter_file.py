@@ -26,7 +26,7 @@ from .linear import RandLoraLinear
 from .paths import in_base_model, in_file
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
-_KINDS = (*DIAGONALS, INPUT_SCALE)
+_PARTS = (*DIAGONALS, INPUT_SCALE)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
 
 
@@ -67,9 +67,9 @@ def save_adapter(
             place = in_file(path, around) + ".base_layer" * stacks[path].index(at)
         else:
             place = in_file(at, around)
-        for kind in _KINDS:
-            if adapter_name in getattr(layer, kind):
-                own[f"{place}.{kind}"] = getattr(layer, kind)[adapter_name]
+        for part in _PARTS:
+            if adapter_name in getattr(layer, part):
+                own[f"{place}.{part}"] = getattr(layer, part)[adapter_name]
         sizes = layer.in_features, layer.out_features
         own[f"{place}.{RECORD_KEY}"] = record_tensor(record, *sizes)
     around |= {at: 1 for at, layer in layers.items() if not layer.experts}
@@ -148,9 +148,9 @@ def load_adapter(
             layer: Any = made.get(at) or adapted[at]
             if adapter_name not in layer.bases:
                 layer.update_layer(**options)
-            for kind, tensor in saved.layers[path].items():
-                if kind in _KINDS:
-                    copies.append((getattr(layer, kind)[adapter_name], tensor))
+            for part, tensor in saved.layers[path].items():
+                if part in _PARTS:
+                    copies.append((getattr(layer, part)[adapter_name], tensor))
         with torch.no_grad():
             for own, tensor in copies:
                 own.copy_(tensor)
@@ -193,8 +193,8 @@ def _trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
     adapters = {
         parameter
         for layer in by_path.values()
-        for kind in DIAGONALS
-        for parameter in getattr(layer, kind).values()
+        for part in DIAGONALS
+        for parameter in getattr(layer, part).values()
     }
     return {
         in_base_model(name, by_path): parameter

@@ -67,12 +67,12 @@ class SavedAdapter:
     def _sort(self, tensors: dict[str, Tensor]) -> None:
         rest = {}
         for key, tensor in tensors.items():
-            kind = next((kind for kind in _OF_LAYERS if key.endswith(f".{kind}")), None)
-            if kind is None:
+            part = next((part for part in _OF_LAYERS if key.endswith(f".{part}")), None)
+            if part is None:
                 rest[key] = tensor
             else:
-                at = key[1:].removesuffix(kind).removesuffix(".")
-                self.layers.setdefault(at, {})[kind] = tensor
+                at = key[1:].removesuffix(part).removesuffix(".")
+                self.layers.setdefault(at, {})[part] = tensor
         self._check_complete()
         for key, tensor in rest.items():
             above, _, last = key[1:].rpartition(".")
@@ -91,9 +91,9 @@ class SavedAdapter:
             raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
         takes_scale = self.basis is not None and self.basis.kind == "hadamard"
         for at, own in self.layers.items():
-            for kind in DIAGONALS:
-                if kind not in own:
-                    raise ValueError(f"{PREFIX}{at}.{kind} is missing")
+            for part in DIAGONALS:
+                if part not in own:
+                    raise ValueError(f"{PREFIX}{at}.{part} is missing")
             if takes_scale and INPUT_SCALE not in own:
                 raise ValueError(missing_scale(f"{PREFIX}{at}.{INPUT_SCALE}"))
 
@@ -103,7 +103,7 @@ class SavedAdapter:
         found = hashlib.sha256(json.dumps([self.fields[name] for name in fields]).encode())
         tensors = dict(self.others)
         for at, own in self.layers.items():
-            tensors |= {f"{at}.{kind}": tensor for kind, tensor in own.items()}
+            tensors |= {f"{at}.{part}": tensor for part, tensor in own.items()}
         for name in sorted(tensors):
             tensor = tensors[name].contiguous()
             found.update(json.dumps([name, str(tensor.dtype), *tensor.shape]).encode())
@@ -126,9 +126,9 @@ class SavedAdapter:
         own, sizes = self.layers[at], (basis.in_features, basis.out_features)
         if (saved := self.sizes(at)) not in (None, sizes):
             yield f"{at} is of in_features and out_features {saved}, and must be of {sizes}"
-        for kind, shape in zip(DIAGONALS, basis.of_diagonals, strict=True):
+        for part, shape in zip(DIAGONALS, basis.of_diagonals, strict=True):
             like = torch.empty(*experts, *shape, device="meta")
-            yield misfit(f"{at}.{kind}", own[kind], like)
+            yield misfit(f"{at}.{part}", own[part], like)
         key = f"{at}.{INPUT_SCALE}"
         if basis.kind == "hadamard":
             like = torch.empty(*experts, basis.in_features, device="meta")
@@ -140,7 +140,7 @@ class SavedAdapter:
         """Whether two layers do, as they must if they are one, tied, module."""
         one, two = self.layers[at], self.layers[other]
         return one.keys() == two.keys() and all(
-            one[kind].dtype == two[kind].dtype and torch.equal(one[kind], two[kind]) for kind in one
+            one[part].dtype == two[part].dtype and torch.equal(one[part], two[part]) for part in one
         )
 
     def names(self, known: Container[str] = ()) -> dict[str, str]:

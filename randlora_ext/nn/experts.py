@@ -150,8 +150,8 @@ def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:
     weight = getattr(module, name)
     told = f"target_parameters: {type(module).__name__}.{name}"
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        kind = getattr(weight, "dtype", type(weight))
-        raise TypeError(f"{told} must be a floating point parameter, got {kind}")
+        got = getattr(weight, "dtype", type(weight))
+        raise TypeError(f"{told} must be a floating point parameter, got {got}")
     check_whole(weight, told)
     shape = getattr(weight, "ds_shape", weight.shape)  # of ZeRO-3
     if len(shape) not in (2, 3) or 0 in shape:

@@ -102,7 +102,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     def cast_like_base(self, adapter_name: str) -> None:
         """Gives lambda and gamma the dtype of the base layer, as PEFT does; the model then casts
         them to float32 again, unless it was told ``autocast_adapter_dtype=False``."""
-        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        of_peft: Any = self
+        _, dtype = of_peft._get_base_layer_device_and_dtype(self.get_base_layer())
         if dtype is None or not dtype.is_floating_point:
             return
         for diagonals in (self.randlora_lambda, self.randlora_gamma):
@@ -265,10 +266,10 @@ def kernel_summary(model: nn.Module) -> str:
 def warn_of_misfits(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Warns if tensors, by their names in `model`, fit an adapter only in part. PEFT returns such
     names, and few look at them."""
-    ends = tuple(f".{kind}.{adapter_name}" for kind in DIAGONALS)
+    ends = tuple(f".{part}.{adapter_name}" for part in DIAGONALS)
     names = (name for name, _ in model.named_parameters(remove_duplicate=False))
     own = {name.replace("_fsdp_wrapped_module.", "") for name in names if name.endswith(ends)}
-    given = {key for key in state_dict if any(f".{kind}" in key for kind in DIAGONALS)}
+    given = {key for key in state_dict if any(f".{part}" in key for part in DIAGONALS)}
     for keys, told in (
         (given - own, "tensors have no place in the model and are not used"),
         (own - given, "tensors of the adapter are missing and stay as they were"),
