@@ -1,9 +1,11 @@
 """`calibrate`: adapters that learn as much and forget a fraction, by the scale of their inputs."""
 
+import math
 import re
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -13,21 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .checks import check_model, warn_user
 from .nn.adapted_layer import AdaptedLayer
 from .nn.apply import adapted_layers
+from .nn.base_layer import first
 from .nn.experts import AdaptedParameter
 from .ranks import full_tensor
 
-EPSILON = 0.1  # in medians of rms: no feature is multiplied by more than 11 times the median's
+POWER = 2  # of the share of a feature's energy that varies; docs/density.md compares others
+EPSILON = 0.1  # in medians of rms: small features are not blown up without bound
+FLOOR = 1e-3  # in medians of the scale: no feature is lost entirely, so dW keeps its rank
 FEW_TOKENS = 32  # of an expert that saw fewer, the vector is that of all experts
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Measures the size of every input feature, and divides the adapters' inputs by it.
+    """Measures every input feature, and scales the adapters' inputs: features that are large, or
+    nearly the same at every token, count for less.
 
-    An uncalibrated adapter learns mostly from a few input features that are large at every token
-    (docs/how-it-works.md). Call this once, after adding the adapters and before training::
+    An uncalibrated adapter learns mostly from a few such features, and shifts the outputs of all
+    tokens (docs/how-it-works.md). Call this once, after adding the adapters and before training::
 
         loader = torch.utils.data.DataLoader(texts, batch_size=8)  # batches as in training
         randlora_ext.calibrate(model, itertools.islice(loader, 4))
@@ -35,7 +42,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     A few hundred tokens of the training data suffice (docs/density.md). Every active adapter on
     Hadamard bases gets the vector ``input_scale`` (in_features,), float32:
 
-        scale = 1 / (rms + 0.1 * rms.median())      rms = x.square().mean(0).sqrt(), x (tokens, in)
+        rms = x.square().mean(0).sqrt()             x (tokens, in)
+        varying = 1 - (x.mean(0) / rms).square()    the share of its energy that varies
+        scale = varying.square() / (rms + 0.1 * rms.median())
+        scale = scale.clamp_min(scale.median() / 1000)
         input_scale = scale / scale.square().mean().sqrt()
 
     From then on the adapter computes ``F.linear(x * input_scale, dW)``. This costs no parameter and
@@ -47,56 +57,127 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     Args:
         model: with adapters on Hadamard bases, by `apply_randlora` or PEFT. It runs in eval mode;
             afterwards each module is in its old mode.
-        batches: what the model takes: a tensor, a tuple of arguments, or a mapping of keyword
-            arguments. These are moved to the device of the model's first parameter. If the
-            mapping has an "attention_mask" (batch, tokens), its zeros leave out tokens in layers
-            that see as many tokens; experts do not.
+        batches: several of what the model takes: a tensor, a tuple or list of arguments, or a
+            mapping of keyword arguments. These are moved to the device of the model's first
+            parameter. If the mapping has an "attention_mask" (batch, tokens), its zeros leave out
+            tokens in layers that see as many tokens; experts do not.
 
     If torch.distributed is initialized, all ranks must call, each with its own batches, equally
     many if FSDP2 has sharded the model: sums over all ranks give all of them equal vectors.
 
-    Raises, and leaves every adapter as it was: TypeError if batches is a single batch; ValueError
-    if no active adapter is on Hadamard bases, one has trained (its lambda is not zero) or is
-    merged, no batch comes, or inputs hold NaN or infinity. Warns of layers that see no token or
-    only zeros, which stay as they are. Experts must multiply by their parameter or a part of it, by
+    Raises, and leaves every adapter as it was: TypeError if model is no module, or batches is a
+    single batch or holds something else; ValueError if no active adapter is on Hadamard bases, one
+    has trained (its lambda is not zero) or is merged, no batch comes, or inputs hold NaN or
+    infinity. Warns, once, of layers that see no token or only zeros, which stay as they are.
+    Experts must multiply by their parameter or a part of it, by
     torch's functions for products (not einsum), as those of transformers do unless
     ``experts_implementation`` is "batched_mm".
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.
     """
-    if isinstance(batches, (Tensor, Mapping)):
-        raise TypeError(f"batches must be several, such as [batch], got one {type(batches)}")
+    check_model(model)
+    _check_batches(batches)
     layers = layers_to_calibrate(model)
-    # Of each layer or expert the sums of squares by feature, and behind them the number of tokens.
-    sums = {
-        layer: torch.zeros(*layer.experts, layer.in_features + 1, dtype=torch.float64)
-        for layer in layers
-    }
+    sums = {layer: _Sums.of(layer) for layer in layers}
     count = torch.zeros(1, dtype=torch.float64)
     for batch in batches:  # which may be made by other models, or by this one
+        _check_batch(batch)
         _observe(model, batch, sums)
         count += 1
-    _add_up_ranks([count, *sums.values()])
+    _add_up_ranks([count, *(total for of_layer in sums.values() for total in of_layer.totals())])
     if not count:
         raise ValueError("batches must hold at least one batch, got none")
-    scales = {}
+    scales = _scales({name: sums[layer] for layer, (name, _) in layers.items()})
     for layer, (name, adapters) in layers.items():
-        rows = sums[layer].view(-1, layer.in_features + 1)
-        if not bool(rows.isfinite().all()):
+        for adapter in adapters if name in scales else ():
+            layer.set_input_scale(adapter, scales[name].view(*layer.experts, -1))
+
+
+def input_scale_of(rms: Tensor, mean: Tensor) -> Tensor:
+    """As `calibrate` says, of the root mean square and the mean of each feature.
+
+    Medians of which over half would be zero are those of the other features. Features that are
+    always zero count as varying, and so do all if none varies, as with a single token.
+    """
+    seen = rms > 0
+    varying = torch.where(seen, 1 - (mean / rms).square(), 1).clamp(0, 1)
+    if varying[seen].max() < 1e-6:  # what rounding leaves of zero
+        varying = torch.ones_like(rms)
+    scale = varying**POWER / (rms + EPSILON * _median(rms))
+    scale = scale.clamp_min(FLOOR * _median(scale))
+    return (scale / scale.square().mean().sqrt()).float()
+
+
+def _median(values: Tensor) -> Tensor:
+    median = values.median()
+    return median if median > 0 else values[values > 0].median()
+
+
+@dataclass
+class _Sums:
+    """What the experts of a layer have seen; a linear layer is one expert. On the CPU."""
+
+    squares: Tensor  # (experts, in_features) float64: of x * x over the tokens
+    values: Tensor  # likewise, of x
+    tokens: Tensor  # (experts, 1) float64: how many
+
+    @classmethod
+    def of(cls, layer: AdaptedLayer) -> "_Sums":
+        experts = math.prod(layer.experts)
+        widths = layer.in_features, layer.in_features, 1
+        return cls(*(torch.zeros(experts, width, dtype=torch.float64) for width in widths))
+
+    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.squares, self.values, self.tokens
+
+    def add(self, x: Tensor, expert: int = 0) -> None:
+        """Tokens x (tokens, in_features)."""
+        x = x.float()
+        self.squares[expert] += x.square().sum(0, dtype=torch.float64).cpu()
+        self.values[expert] += x.sum(0, dtype=torch.float64).cpu()
+        self.tokens[expert] += len(x)
+
+    def input_scales(self) -> Tensor:
+        """(experts, in_features). An expert that saw few tokens has the vector of all experts."""
+        enough = (self.tokens >= FEW_TOKENS) & self.squares.any(1, keepdim=True)
+        squares, values, tokens = (torch.where(enough, t, t.sum(0)) for t in self.totals())
+        rms, mean = (squares / tokens).sqrt(), values / tokens
+        return torch.stack([input_scale_of(*each) for each in zip(rms, mean, strict=True)])
+
+
+def _scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
+    """The vectors by the names of layers. ValueError if inputs are not finite; a warning, and no
+    vector, if a layer has seen nothing."""
+    scales, unseen = {}, []
+    for name, of_layer in sums.items():
+        if not bool(of_layer.squares.isfinite().all()):
             raise ValueError(f"the inputs of layer {name!r} hold NaN or infinity")
-        of_all = rows.sum(0)
-        if bool(of_all[:-1].any()):
-            enough = (rows[:, -1:] >= FEW_TOKENS) & rows[:, :-1].any(1, keepdim=True)
-            used = torch.where(enough, rows, of_all)
-            each = [input_scale_of((row[:-1] / row[-1]).sqrt()) for row in used]
-            scales[layer] = adapters, torch.stack(each).view(*layer.experts, -1)
+        if bool(of_layer.squares.any()):
+            scales[name] = of_layer.input_scales()
         else:
-            seen = "only zeros" if of_all[-1] else "no token"
-            warnings.warn(f"layer {name!r} saw {seen} and stays as it was", stacklevel=3)
-    for layer, (adapters, scale) in scales.items():
-        for adapter in adapters:
-            layer.set_input_scale(adapter, scale)
+            unseen.append(name)
+    if unseen:
+        warn_user(
+            f"batches brought no token to {len(unseen)} of {len(sums)} layers, or only masked ones "
+            f"and zeros; these stay as they were: {first(unseen)}"
+        )
+    return scales
+
+
+def _check_batches(batches: Any) -> None:
+    """Raises TypeError unless they can be several batches."""
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        told = "one tensor or mapping" if isinstance(batches, (Tensor, Mapping)) else repr(batches)
+        raise TypeError(f"batches must be several, such as [batch], got {told}")
+
+
+def _check_batch(batch: Any) -> None:
+    if not isinstance(batch, (Tensor, Mapping, tuple, list)):
+        raise TypeError(
+            "batches must hold what the model takes, each a tensor, a tuple or list of arguments, "
+            f"or a mapping of keyword arguments, got {batch!r}"
+        )
 
 
 def _add_up_ranks(totals: list[Tensor]) -> None:
@@ -106,14 +187,6 @@ def _add_up_ranks(totals: list[Tensor]) -> None:
         own = total.cuda() if dist.get_backend() == "nccl" else total  # it knows only cards
         dist.all_reduce(own)
         total.copy_(own)
-
-
-def input_scale_of(rms: Tensor) -> Tensor:
-    """As `calibrate` says. If over half of `rms` are zero, the median is that of the others."""
-    median = rms.median()
-    median = median if median > 0 else rms[rms > 0].median()
-    scale = 1 / (rms + EPSILON * median)
-    return (scale / scale.square().mean().sqrt()).float()
 
 
 def layers_to_calibrate(model: nn.Module) -> dict[AdaptedLayer, tuple[str, list[str]]]:
@@ -148,16 +221,17 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
     return chosen
 
 
-def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, Tensor]) -> None:
+def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, _Sums]) -> None:
     """Calls the model in eval mode, and adds the inputs of its layers to `sums`."""
     device = next(model.parameters()).device
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
     def add(layer, args, kwargs) -> None:
-        x = (args[0] if args else next(iter(kwargs.values()))).flatten(0, -2)
+        x = args[0] if args else next(iter(kwargs.values()))
+        x = x.reshape(-1, x.shape[-1])
         if mask is not None and mask.numel() == len(x):
             x = x[mask.flatten().to(x.device) != 0]
-        _add_rows(sums[layer], x)
+        sums[layer].add(x)
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
@@ -175,17 +249,27 @@ def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, Tensor]) 
             else:
                 held.enter_context(layer.register_forward_pre_hook(add, with_kwargs=True))
         model.eval()
+        for module in _of_four_bits(model):
+            module.training = True
         if isinstance(batch, Mapping):
             model(**{name: moved(value) for name, value in batch.items()})
         else:
             model(*map(moved, batch if isinstance(batch, (tuple, list)) else [batch]))
 
 
+def _of_four_bits(model: nn.Module) -> Iterator[nn.Module]:
+    """Layers of bitsandbytes that compute the same in both modes, but in eval mode on a CPU change
+    the order of their weight, after which they cannot train."""
+    bnb = sys.modules.get("bitsandbytes")  # without it nothing can be its layer
+    if bnb is not None:
+        yield from (m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+
+
 class _Products(TorchFunctionMode):
     """Adds up what experts multiply: the first factor of each product whose second lies in the
     memory of an adapted parameter."""
 
-    def __init__(self, sums: Mapping[AdaptedLayer, Tensor]) -> None:
+    def __init__(self, sums: Mapping[AdaptedLayer, _Sums]) -> None:
         super().__init__()
         self.sums = {at: sums[at] for at in sums if isinstance(at, AdaptedParameter)}
 
@@ -214,13 +298,13 @@ class _Products(TorchFunctionMode):
             for part, own in zip(parts, w, strict=False):
                 self._add(layer, part, own)
             return
-        W, sums = layer._base_weight(), self.sums[layer]
+        W, (experts,) = layer._base_weight(), layer.experts
         along = W.stride(-2 if layer.transposed else -1)  # the input side
         at = w.data_ptr() - W.data_ptr()
         if w.shape[:-1] == (layer.in_features,) and w.stride(0) == along and at < W.nbytes:
             rows = x.reshape(-1, layer.in_features)
             # Llama 4 gives every expert all tokens, zero where they belong to another.
-            _add_rows(sums[at * len(sums) // W.nbytes], rows[(rows != 0).any(1)])
+            self.sums[layer].add(rows[(rows != 0).any(1)], at * experts // W.nbytes)
 
 
 def _lies_in(part: Tensor, whole: Tensor) -> bool:
@@ -228,8 +312,3 @@ def _lies_in(part: Tensor, whole: Tensor) -> bool:
         return 0 <= part.data_ptr() - whole.data_ptr() < whole.nbytes
     except RuntimeError:  # of vmap, or sparse
         return False
-
-
-def _add_rows(to: Tensor, x: Tensor) -> None:
-    to[:-1] += x.float().square().sum(0, dtype=torch.float64).cpu()
-    to[-1] += len(x)

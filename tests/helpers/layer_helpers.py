@@ -95,8 +95,11 @@ def uneven(*lead, seed=0):
 
 def input_scale_of(*inputs):
     """By the formula in the docstring of `calibrate`, over the rows of all inputs."""
-    rms = torch.cat([x.detach().flatten(0, -2) for x in inputs]).double().square().mean(0).sqrt()
-    scale = 1 / (rms + 0.1 * rms.median())
+    x = torch.cat([x.detach().flatten(0, -2) for x in inputs]).double()
+    energy = x.square().mean(0)
+    varying = x.var(0, correction=0) / energy
+    scale = varying**2 / (energy.sqrt() + 0.1 * energy.sqrt().median())
+    scale = torch.maximum(scale, scale.median() / 1000)
     return (scale / scale.square().mean().sqrt()).float()
 
 
