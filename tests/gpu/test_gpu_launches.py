@@ -87,6 +87,17 @@ def test_as_many_launches_for_a_stack_of_experts(device, launches, transposed):
         op = getattr(torch.ops.randlora, op)
         ours, products = launches(lambda op=op: op(*operands, not transposed, 1.0))
         assert (len(ours), products) == (limit, 0), ours
+        if DRY and limit == 2:
+            # Three multiprocessors take 12 blocks in two waves: two for each of five experts.
+            assert ours[0] == "hadamard_weight_backward 2"
+
+
+@pytest.mark.skipif(not DRY, reason="reads the number of blocks that the emulated kernels note")
+@cases("tokens, slots", [(40, 40), (512, 512), (513, 257), (840, 420)])
+def test_no_slots_beyond_those_that_shorten_the_longest(device, launches, tokens, slots):
+    backward = step(make_layer(8, 8, 2, "hadamard", tokens, torch.float32), device)[1]
+    ours, _ = launches(backward)
+    assert f"hadamard_down {slots}" in ours, ours
 
 
 @pytest.mark.skipif(not DRY, reason="counts calls of torch's operators on the CPU")
