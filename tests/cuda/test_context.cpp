@@ -33,7 +33,8 @@ int main() {
   setenv("CUDA_ON_CPU_NO_CODE", "1", 1);
   EXPECT(cuda::refusal(0) == nullptr, "the other card is refused, too");
   const char* why = cuda::refusal(1);
-  EXPECT(why && std::string(why).find("no kernel image") == 0, "a card without code is not refused");
+  EXPECT(why && std::string(why).find("no kernel image") == 0,
+         "a card without code is not refused");
   refused = false;
   try {
     cuda::refusal(7);
