@@ -219,7 +219,9 @@ def _config_of(
     basis = BasisDescription.parse(first["basis"])
     modules = _base_modules(model)
     linear = [at for at, layer in layers.items() if not layer.experts]
+    of_model = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return {
+        "auto_mapping": of_model,  # by which PEFT's AutoPeftModel classes find the base model's
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "basis": basis.kind,
         "bias": "none",

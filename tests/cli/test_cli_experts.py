@@ -36,6 +36,29 @@ def test_merge(name, own, tmp_path):
     assert all(torch.equal(state[key], value) for key, value in wanted.state_dict().items())
 
 
+class Stack(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.Parameter(torch.ones(2, 4, 4))
+        self.base_layer = torch.nn.ModuleDict({"inner": torch.nn.Linear(4, 4)})
+
+
+def test_a_module_called_base_layer(tmp_path):
+    """Around experts, and in a module with adapted experts."""
+    net = torch.nn.ModuleDict({"base_layer": Stack()})
+    (tmp_path / "base").mkdir()
+    save_file(net.state_dict(), tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "mixtral"}')
+    apply_randlora(net, ["inner"], target_parameters=["experts"], r=2)
+    save_adapter(randomize(net), tmp_path / "adapter")
+    code, _, err = run("merge", tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert code == 0, err
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    wanted = merge_and_unload(net).state_dict()
+    assert merged.keys() == wanted.keys()
+    assert all(torch.equal(merged[key], value) for key, value in wanted.items())
+
+
 def test_refused(tmp_path):
     make("Mixtral").save_pretrained(tmp_path / "base")
     chosen = {"basis": "hadamard", "target_parameters": EXPERTS}

@@ -5,10 +5,12 @@ import warnings
 
 import pytest
 import torch
+from cli_helpers import llama
 from expert_models import EXPERTS, MODELS, logits, make, with_scales
 from peft_helpers import Deep, Headed, accelerated, adapted, opened, peft, randomize, shake
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from randlora_ext import apply_randlora, calibrate, load_adapter, save_adapter
@@ -209,10 +211,28 @@ def test_biases_from_peft(tmp_path, bias):
     assert_same(load_adapter(Deep(), tmp_path), model)
 
 
+@pytest.mark.parametrize(
+    "by",
+    [
+        AutoModelForCausalLM.from_pretrained,
+        peft.AutoPeftModel.from_pretrained,
+        peft.AutoPeftModelForCausalLM.from_pretrained,
+    ],
+    ids=["transformers", "AutoPeftModel", "AutoPeftModelForCausalLM"],
+)
+def test_a_folder_of_ours_names_the_base_model(tmp_path, by):
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = randomize(apply_randlora(base, ["q_proj", "down_proj"], r=4)).eval()
+    save_adapter(model, tmp_path / "adapter")
+    accelerated.enable()
+    tokens = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        assert torch.equal(by(tmp_path / "adapter").eval()(tokens).logits, model(tokens).logits)
+
+
 def test_the_base_weight_of_an_adapted_head_is_not_trained(tmp_path):
     """PEFT saves it, too, if it has the name of an embedding layer."""
-    from cli_helpers import llama
-
     model = adapted(llama(), ["lm_head", "q_proj"], basis="hadamard")
     with torch.no_grad():
         model.get_submodule("base_model.model.lm_head").base_layer.weight.add_(1)
