@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..basis import Basis, BasisDescription
-from ..checks import check_adapter_name, check_one_of
+from ..checks import check_adapter_name, check_alpha, check_one_of
 from ..files import appear_together
 from ..ranks import failing_together, full_tensor, is_dtensor
 from .adapted_layer import AdaptedLayer, layers_by_path
@@ -27,6 +28,8 @@ from .paths import in_base_model, in_file
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
 _PARTS = (*DIAGONALS, INPUT_SCALE)
+# Modules in PEFT's layers.
+_OF_PEFT = ("base_layer", "default", "randlora_A", "randlora_B", "randlora_dropout", *_PARTS)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
 
 
@@ -106,7 +109,7 @@ def load_adapter(
         adapter_name: the adapter's name in the model.
 
     Raises, and leaves the model as it was:
-        OSError: a file cannot be read. TypeError: a layer is not a linear layer.
+        OSError: a file cannot be read. TypeError: a layer is not a linear layer, or PEFT's.
         ValueError: the adapter is damaged, on bases that PEFT draws, or does not fit the model, for
             reasons that the message lists.
     """
@@ -219,10 +222,12 @@ def _config_of(
     basis = BasisDescription.parse(first["basis"])
     modules = _base_modules(model)
     linear = [at for at, layer in layers.items() if not layer.experts]
-    of_model = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    kind = _class_of(model)
+    of_model = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    name = getattr(model, "name_or_path", None)
     return {
         "auto_mapping": of_model,  # by which PEFT's AutoPeftModel classes find the base model's
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": name if name and isinstance(name, str) else None,
         "basis": basis.kind,
         "bias": "none",
         "density": basis.density,
@@ -241,7 +246,14 @@ def _config_of(
     }
 
 
+def _class_of(model: Any) -> type:
+    """Without what torch.compile and fully_shard make of it."""
+    kinds = type(getattr(model, "_orig_mod", model)).__mro__
+    return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
+
+
 def _options(layer: Any, adapter_name: str) -> dict[str, Any]:
+    check_alpha("scaling", layer.scaling[adapter_name])
     return {
         "r": layer.r[adapter_name],
         "scaling": layer.scaling[adapter_name],
@@ -252,7 +264,7 @@ def _options(layer: Any, adapter_name: str) -> dict[str, Any]:
 
 def _alpha(scaling: float, r: int) -> float:
     """A number whose quotient by r is `scaling`, or the nearest one if no float has it."""
-    alpha = scaling * r
+    alpha = float(scaling) * r
     near = (float(round(alpha)), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, 2 * alpha))
     exact = next((each for each in near if each / r == scaling), alpha)
     return int(exact) if exact.is_integer() else exact
@@ -306,6 +318,11 @@ def _whole_modules(
 
     What is trained beside them is saved, too; PEFT then puts it into the base model.
     """
+    uses = Counter(
+        id(parameter)
+        for module in modules.values()
+        for parameter in module.parameters(recurse=False)
+    )
     found: list[str] = []
     for at, module in modules.items():
         inside = f"{at}."
@@ -314,10 +331,13 @@ def _whole_modules(
         if isinstance(module, _CONTAINERS) or any(f"{own}.".startswith(inside) for own in layers):
             continue
         own = {name.removeprefix(inside) for name in trained if name.startswith(inside)}
-        if own and own == {in_base_model(key, ()) for key in module.state_dict()}:
+        is_whole = own and own == {in_base_model(key, ()) for key in module.state_dict()}
+        # PEFT trains a copy, which would be tied to nothing.
+        if is_whole and all(uses[id(parameter)] == 1 for parameter in module.parameters()):
             found.append(at)
-    # PEFT takes every module whose path ends like a name.
-    return [at for at in found if not any(o.endswith(at) and o != at for o in modules)]
+    # PEFT takes every module whose path ends like a name, those of adapters, too.
+    others = (*modules, *_OF_PEFT)
+    return [at for at in found if not any(o.endswith(at) and o != at for o in others)]
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -185,6 +185,20 @@ def test_modules_to_save_from_ours(tmp_path, base, whole, listed):
     assert is_plain == (listed == sorted(whole))
 
 
+def test_a_trained_module_whose_weight_is_tied(tmp_path):
+    """PEFT would train a copy of it, to which the head would not be tied."""
+    base = lambda: llama(tie_word_embeddings=True)  # noqa: E731
+    model = randomize(apply_randlora(base(), ["q_proj"], r=4, modules_to_save=["embed_tokens"]))
+    shake(model)
+    save_adapter(model, tmp_path)
+    accelerated.enable()
+    tokens = torch.arange(8).view(1, 8)
+    with torch.no_grad():
+        want = model.eval()(tokens).logits
+        for served in (opened(tmp_path, base), load_adapter(base(), tmp_path)):
+            assert torch.equal(served.eval()(tokens).logits, want)
+
+
 def test_a_bias_that_was_trained_along(tmp_path):
     model = randomize(apply_randlora(Deep(), ["a", "b"], r=5))
     model.a.base_layer.bias.requires_grad_(True)
