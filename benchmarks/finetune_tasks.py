@@ -4,7 +4,9 @@ All of it is made by program or ships with Python. The tasks share no vocabulary
 """
 
 import argparse
+import json
 import random
+import re
 from collections.abc import Callable
 from datetime import date, timedelta
 from pathlib import Path
@@ -59,10 +61,57 @@ def dates() -> tuple[list[Example], list[Example]]:
     return _shuffled([(f"{d:%Y %j}", f"{d:%A} {d.day} {d:%B}") for d in days])
 
 
+NAMES = (
+    "Anna Ben Carla David Elena Felix Grace Hugo Irene Jonas Karen Luis Maria Noah Olga Peter Rosa "
+    "Simon Tara Victor"
+).split()
+THINGS = (
+    "apple bench blanket book bottle bowl candle chair clock coat cup desk drum flag glove hammer "
+    "hat jacket kettle knife ladder lamp mirror mug necklace pen pillow plate ribbon ring rope rug "
+    "scarf shirt shovel spoon table towel umbrella vase violin wallet watch wheel"
+).split()
+COLORS = "black blue brown gold green grey orange pink purple red silver white yellow".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+SENTENCES = [
+    "{who} would like {count} {color} {things}{day}.",
+    "Could you send {count} {color} {things} to {who}{day}?",
+    "{who} called and asked for {count} {color} {things}{day}.",
+    "Please keep {count} {color} {things} for {who}{day}.",
+    "We owe {who} {count} {color} {things}{day}.",
+    "An order came in from {who}: {count} {color} {things}{day}.",
+]
+
+
+def extraction() -> tuple[list[Example], list[Example]]:
+    """Ben would like two red cups by Friday. -> {"item": "cup", "count": 2, ...}
+
+    Numbers become digits, nouns singular, days three letters; what is not said is left out.
+    """
+    draw = random.Random(1)
+    examples = []
+    for _ in range(4000):
+        who, thing, color = draw.choice(NAMES), draw.choice(THINGS), draw.choice(COLORS)
+        count = draw.randint(2, 40)
+        day = draw.choice([None, *DAYS])
+        plural = thing[:-2] + "ves" if thing == "knife" else thing + "s"
+        if thing.endswith(("ch", "x")):
+            plural = thing + "es"
+        sentence = draw.choice(SENTENCES).format(
+            who=who, count=in_words(count), color=color, things=plural,
+            day=f" by {day}" if day else "",
+        )  # fmt: skip
+        found: dict[str, object] = {"item": thing, "count": count, "color": color, "for": who}
+        if day:
+            found["day"] = day[:3]
+        examples.append((sentence, json.dumps(found)))
+    return _shuffled(examples)
+
+
 TASKS: dict[str, Callable[..., tuple[list[Example], list[Example]]]] = {
     "spelling": spelling.read_words,
     "roman": roman_numerals,
     "dates": dates,
+    "json": extraction,
 }
 
 
@@ -76,4 +125,17 @@ def code() -> str:
     return Path(argparse.__file__).read_text(encoding="utf-8")
 
 
-TEXTS = {"manual": manual, "code": code}
+def prose() -> str:
+    """English sentences: scikit-learn's descriptions of its data sets, without tables and code."""
+    import sklearn.datasets
+
+    paragraphs = []
+    for file in sorted((Path(sklearn.datasets.__file__).parent / "descr").glob("*.rst")):
+        for paragraph in file.read_text(encoding="utf-8").split("\n\n"):
+            is_prose = paragraph[:1].isupper() and not re.search(r"::|>>>|  |[|=]", paragraph)
+            if is_prose and len(paragraph) > 150:
+                paragraphs.append(" ".join(paragraph.split()))
+    return "\n\n".join(paragraphs)
+
+
+TEXTS = {"manual": manual, "code": code, "prose": prose}

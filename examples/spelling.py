@@ -91,7 +91,10 @@ class Batch(NamedTuple):
 
 def make_batch(tokenizer, words: list[Example], device="cpu") -> Batch:
     prompts = [tokenizer(f"{prompt} ->")["input_ids"] for prompt, _ in words]
-    answers = [[*tokenizer(f" {a}")["input_ids"], tokenizer.eos_token_id] for _, a in words]
+    answers = [
+        [*tokenizer(f" {a}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for _, a in words
+    ]
     rows = [{"input_ids": p + a} for p, a in zip(prompts, answers, strict=True)]
     width = max(map(len, answers))
     labels = torch.tensor([[NO_LABEL] * (width - len(a)) + a for a in answers])
@@ -169,8 +172,11 @@ def text_loss(
 
         text = "\n".join(topics.values())
     model.eval()
-    tokens = tokenizer(text[: 8 * rows * columns])["input_ids"][: rows * columns]
-    block = torch.tensor(tokens, device=model.device).unfold(0, columns, columns)
+    start = tokenizer("")["input_ids"]  # <bos>, if the model's texts begin with it
+    own = columns - len(start)
+    tokens = tokenizer(text[: 8 * rows * columns], add_special_tokens=False)["input_ids"]
+    block = [start + tokens[i * own : (i + 1) * own] for i in range(rows)]
+    block = torch.tensor(block, device=model.device)
     return sum(model(row[None], labels=row[None]).loss.item() for row in block) / len(block)
 
 
