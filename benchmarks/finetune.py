@@ -70,7 +70,9 @@ def adapted(base, method: str, seed: int, scaling: float, r: int, targets: list[
         "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=16, **common),
         "rslora": lambda: peft.LoraConfig(r=rank, lora_alpha=16, use_rslora=True, **common),
         "shira": lambda: peft.ShiraConfig(r=rank, random_seed=seed, **common),
-        "oft": lambda: peft.OFTConfig(r=0, oft_block_size=32 if base.config.hidden_size == 640 else 24, **common),
+        "oft": lambda: peft.OFTConfig(
+            r=0, oft_block_size=32 if base.config.hidden_size == 640 else 24, **common
+        ),
         "c3a": lambda: peft.C3AConfig(block_size=48 * r // 32, **common),
         "miss": lambda: peft.MissConfig(r=18, **common),
     }
@@ -124,7 +126,11 @@ def other_vectors(tuned, batches, options: str) -> dict:
     from randlora_ext.calibration import EPSILON
 
     given = dict(option.split("=") for option in options.split())
-    p, unit, first = float(given.pop("p", 2)), float(given.pop("unit", 1.5)), given.pop("first", "1")
+    p, unit, first = (
+        float(given.pop("p", 2)),
+        float(given.pop("unit", 1.5)),
+        given.pop("first", "1"),
+    )
     assert not given, given
     layers = [layer for layer in tuned.modules() if hasattr(layer, "set_input_scale")]
     seen: dict = {layer: [] for layer in layers}
@@ -307,43 +313,61 @@ def common_responses(tuned) -> Iterator[dict[str, list[float]]]:
             hook.remove()
 
 
-def inputs_table() -> str:
-    """By kind of layer and text: shares of energy of 2% of the features, and of the mean."""
+def inputs_of_layers(dtype: str) -> dict[str, dict[str, dict[str, float]]]:
+    """By text and kind of layer shares of the inputs' energy, means over the layers.
+
+    few: of the largest 2% of the features. mean: of the mean over the tokens. scaled: of the mean
+    once the inputs are divided by their size alone, p = 0; calibrated: by `calibrate`'s vector.
+    """
     import finetune_tasks
+    import spelling
     import torch
 
-    tokenizer, model, _ = loaded("fp32")
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-
-    def watch(kind: str, text: str):
-        def hook(layer, inputs):
-            x = inputs[0].flatten(0, -2)
-            energy = x.square().mean(0)
-            few = energy.sort(descending=True).values[: max(1, round(0.02 * len(energy)))]
-            shares = few.sum() / energy.sum(), x.mean(0).square().sum() / energy.sum()
-            found.setdefault((kind, text), []).append(tuple(map(float, shares)))
-
-        return hook
-
+    tokenizer, base, _ = loaded(dtype)
+    tuned = adapted(copy.deepcopy(base), "hadamard", 0, SCALING, 32, TARGETS["all"])
+    batches = spelling.plan_batches(spelling.read_words()[0], 4, BATCH, 0)
+    by_p = [other_vectors(tuned, inputs_of("", batches, tokenizer), f"p={p}") for p in (0, 2)]
     texts = {name: text() for name, text in finetune_tasks.TEXTS.items()}
     for task, make in finetune_tasks.TASKS.items():
         texts[task] = "\n".join(f"{asked} -> {answer}" for asked, answer in make()[0][:100])
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for text, content in texts.items():
-        layers = [(n.rpartition(".")[2], m) for n, m in model.named_modules()]
+        seen: dict[str, list[dict[str, float]]] = {}
+
+        def watch(layer, inputs, kind: str, seen=seen):
+            x = inputs[0].flatten(0, -2)
+            energy = x.square().mean(0)
+            few = energy.sort(descending=True).values[: max(1, round(0.02 * len(energy)))]
+            shares = {"few": float(few.sum() / energy.sum())}
+            scales = [torch.ones(()), *(vectors[layer] for vectors in by_p)]
+            for name, scale in zip(("mean", "scaled", "calibrated"), scales, strict=True):
+                y = x * scale
+                shares[name] = float(y.mean(0).square().sum() / y.square().mean(0).sum())
+            seen.setdefault(kind, []).append(shares)
+
         hooks = [
-            m.register_forward_pre_hook(watch(kind, text))
-            for kind, m in layers
-            if kind in TARGETS["all"]
+            layer.register_forward_pre_hook(partial(watch, kind=path.rpartition(".")[2]))
+            for path, layer in tuned.named_modules()
+            if layer in by_p[0]
         ]
         with torch.no_grad():
-            model(torch.tensor([tokenizer(content[-8192:])["input_ids"][-512:]]))
+            tuned(torch.tensor([tokenizer(content[-8192:])["input_ids"][-512:]]))
         for hook in hooks:
             hook.remove()
-    head = f"| layers | {' | '.join(texts)} |\n|{'---|' * (len(texts) + 1)}"
-    lines = [head]
+        found[text] = {
+            kind: {name: round(statistics.fmean(s[name] for s in shares), 3) for name in shares[0]}
+            for kind, shares in seen.items()
+        }
+    return found
+
+
+def inputs_table(found: dict) -> str:
+    """By kind of layer and text: shares of energy of 2% of the features, and of the mean."""
+    lines = [f"| layers | {' | '.join(found)} |\n|{'---|' * (len(found) + 1)}"]
     for kind in TARGETS["all"]:
-        means = (map(statistics.fmean, zip(*found[kind, text], strict=True)) for text in texts)
-        cells = (f"{few:.0%}, {mean:.0%}" for few, mean in means)
+        cells = (
+            f"{found[text][kind]['few']:.0%}, {found[text][kind]['mean']:.0%}" for text in found
+        )
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -517,7 +541,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-4, help="of --parity")
     args = parser.parse_args()
     if args.inputs:
-        print(inputs_table())
+        found = inputs_of_layers(args.model[0])
+        args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        print(inputs_table(found))
         return
     if args.parity:
         parity(args.parity, args.lr)
