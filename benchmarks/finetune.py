@@ -66,13 +66,12 @@ def adapted(base, method: str, seed: int, scaling: float, r: int, targets: list[
     # At r = 32 and four kinds of SmolLM2's layers these have 1.04 to 1.13 million parameters;
     # RandLoRA has 1.03. A block of OFT divides the layers' sizes.
     rank = max(1, round((4 if targets == TARGETS["experts"] else 7) * 32 / r))
+    block = 32 if base.config.hidden_size == 640 else 24
     others = {
         "lora": lambda: peft.LoraConfig(r=rank, lora_alpha=16, **common),
         "rslora": lambda: peft.LoraConfig(r=rank, lora_alpha=16, use_rslora=True, **common),
         "shira": lambda: peft.ShiraConfig(r=rank, random_seed=seed, **common),
-        "oft": lambda: peft.OFTConfig(
-            r=0, oft_block_size=32 if base.config.hidden_size == 640 else 24, **common
-        ),
+        "oft": lambda: peft.OFTConfig(r=0, oft_block_size=block, **common),
         "c3a": lambda: peft.C3AConfig(block_size=48 * r // 32, **common),
         "miss": lambda: peft.MissConfig(r=18, **common),
     }

@@ -5,6 +5,7 @@
     bench-tokens.png     layer-NAME.json      layer.py with several numbers of tokens
     bench-density.png    density-NAME.json    layer.py with many densities, at one size
     forgetting.png       forgetting-NAME.jsonl   finetune.py, a task a panel, a curve a method
+    inputs.png           inputs-NAME.json        finetune.py --inputs, and runs of the former
 
 Only float32 rows are drawn, so that no line mixes types.
 """
@@ -111,43 +112,96 @@ def by_density(result: dict):
 
 
 METHODS = {
-    "hadamard scaled": ("tab:red", "o-", "Hadamard, calibrated"),
-    "hadamard": ("tab:orange", "o-", "Hadamard"),
-    "shira": ("tab:green", "s-", "SHiRA"),
-    "shira scaled": ("tab:green", "s:", "SHiRA, inputs scaled"),
-    "lora": ("k", "^-", "LoRA"),
-    "lora scaled": ("k", "^:", "LoRA, inputs scaled"),
-    "very_sparse": ("tab:purple", "v-", "very_sparse"),
-    "c3a": ("tab:brown", "D-", "C3A"),
+    ("hadamard scaled", "four"): ("tab:red", "o", "-", "calibrated"),
+    ("hadamard scaled", "mlp"): ("tab:red", "o", ":", "calibrated, MLP alone"),
+    ("hadamard scaled:p=0", "four"): ("tab:orange", "o", "-", "divided by size alone"),
+    ("shira", "four"): ("tab:green", "s", "-", "SHiRA"),
+    ("lora", "four"): ("k", "^", "-", "LoRA"),
+    ("lora", "mlp"): ("k", "^", ":", "LoRA, MLP alone"),
+    ("oft", "four"): ("tab:purple", "D", "-", "OFT"),
 }
+MODEL_NAMES = {"fp32": "SmolLM2-135M", "gemma": "Gemma 3 270M"}
 
 
 def by_forgetting(rows: list[dict]):
-    """Forgetting over what was learned, if anything: a point a rate, the mean over its seeds."""
-    usual = {"steps": 40, "r": 32, "targets": "four", "model": "fp32"}
-    rows = [r for r in rows if usual.items() <= r.items() and r["held_out_loss"] < 2]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(10, 4), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        for method, (color, style, label) in METHODS.items():
-            mine = [r for r in rows if r["task"] == task and r["method"] == method]
-            points = []
-            for rate in sorted({r["lr"] for r in mine}):
+    """Forgetting over what was learned: a curve a rate, of dW as trained, times 0.7 and 0.4."""
+    rows = [row for row in rows if row["steps"] == 40 and row["r"] == 32 and "x 0.7" in row]
+    panels = [(m, t) for m in MODEL_NAMES for t in dict.fromkeys(row["task"] for row in rows)]
+    panels = [p for p in panels if sum((row["model"], row["task"]) == p for row in rows) > 2]
+    columns = max(1, (len(panels) + 1) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(10, 7), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (model, task) in zip(axes.flat, panels, strict=False):
+        for (method, targets), (color, marker, line, label) in METHODS.items():
+            mine = [
+                row
+                for row in rows
+                if (row["model"], row["task"], row["method"], row["targets"])
+                == (model, task, method, targets)
+            ]
+            for rate in sorted({row["lr"] for row in mine}):
                 each = [
-                    (r["held_out_loss"], r["forgetting"]["manual"]) for r in mine if r["lr"] == rate
+                    [
+                        (row["held_out_loss"], row["forgetting"]["manual"]),
+                        *((row[x]["held_out_loss"], row[x]["manual"]) for x in ("x 0.7", "x 0.4")),
+                    ]
+                    for row in mine
+                    if row["lr"] == rate
                 ]
-                points.append(tuple(sum(v) / len(each) for v in zip(*each, strict=True)))
-            if points:
-                axis.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=label)
-        axis.set(yscale="log", title=task, xlabel="held-out loss of the task")
-        axis.yaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 4]))
+                points = [
+                    [sum(values) / len(each) for values in zip(*seeds, strict=True)]
+                    for seeds in zip(*each, strict=True)
+                ]
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=color, marker=marker, linestyle=line, markersize=4, label=label,
+                )  # fmt: skip
+        axis.set(yscale="log", title=f"{MODEL_NAMES[model]}, {task}", xlabel="held-out loss")
+        axis.yaxis.set_major_locator(FixedLocator([0.01, 0.03, 0.1, 0.3, 1, 3, 10]))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("rise of the loss on Python's manual")
-    lines, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(lines, labels, ncols=4, loc="upper center", fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 0.87))
+    for row_of_axes in axes:
+        row_of_axes[0].set_ylabel("rise of the loss on Python's manual")
+    found = {}
+    for axis in axes.flat:
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, line)
+    figure.legend(found.values(), found.keys(), ncols=4, loc="upper center", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    return figure
+
+
+def by_inputs(inputs: dict, rows: list[dict]):
+    """The mean's share of the inputs' energy, and of dW's response: before and after."""
+    kinds = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    usual = {"model": "fp32", "task": "spelling", "targets": "four", "steps": 40, "r": 32}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    looks = [("0.6", "as they are"), ("tab:orange", "divided by their size alone")]
+    looks.append(("tab:red", "and weighed by what varies"))
+    shares = [
+        [inputs["manual"][k][name] for k in kinds] for name in ("mean", "scaled", "calibrated")
+    ]
+    methods = ("hadamard", "hadamard scaled:p=0", "hadamard scaled")
+    responses = []
+    for method in methods:
+        mine = [r["common"] for r in rows if usual.items() <= r.items() and r["method"] == method]
+        responses.append([sum(c[kind] for c in mine) / len(mine) for kind in kinds])
+    titles = (
+        "one vector's share of the inputs' energy",
+        "its share of the energy of dW's response",
+    )
+    for axis, title, values in zip(axes, titles, (shares, responses), strict=True):
+        for i, ((color, label), heights) in enumerate(zip(looks, values, strict=True)):
+            places = [k + 0.27 * (i - 1) for k in range(len(kinds))]
+            axis.bar(places, heights, 0.25, color=color, label=label)
+        axis.set_xticks(range(len(kinds)), kinds)
+        axis.set_title(title, fontsize=9)
+        axis.grid(axis="y", alpha=0.3)
+    lines, labels = axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, ncols=3, loc="upper center", fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.9))
     return figure
 
 
@@ -168,6 +222,8 @@ def main(arguments: list[str] | None = None) -> None:
     if path.exists():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         by_forgetting(rows).savefig(args.out / "forgetting.png", dpi=110)
+        inputs = json.loads(path.with_name(f"inputs-{args.name}.json").read_text())
+        by_inputs(inputs, rows).savefig(args.out / "inputs.png", dpi=110)
 
 
 if __name__ == "__main__":
