@@ -2,6 +2,7 @@
 
 import math
 import re
+import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from .ranks import full_tensor
 POWER = 2  # of the share of a feature's energy that varies; docs/density.md compares others
 EPSILON = 0.1  # in medians of rms: small features are not blown up without bound
 FLOOR = 1e-3  # in medians of the scale: no feature is lost entirely, so dW keeps its rank
+RESPONSE = 1.5  # of the median layer to a random dW; one learning rate then fits all models
 FEW_TOKENS = 32  # of an expert that saw fewer, the vector is that of all experts
 
 
@@ -46,7 +48,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         varying = 1 - (x.mean(0) / rms).square()    the share of its energy that varies
         scale = varying.square() / (rms + 0.1 * rms.median())
         scale = scale.clamp_min(scale.median() / 1000)
-        input_scale = scale / scale.square().mean().sqrt()
+        scale = scale / scale.square().mean().sqrt()
+
+    times one number for the whole model, which makes its median layer answer a random dW as
+    strongly as any other model's, so that one learning rate serves all (docs/how-it-works.md)::
+
+        response = ((x * scale).square().sum() / y.square().mean(1).sum()).sqrt()
+                                                    of each layer, whose outputs are y (tokens, out)
+        input_scale = scale * 1.5 / statistics.median(responses)
 
     From then on the adapter computes ``F.linear(x * input_scale, dW)``. This costs no parameter and
     no time, because the vector is a factor of the bases' signs, and it belongs to the adapter:
@@ -67,10 +76,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Raises, and leaves every adapter as it was: TypeError if model is no module, or batches is a
     single batch or holds something else; ValueError if no active adapter is on Hadamard bases, one
-    has trained (its lambda is not zero) or is merged, no batch comes, or inputs hold NaN or
-    infinity. Warns, once, of layers that see no token or only zeros, which stay as they are.
-    Experts must multiply by their parameter or a part of it, by
-    torch's functions for products (not einsum), as those of transformers do unless
+    has trained (its lambda is not zero) or is merged, no batch comes, or inputs or outputs hold NaN
+    or infinity. Warns, once, of layers that see no token or only zeros, which stay as they are.
+    Experts must multiply by their parameter or a part of it, by torch's functions for products
+    (not einsum), as those of transformers do unless
     ``experts_implementation`` is "batched_mm".
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
@@ -95,7 +104,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def input_scale_of(rms: Tensor, mean: Tensor) -> Tensor:
-    """As `calibrate` says, of the root mean square and the mean of each feature.
+    """`scale` as `calibrate` says, of the root mean square and the mean of each feature.
 
     Medians of which over half would be zero are those of the other features. Features that are
     always zero count as varying, and so do all if none varies, as with a single token.
@@ -106,7 +115,7 @@ def input_scale_of(rms: Tensor, mean: Tensor) -> Tensor:
         varying = torch.ones_like(rms)
     scale = varying**POWER / (rms + EPSILON * _median(rms))
     scale = scale.clamp_min(FLOOR * _median(scale))
-    return (scale / scale.square().mean().sqrt()).float()
+    return scale / scale.square().mean().sqrt()
 
 
 def _median(values: Tensor) -> Tensor:
@@ -121,29 +130,40 @@ class _Sums:
     squares: Tensor  # (experts, in_features) float64: of x * x over the tokens
     values: Tensor  # likewise, of x
     tokens: Tensor  # (experts, 1) float64: how many
+    outputs: Tensor  # likewise: of the mean square of each token's outputs
 
     @classmethod
     def of(cls, layer: AdaptedLayer) -> "_Sums":
         experts = math.prod(layer.experts)
-        widths = layer.in_features, layer.in_features, 1
+        widths = layer.in_features, layer.in_features, 1, 1
         return cls(*(torch.zeros(experts, width, dtype=torch.float64) for width in widths))
 
-    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.squares, self.values, self.tokens
+    def totals(self) -> tuple[Tensor, ...]:
+        return self.squares, self.values, self.tokens, self.outputs
 
-    def add(self, x: Tensor, expert: int = 0) -> None:
-        """Tokens x (tokens, in_features)."""
-        x = x.float()
+    def add(self, x: Tensor, y: Tensor, expert: int = 0) -> None:
+        """Tokens x (tokens, in_features) and what became of them, y (tokens, out_features)."""
+        if not len(x):
+            return
+        x, y = x.float(), y.float()
         self.squares[expert] += x.square().sum(0, dtype=torch.float64).cpu()
         self.values[expert] += x.sum(0, dtype=torch.float64).cpu()
         self.tokens[expert] += len(x)
+        self.outputs[expert] += y.square().mean(1).sum(dtype=torch.float64).cpu()
 
     def input_scales(self) -> Tensor:
-        """(experts, in_features). An expert that saw few tokens has the vector of all experts."""
+        """(experts, in_features), each of root mean square 1. An expert that saw few tokens has the
+        vector of all experts."""
         enough = (self.tokens >= FEW_TOKENS) & self.squares.any(1, keepdim=True)
-        squares, values, tokens = (torch.where(enough, t, t.sum(0)) for t in self.totals())
+        squares, values, tokens, _ = (torch.where(enough, t, t.sum(0)) for t in self.totals())
         rms, mean = (squares / tokens).sqrt(), values / tokens
         return torch.stack([input_scale_of(*each) for each in zip(rms, mean, strict=True)])
+
+    def response(self, scales: Tensor) -> float:
+        """To a dW of independent random elements of variance 1: the root mean square of what it
+        would add to the outputs, over theirs."""
+        added = (self.squares * scales.square()).sum()
+        return float((added / self.outputs.sum()).sqrt())
 
 
 def _scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
@@ -151,8 +171,8 @@ def _scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
     vector, if a layer has seen nothing."""
     scales, unseen = {}, []
     for name, of_layer in sums.items():
-        if not bool(of_layer.squares.isfinite().all()):
-            raise ValueError(f"the inputs of layer {name!r} hold NaN or infinity")
+        if not all(bool(total.isfinite().all()) for total in of_layer.totals()):
+            raise ValueError(f"the inputs or outputs of layer {name!r} hold NaN or infinity")
         if bool(of_layer.squares.any()):
             scales[name] = of_layer.input_scales()
         else:
@@ -162,7 +182,10 @@ def _scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
             f"batches brought no token to {len(unseen)} of {len(sums)} layers, or only masked ones "
             f"and zeros; these stay as they were: {first(unseen)}"
         )
-    return scales
+    responses = [sums[name].response(scale) for name, scale in scales.items()]
+    responses = [response for response in responses if math.isfinite(response)]  # outputs are zero
+    strength = RESPONSE / statistics.median(responses) if responses else 1.0
+    return {name: (strength * scale).float() for name, scale in scales.items()}
 
 
 def _check_batches(batches: Any) -> None:
@@ -222,16 +245,17 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
 
 
 def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, _Sums]) -> None:
-    """Calls the model in eval mode, and adds the inputs of its layers to `sums`."""
+    """Calls the model in eval mode, and adds what its layers take and give to `sums`."""
     device = next(model.parameters()).device
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
-    def add(layer, args, kwargs) -> None:
+    def add(layer, args, kwargs, y) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        x = x.reshape(-1, x.shape[-1])
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         if mask is not None and mask.numel() == len(x):
-            x = x[mask.flatten().to(x.device) != 0]
-        sums[layer].add(x)
+            kept = mask.flatten().to(x.device) != 0
+            x, y = x[kept], y[kept]
+        sums[layer].add(x, y)
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
@@ -247,7 +271,7 @@ def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, _Sums]) -
                 layer.takes_base_weight = True
                 held.callback(delattr, layer, "takes_base_weight")
             else:
-                held.enter_context(layer.register_forward_pre_hook(add, with_kwargs=True))
+                held.enter_context(layer.register_forward_hook(add, with_kwargs=True))
         model.eval()
         for module in _of_four_bits(model):
             module.training = True
@@ -266,8 +290,8 @@ def _of_four_bits(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Products(TorchFunctionMode):
-    """Adds up what experts multiply: the first factor of each product whose second lies in the
-    memory of an adapted parameter."""
+    """Adds up what experts multiply and get: the first factor and the result of each product whose
+    second factor lies in the memory of an adapted parameter."""
 
     def __init__(self, sums: Mapping[AdaptedLayer, _Sums]) -> None:
         super().__init__()
@@ -275,6 +299,7 @@ class _Products(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        y = func(*args, **kwargs)
         if re.search("linear|matmul|mm", getattr(func, "__name__", "")):
             given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             ends = next((t for t in given if not t.is_floating_point()), None)
@@ -282,29 +307,33 @@ class _Products(TorchFunctionMode):
             for x, w in pairwise(given[:2] if is_linear else given):
                 for layer in self.sums:
                     if _lies_in(w, layer._base_weight()):
-                        self._add(layer, x, w.mT if is_linear else w, ends)
-        return func(*args, **kwargs)
+                        self._add(layer, x, w.mT if is_linear else w, y, ends)
+        return y
 
     def _add(
-        self, layer: AdaptedParameter, x: Tensor, w: Tensor, ends: Tensor | None = None
+        self, layer: AdaptedParameter, x: Tensor, w: Tensor, y: Tensor, ends: Tensor | None = None
     ) -> None:
-        """The product of x (..., in) and w (in, out), or a stack of these."""
+        """The product y of x (..., in) and w (in, out), or a stack of these."""
         if w.dim() == 3:
             parts: Sequence[Tensor] = [x] * len(w)
             if ends is not None:  # where the rows of each expert end
-                parts = x.tensor_split(ends.cpu().long())
-            elif x.dim() >= 3 and x.shape[-3] == len(w):
-                parts = x.unbind(-3)
-            for part, own in zip(parts, w, strict=False):
-                self._add(layer, part, own)
+                parts, results = (rows.tensor_split(ends.cpu().long()) for rows in (x, y))
+            else:
+                results = y.unbind(-3)
+                if x.dim() >= 3 and x.shape[-3] == len(w):
+                    parts = x.unbind(-3)
+            for part, own, result in zip(parts, w, results, strict=False):
+                self._add(layer, part, own, result)
             return
         W, (experts,) = layer._base_weight(), layer.experts
         along = W.stride(-2 if layer.transposed else -1)  # the input side
         at = w.data_ptr() - W.data_ptr()
         if w.shape[:-1] == (layer.in_features,) and w.stride(0) == along and at < W.nbytes:
             rows = x.reshape(-1, layer.in_features)
+            results = y.reshape(-1, y.shape[-1])
             # Llama 4 gives every expert all tokens, zero where they belong to another.
-            self.sums[layer].add(rows[(rows != 0).any(1)], at * experts // W.nbytes)
+            kept = (rows != 0).any(1)
+            self.sums[layer].add(rows[kept], results[kept], at * experts // W.nbytes)
 
 
 def _lies_in(part: Tensor, whole: Tensor) -> bool:

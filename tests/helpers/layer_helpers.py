@@ -94,13 +94,18 @@ def uneven(*lead, seed=0):
 
 
 def input_scale_of(*inputs):
-    """By the formula in the docstring of `calibrate`, over the rows of all inputs."""
+    """By the formula in the docstring of `calibrate`, over the rows of all inputs, of root mean
+    square 1."""
     x = torch.cat([x.detach().flatten(0, -2) for x in inputs]).double()
     energy = x.square().mean(0)
     varying = x.var(0, correction=0) / energy
     scale = varying**2 / (energy.sqrt() + 0.1 * energy.sqrt().median())
-    scale = torch.maximum(scale, scale.median() / 1000)
-    return (scale / scale.square().mean().sqrt()).float()
+    return normalized(torch.maximum(scale, scale.median() / 1000)).float()
+
+
+def normalized(scale):
+    """Divided by its own root mean square, which is the strength that a whole model shares."""
+    return scale / scale.square().mean(-1, keepdim=True).sqrt()
 
 
 def small_net(kind=0.1, **options):
