@@ -316,8 +316,10 @@ class _Products(TorchFunctionMode):
         """The product y of x (..., in) and w (in, out), or a stack of these."""
         if w.dim() == 3:
             parts: Sequence[Tensor] = [x] * len(w)
+            results: Sequence[Tensor]
             if ends is not None:  # where the rows of each expert end
-                parts, results = (rows.tensor_split(ends.cpu().long()) for rows in (x, y))
+                at = ends.cpu().long()
+                parts, results = x.tensor_split(at), y.tensor_split(at)
             else:
                 results = y.unbind(-3)
                 if x.dim() >= 3 and x.shape[-3] == len(w):
