@@ -318,8 +318,8 @@ class _Products(TorchFunctionMode):
             parts: Sequence[Tensor] = [x] * len(w)
             results: Sequence[Tensor]
             if ends is not None:  # where the rows of each expert end
-                at = ends.cpu().long()
-                parts, results = x.tensor_split(at), y.tensor_split(at)
+                cuts = ends.cpu().long()
+                parts, results = x.tensor_split(cuts), y.tensor_split(cuts)
             else:
                 results = y.unbind(-3)
                 if x.dim() >= 3 and x.shape[-3] == len(w):
@@ -331,11 +331,10 @@ class _Products(TorchFunctionMode):
         along = W.stride(-2 if layer.transposed else -1)  # the input side
         at = w.data_ptr() - W.data_ptr()
         if w.shape[:-1] == (layer.in_features,) and w.stride(0) == along and at < W.nbytes:
-            rows = x.reshape(-1, layer.in_features)
-            results = y.reshape(-1, y.shape[-1])
+            x, y = x.reshape(-1, layer.in_features), y.reshape(-1, y.shape[-1])
             # Llama 4 gives every expert all tokens, zero where they belong to another.
-            kept = (rows != 0).any(1)
-            self.sums[layer].add(rows[kept], results[kept], at * experts // W.nbytes)
+            kept = (x != 0).any(1)
+            self.sums[layer].add(x[kept], y[kept], at * experts // W.nbytes)
 
 
 def _lies_in(part: Tensor, whole: Tensor) -> bool:
