@@ -129,8 +129,8 @@ try:
 except KeyboardInterrupt:
     print(f"interrupted after {len(losses)} steps")
 after = evaluate()
-for name in ("held_out_loss", "phoneme_error_rate"):
-    print(f"{name.replace('_', ' ')} {before[name]:.3f} -> {after[name]:.3f}")
+for name, told in (("held_out_loss", "held-out loss"), ("phoneme_error_rate", "phoneme errors")):
+    print(f"{told} {before[name]:.3f} -> {after[name]:.3f}")
 forgetting = [(step, loss - read[0][1]) for step, loss in read]
 print(f"forgetting: the loss on {TEXT} rose by {forgetting[-1][1]:.2f} per token")
 
@@ -239,10 +239,10 @@ print(f"a LoRA of rank {LORA} keeps {kept / whole:.2f} of |dW|^2")
 # %% Merge into a folder that any program opens, which knows nothing of randlora_ext
 shutil.rmtree(out / "merged", ignore_errors=True)
 folders = map(str, (base_folder, adapter_folder, out / "merged"))
-with contextlib.redirect_stderr(io.StringIO()) as told:  # a line for every layer
+with contextlib.redirect_stderr(io.StringIO()) as log:  # a line for every layer
     code = randlora_cli.main(["merge", *folders])
 if code:
-    sys.exit(told.getvalue())
+    sys.exit(log.getvalue())
 merged = difference(AutoModelForCausalLM.from_pretrained(out / "merged"))
 print(f"merged: largest difference of a logit {merged:.1e}")
 
