@@ -131,6 +131,51 @@ def test_experts(tmp_path, name, own):
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
+class Mixture(nn.Module):
+    """Experts around a linear layer, beside parameters of the same last names elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(24, 24)
+        self.up = nn.Parameter(torch.randn(3, 40, 24))
+        self.down = nn.Parameter(torch.randn(3, 24, 40))
+        self.matrix = nn.Parameter(torch.randn(24, 24))
+
+    def forward(self, x):
+        h = torch.einsum("ti,eoi->eto", self.linear(x), self.up).relu()
+        return torch.einsum("eti,eoi->to", h, self.down) @ self.matrix.T
+
+
+STACKS = [
+    (["up"], ["linear"]),
+    (["up", "down", "matrix"], ["linear"]),
+    (["matrix", "up"], []),
+    (["1.down"], ["0.linear"]),
+    (["1.down", "0.up", "0.matrix"], ["1.linear"]),
+]
+
+
+@pytest.mark.parametrize("parameters, linear", STACKS, ids=str)
+def test_layers_around_layers(tmp_path, parameters, linear):
+    """Experts of several parameters, whose layers are nested, around a linear layer."""
+
+    def base():
+        return nn.Sequential(Mixture(), Mixture())
+
+    model = randomize(apply_randlora(base(), linear, target_parameters=parameters, r=4))
+    save_adapter(with_scales(model), tmp_path / "ours")
+    accelerated.enable()
+    served = opened(tmp_path / "ours", base)
+    assert_same(served, model)
+    served.save_pretrained(tmp_path / "theirs")
+    assert_same(load_adapter(base(), tmp_path / "theirs"), model)
+    options = {"basis": "hadamard", "target_parameters": parameters}
+    theirs = with_scales(adapted(base(), linear, 4, **options))
+    theirs.save_pretrained(tmp_path / "from PEFT")
+    assert_same(load_adapter(base(), tmp_path / "from PEFT"), theirs)
+
+
 class Normed(Headed):
     """With a head that has buffers, and a module whose name another one ends with."""
 
