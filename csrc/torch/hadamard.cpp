@@ -111,8 +111,8 @@ class Product {
     if (in_caches() && T >= kFewest)
       while (chunks_ < T && (T + chunks_ - 1) / chunks_ % 16 == 0) ++chunks_;
     largest_ = chunks_ ? (T + chunks_ - 1) / chunks_ : 0;
-    slots_ = runs_on_cuda(like) ? slots_on_card(largest_)
-                                : std::min<int64_t>((largest_ + 15) / 16, 64);
+    slots_ =
+        runs_on_cuda(like) ? slots_on_card(largest_) : std::min<int64_t>((largest_ + 15) / 16, 64);
     if (dtype_ != class_dtype_) wide_ = Temporary(largest_ * s_.d, class_dtype_, like);
   }
 
@@ -252,7 +252,8 @@ class Product {
   }
   // Of a chunk, those of its classes.
   MatrixBatch columns(const MatrixBatch& chunk, const Part& p) const {
-    return {chunk.in, chunk.dtype, chunk.first + p.first * s_.n, p.count, tokens_, p.width,
+    return {chunk.in, chunk.dtype, chunk.first + p.first * s_.n,
+            p.count,  tokens_,     p.width,
             s_.n,     s_.d,        1};
   }
   static void copy(const MatrixBatch& to, const MatrixBatch& from) {
@@ -297,8 +298,15 @@ bool base_comes_last(const Tensor& x, const OptionalTensor& weight, const Option
   return weight && !bias && runs_on_cuda(x);
 }
 MatrixBatch matrix(const Tensor& weight) {
-  return {&weight, activation_dtype(weight, "weight"), 0, 1, weight.size(0), weight.size(1), 0,
-          weight.stride(0), weight.stride(1)};
+  return {&weight,
+          activation_dtype(weight, "weight"),
+          0,
+          1,
+          weight.size(0),
+          weight.size(1),
+          0,
+          weight.stride(0),
+          weight.stride(1)};
 }
 // to += from @ right. `to` and `from` are contiguous and have T tokens.
 void add_product(const Tensor& to, const Tensor& from, const MatrixBatch& right, int64_t T) {
