@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files import appear
+from ..nn.adapter_folder import NOT_HERE
 from . import CliError, told_of
 from .adapter import read_changes
 from .checkpoint import Checkpoint, read_checkpoint, read_json
@@ -28,10 +29,7 @@ def merge(model: Path, source: Path, out: Path) -> int:
     """
     for operand, place in (("MODEL", model), ("ADAPTER", source)):
         if not place.exists():
-            raise CliError(
-                f"{operand} {place} does not exist here; of the hub's, `hf download NAME "
-                "--local-dir FOLDER` makes a folder"
-            )
+            raise CliError(f"{operand} {place} {NOT_HERE}")
     checkpoint = read_checkpoint(model)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CliError(f"{out} exists; choose another name or remove it first")

@@ -19,6 +19,7 @@ from .state_dict import DIAGONALS, INPUT_SCALE, misfit, misfit_of_scale, missing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in front of every path of the base model
+NOT_HERE = "does not exist here; of the hub's, `hf download NAME --local-dir FOLDER` makes a folder"
 BASIS_NAMES = ("randlora_A", "randlora_B")  # of bases that PEFT draws
 _OF_LAYERS = (*DIAGONALS, INPUT_SCALE, RECORD_KEY)
 
@@ -189,6 +190,8 @@ def read_adapter(folder: str | os.PathLike) -> SavedAdapter:
     Each file is opened once, so that another process may save meanwhile. OSError if one cannot be
     read; ValueError, naming the folder, if the adapter is damaged or no RandLoRA adapter.
     """
+    if not os.path.exists(folder):
+        raise FileNotFoundError(f"{os.fspath(folder)} {NOT_HERE}")
     config, weights = Path(folder, CONFIG), Path(folder, WEIGHTS)
     text = config.read_bytes()
     pickled = weights.with_suffix(".bin")

@@ -416,7 +416,11 @@ def test_files_that_are_none(folder):
     weights.rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match=f"{folder}/adapter_model.bin is a pickle: open it"):
         load_adapter(Model(), folder)
-    for path in (folder.with_name("nowhere"), folder.parent, folder / CONFIG):
+    with pytest.raises(
+        FileNotFoundError, match="^HUB/NAME does not exist here; of the hub's, `hf d"
+    ):
+        load_adapter(Model(), "HUB/NAME")
+    for path in (folder.parent, folder / CONFIG):
         with pytest.raises(OSError, match=f"{path}/{CONFIG}"):
             load_adapter(Model(), path)
 
