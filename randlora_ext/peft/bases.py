@@ -17,9 +17,9 @@ from ..basis.basis import DenseMatrices
 from ..basis.cache import ordinary_tensors, share
 from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices, pack_dense
-from ..nn.adapter_config import description_of
 from ..nn.adapter_folder import BASIS_NAMES
 from ..nn.state_dict import misfit
+from .config import description_in
 
 # The state dict that each dictionary of bases wrote last.
 _written: "WeakKeyDictionary[PackedBufferDict, ref]" = WeakKeyDictionary()
@@ -31,21 +31,33 @@ def largest(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return D, d
 
 
+class _DrawnByPeft(RandLoraModel):
+    """PEFT's bases for layers of up to (D, d), by PEFT's own code, without a model of such layers.
+
+    Its ``randlora_A`` and ``randlora_B`` hold them under "default".
+    """
+
+    def __init__(self, config: peft.RandLoraConfig, D: int, d: int) -> None:
+        nn.Module.__init__(self)  # BaseTuner's would want a model
+        self.sizes = D, d
+        with torch.device("cpu"):  # real values, also for a model on the meta device
+            self._pre_injection_hook(self, config, "default")
+
+    def _find_dim(self, config: peft.RandLoraConfig) -> tuple[int, int]:
+        return self.sizes
+
+
 def new_bases(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tensor]:
     """A (r, 1, d) and B (D, n, r): as stock PEFT draws them, or what stands for generated ones.
 
     Raises ValueError if PEFT leaves no non-zero in one of them.
     """
-    if (description := description_of(vars(config))) is not None:
+    if (description := description_in(config)) is not None:
         shapes = (config.r, 1, d), (D, -(-d // config.r), config.r)
-        A, B = (BasisTensor(description, 1.0, shape, torch.float32, "cpu") for shape in shapes)
+        A, B = (PackedBasis(description, 1.0, shape, torch.float32, "cpu") for shape in shapes)
         return A, B
-    model: Any = RandLoraModel.__new__(RandLoraModel)
-    nn.Module.__init__(model)
-    model._find_dim = lambda config: (D, d)  # instead of a model in which to look for them
-    with torch.device("cpu"):  # real values, also for a model on the meta device
-        model._pre_injection_hook(model, config, "default")
-    A, B = (getattr(model, each)["default"] for each in BASIS_NAMES)
+    drawn: Any = _DrawnByPeft(config, D, d)
+    A, B = (getattr(drawn, each)["default"] for each in BASIS_NAMES)
     for each, matrix in zip(BASIS_NAMES, (A, B), strict=True):
         if not bool(matrix.isfinite().all()):  # PEFT divides by the standard deviation, 0
             raise ValueError(
@@ -55,23 +67,40 @@ def new_bases(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tens
     return A, B
 
 
-class BasisTensor(Tensor):
-    """A matrix (rows, ...) of {-value, 0, value}, whose trailing dims are flattened into columns.
+class PackedBasis(Tensor):
+    """Stands for one of PEFT's bases: a matrix (rows, ...) of {-value, 0, value}, whose trailing
+    dims are flattened into columns. It never changes, and `to` makes another one.
 
-    PEFT reads the shapes of its bases, moves, casts and saves them. Here shape, dtype, device and
-    moves cost nothing, and any other operation works on a dense copy that is made for it.
+    PEFT reads ``shape``, ``dtype`` and ``device`` of its bases and calls ``to``, of tensors alone
+    (``cast_adapter_dtype``); transformers reads ``shape``. This has no more: other operations raise
+    RuntimeError. What of PEFT's layers computes with bases is overridden. PEFT's tests compare
+    ``data_ptr``, which layers share.
 
-    `content` has bit planes (2, rows, ceil(columns / 64)), or the description that generates A and
-    B of each layer, which has no dense form here.
+    Args:
+        content: bit planes (2, rows, ceil(columns / 64)), or the description that generates A and B
+            of each layer, which has no dense form here.
+        value: of the non-zeros.
+        shape, dtype, device: of the tensor for which this stands. `content` stays where it is.
     """
 
     content: Tensor | BasisDescription
     value: float
 
-    def __new__(cls, content, value: float, shape, dtype, device) -> "BasisTensor":
+    def __new__(cls, content, value: float, shape, dtype, device) -> "PackedBasis":
         self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
         self.content, self.value = content, value
         return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func} needs a dense tensor, which .dense() makes of a PackedBasis")
+
+    def to(self, *args: Any, **kwargs: Any) -> "PackedBasis":  # type: ignore[override]
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = device or self.device, dtype or self.dtype
+        # A narrower dtype rounds the value, as it rounds the elements of a dense tensor.
+        value = float(torch.tensor(self.value, dtype=dtype, device="cpu"))
+        return PackedBasis(self.content, value, self.shape, dtype, device)
 
     def dense(self) -> Tensor:
         """A new dense tensor with the same values. Raises RuntimeError if they are generated."""
@@ -84,27 +113,18 @@ class BasisTensor(Tensor):
         dense = make(self.content, self.shape[1:].numel(), self.value, self.dtype)
         return dense.view(self.shape).to(self.device)
 
+    def data_ptr(self) -> int:
+        return id(self.content)
+
     def __repr__(self, *, tensor_contents=None) -> str:  # type: ignore[override]
         about = f"dtype={self.dtype}, device={self.device}, value={self.value:.6g}"
-        return f"BasisTensor({tuple(self.shape)}, {about})"
+        return f"PackedBasis({tuple(self.shape)}, {about})"
 
     def __reduce_ex__(self, protocol):
-        return BasisTensor, (self.content, self.value, self.shape, self.dtype, self.device)
+        return PackedBasis, (self.content, self.value, self.shape, self.dtype, self.device)
 
-    def __deepcopy__(self, memo: dict) -> "BasisTensor":
+    def __deepcopy__(self, memo: dict) -> "PackedBasis":
         return self  # constant, and copies of a model should share it
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        kwargs, t, name = kwargs or {}, args[0], func.overloadpacket.__name__
-        if name in ("detach", "alias", "clone", "_to_copy"):
-            device, dtype = kwargs.get("device") or t.device, kwargs.get("dtype") or t.dtype
-            # A narrower dtype rounds the value, as it rounds the elements of a dense tensor.
-            value = float(torch.tensor(t.value, dtype=dtype, device="cpu"))
-            return cls(t.content, value, t.shape, dtype, device)
-        if (name.endswith("_") and isinstance(t, cls)) or isinstance(kwargs.get("out"), cls):
-            raise RuntimeError(f"a basis is constant, but {func} would write to it")
-        return func(*map(as_dense, args), **{k: as_dense(v) for k, v in kwargs.items()})
 
 
 def generator_of(basis: Tensor) -> BasisDescription | None:
@@ -113,11 +133,8 @@ def generator_of(basis: Tensor) -> BasisDescription | None:
     return content if isinstance(content, BasisDescription) else None
 
 
-def as_dense(argument: Any) -> Any:
-    """A tensor, or an operator's other argument, with dense tensors for those of bases."""
-    if isinstance(argument, (list, tuple)):
-        return [as_dense(each) for each in argument]
-    return argument.dense() if isinstance(argument, BasisTensor) else argument
+def dense_of(basis: Tensor) -> Tensor:
+    return basis.dense() if isinstance(basis, PackedBasis) else basis
 
 
 class PackedBufferDict(MutableMapping, BufferDict):
@@ -154,7 +171,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
 
     def __setattr__(self, name: str, value) -> None:
         if name in self._bases and isinstance(value, Tensor):
-            self[name] = value.detach()
+            self[name] = value
         else:
             super().__setattr__(name, value)
 
@@ -162,14 +179,14 @@ class PackedBufferDict(MutableMapping, BufferDict):
         return self._bases[key]
 
     def __setitem__(self, key: str, basis: Tensor) -> None:
-        if not isinstance(basis, BasisTensor):
+        if not isinstance(basis, PackedBasis):
             if basis.is_meta:
                 if key in self._bases:  # PEFT moves bases with a weight; these would be lost
                     return
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
             # One that is not ternary stays dense.
             if packed := pack_dense(basis.detach().reshape(len(basis), -1)):
-                basis = BasisTensor(*packed, basis.shape, basis.dtype, basis.device)
+                basis = PackedBasis(*packed, basis.shape, basis.dtype, basis.device)
         self._bases[key] = basis
         self._changed()
 
@@ -187,7 +204,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
         # Takes only device and dtype from `fn`: `to_empty` would leave arbitrary values.
         for key, basis in self._bases.items():
             probe = fn(torch.empty(0, dtype=basis.dtype, device=basis.device))
-            if isinstance(basis, BasisTensor) or not probe.is_meta:
+            if isinstance(basis, PackedBasis) or not probe.is_meta:
                 self._bases[key] = basis.to(probe.device, probe.dtype)
         self._changed()
         return self
@@ -198,7 +215,7 @@ class PackedBufferDict(MutableMapping, BufferDict):
         with suppress(TypeError):  # a plain dict; then every layer writes, as with stock PEFT
             _written[self] = ref(destination)
         for key, basis in self.saved(prefix).items():
-            destination[key] = as_dense(basis).detach()  # a constant, so `keep_vars` too
+            destination[key] = dense_of(basis).detach()  # a constant, so `keep_vars` too
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -237,7 +254,7 @@ def layer_basis(
         )
     if (made := generator_of(A)) is not None:
         basis = Basis(*sizes, **vars(made))
-    elif served and isinstance(A, BasisTensor) and isinstance(B, BasisTensor):
+    elif served and isinstance(A, PackedBasis) and isinstance(B, PackedBasis):
         a: Any = A.content
         b: Any = B.content
         values = A.value, B.value
@@ -251,7 +268,8 @@ def layer_basis(
 
 
 def _dense(A: Tensor, B: Tensor) -> DenseMatrices:
-    both = (as_dense(t.to("cpu") if isinstance(t, BasisTensor) else t) for t in (A, B))
+    # Packed ones lie on the CPU, wherever the model is.
+    both = (t.to("cpu").dense() if isinstance(t, PackedBasis) else t for t in (A, B))
     matrices: Any = DenseMatrices(*(t.detach().flatten(1) for t in both))
     matrices.of = A, B  # kept alive, because their identities are the key
     return matrices

@@ -10,6 +10,7 @@ import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from ..basis import BasisDescription
 from ..checks import check_alpha, check_dropout, check_one_of, check_options, check_r
 from ..nn.adapter_config import NEEDS_OURS, SPARSE, description_of
 
@@ -94,6 +95,13 @@ class RandLoraConfig(peft.RandLoraConfig):
         if self.basis == "peft":
             return {k: v for k, v in values.items() if k not in _OURS}
         return values | {"peft_type": NEEDS_OURS}
+
+
+def description_in(config: peft.RandLoraConfig) -> BasisDescription | None:
+    """What generates the adapter's bases; None if PEFT draws them. `RandLoraConfig` has derived it
+    from its fields, and keeps it as the text of the key."""
+    key: Any = config.projection_prng_key
+    return BasisDescription.parse(key) if isinstance(key, str) else None
 
 
 def _check_types(config: RandLoraConfig) -> None:

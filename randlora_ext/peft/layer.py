@@ -22,7 +22,7 @@ from ..nn.experts import AdaptedParameter
 from ..nn.input_scale import InputScales
 from ..nn.merging import forget_merged
 from ..nn.state_dict import DIAGONALS
-from .bases import BasisTensor, PackedBufferDict, generator_of, layer_basis
+from .bases import PackedBasis, PackedBufferDict, generator_of, layer_basis
 
 
 class AcceleratedLinear(AdaptedLayer, Linear):
@@ -158,7 +158,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         A, B, device = self.randlora_A[adapter], self.randlora_B[adapter], key[0]
         served = device.type == "meta" or serve(device)
         basis = layer_basis(A, B, self.in_features, self.out_features, self.r[adapter], served)
-        if not served and basis.kind == "dense" and isinstance(A, BasisTensor):
+        if not served and basis.kind == "dense" and isinstance(A, PackedBasis):
             warnings.warn(
                 "RandLoRA layers multiply by dense bases: the CUDA kernels of randlora_ext are "
                 f"{cuda_refusal(device)}",

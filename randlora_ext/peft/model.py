@@ -30,6 +30,7 @@ from ..nn.state_dict import guard, misfit, refuse
 from ..nn.uncalibrated import warn_when_trained
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
+from .config import description_in
 from .layer import AcceleratedLinear, ParamWrapper, warn_of_misfits
 from .quantized import QuantizedLinear
 from .saving import refuse_lora_files
@@ -83,12 +84,13 @@ class AcceleratedRandLoraModel(RandLoraModel):
                     "the names of saved tensors depend on the order of nested layers"
                 )
         BaseTuner._check_new_adapter_config(self, config)
-        if not isinstance(config.projection_prng_key, str):
-            drawn: Any = object.__new__(RandLoraModel)
-            all_configs = self.peft_config.items()
-            of_peft = {n: c for n, c in all_configs if not isinstance(c.projection_prng_key, str)}
-            drawn.peft_config = of_peft
-            drawn._check_new_adapter_config(config)
+        if description_in(config) is None:
+            everything = self.peft_config
+            try:  # PEFT compares all adapters that it sees
+                self.peft_config = {n: c for n, c in everything.items() if not description_in(c)}
+                super()._check_new_adapter_config(config)
+            finally:
+                self.peft_config = everything
 
     def inject_adapter(self, model, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # The adapter gets bases of its own; if it fails, an older one of its name keeps its bases.

@@ -68,8 +68,8 @@ class QuantizedLinear(AcceleratedLinear):
             stacklevel=5,
         )
         # PEFT's backends change or replace the base layer of the layer that they get.
-        like: Any = object.__new__(type(self))
-        like.__dict__ = self.__dict__ | {"_modules": self._modules.copy()}
+        like: Any = copy.copy(self)
+        like._modules = self._modules.copy()
         like.base_layer = copy.deepcopy(base)
         weight: Any = getattr(like.base_layer, "weight", None)
         if hasattr(weight, "module"):  # of 4 bits, where quantizing writes its scales

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..files import appear_together
-from ..nn.adapter_config import NEEDS_OURS, description_of
+from ..nn.adapter_config import NEEDS_OURS
 from ..nn.state_dict import INPUT_SCALE
-from .bases import BASIS_NAMES, BasisTensor, as_dense, largest
+from .bases import BASIS_NAMES, PackedBasis, dense_of, largest
+from .config import description_in
 from .layer import layers_with
 
 _MERGE = "merge instead (merge_and_unload or `randlora merge`)"
@@ -93,7 +94,7 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
         layers = layers_with(model, name)
         _fold_scales(state, name, layers)
         A, B = (getattr(model.base_model, bases)[name] for bases in BASIS_NAMES)
-        stock[name] = _stock_config(config, isinstance(A, BasisTensor))
+        stock[name] = _stock_config(config, isinstance(A, PackedBasis))
         for bases, dense in zip(BASIS_NAMES, _dense_bases(config, A, B, layers), strict=True):
             state[f"base_model.{bases}.{name}"] = dense.detach()
     try:
@@ -129,9 +130,9 @@ def _dense_bases(
     Of generated bases, those of a smaller layer are parts of those of a larger one, with one
     exception: A of Hadamard bases depends on min(in, out).
     """
-    description = description_of(vars(config))
+    description = description_in(config)
     if description is None:
-        return as_dense(A), as_dense(B)
+        return dense_of(A), dense_of(B)
     sizes = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     (D, d), r = largest(sizes.values()), config.r
     own_d = d
@@ -151,7 +152,7 @@ def _dense_bases(
 def _stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
     """PEFT's own configuration with the fields that it knows, for bases that are ternary or not."""
     values = {f.name: getattr(config, f.name) for f in fields(peft.RandLoraConfig) if f.init}
-    if (description := description_of(vars(config))) is not None:
+    if (description := description_in(config)) is not None:
         values["projection_prng_key"] = description.seed
     # Stock PEFT draws bases before it loads these over them. It keeps uniform ones in bfloat16,
     # which would round the value, and sparse ones in float32.

@@ -183,6 +183,12 @@ def are_calibrated(model, name="default"):
     return [layer.is_calibrated(name) for layer in layers(model)]
 
 
+def dense_of(model, name="default"):
+    """A and B as tensors."""
+    bases = (getattr(model, matrix)[name] for matrix in ("randlora_A", "randlora_B"))
+    return [basis.dense() if hasattr(basis, "dense") else basis for basis in bases]
+
+
 def deltas(model):
     return [layer.get_delta_weight("default") for layer in layers(model)]
 

@@ -14,6 +14,7 @@ from peft_helpers import (
     accelerated,
     assert_close,
     config,
+    dense_of,
     deltas,
     inputs,
     layers,
@@ -72,10 +73,9 @@ def test_adapters_err_at_most_twice_as_much_as_stock(shape, dtype, autocast_adap
     )
     dtypes = [{name: p.dtype for name, p in each.named_parameters()} for each in (stock, ours)]
     assert dtypes[0] == dtypes[1]
-    for name in BASIS_NAMES:
-        mine, theirs = (getattr(layers(m)[0], name)["default"] for m in (ours, stock))
+    for mine, theirs in zip(dense_of(layers(ours)[0]), dense_of(layers(stock)[0]), strict=True):
         assert mine.dtype is theirs.dtype is (torch.float32 if autocast_adapter else dtype)
-        assert torch.equal(mine + 0, theirs)
+        assert torch.equal(mine, theirs)
     x, dy = inputs(in_features, out_features, dtype, tokens=64)
     exact = run(copy.deepcopy(stock).double(), x.double(), dy.double())
     for mine, theirs, wanted in zip(run(ours, x, dy), run(stock, x, dy), exact, strict=True):
@@ -191,7 +191,7 @@ def test_first_numbers_and_random_state_are_those_of_stock(kind, init_weights):
         results.append(
             {name: p.clone() for name, p in model.named_parameters()}
             | {"random state": torch.get_rng_state()}
-            | {name: getattr(model.base_model, name)["default"] * 1 for name in BASIS_NAMES}
+            | dict(zip(BASIS_NAMES, dense_of(model.base_model), strict=True))
         )
     assert results[0].keys() == results[1].keys()
     for name, wanted in results[0].items():
