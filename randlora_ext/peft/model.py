@@ -129,7 +129,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
                         tensor.copy_(tensors[name.removesuffix("ref") + "default"])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if not autocast_adapter_dtype:  # low_cpu_mem_usage=True has taken the dtypes of a file
             for layer in self.modules():
                 if isinstance(layer, AcceleratedLinear) and adapter_name in layer.randlora_lambda:
