@@ -1,5 +1,6 @@
 """Checks of PEFT's models in several processes, run by test_distributed.py."""
 
+import copy
 import random
 from types import SimpleNamespace
 
@@ -139,9 +140,10 @@ def check_states_of_calibrated_models(place: Place):
     for layer in layers(reference):
         layer.set_input_scale("default", torch.arange(layer.in_features) + 1.0)
     full, path = StateDictOptions(full_state_dict=True), place.folder / "calibrated"
+    from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     for shard in (False, True):
         model = untrained()
-        before = get_model_state_dict(model, options=full)
+        before = copy.deepcopy(get_model_state_dict(model, options=full))  # not the tensors
         if shard:
             fully_shard(model.base_model.model[0])
             fully_shard(model)
@@ -159,7 +161,46 @@ def check_states_of_calibrated_models(place: Place):
         dcp.load(loaded, checkpoint_id=path)
         set_model_state_dict(model, loaded)
         torch.testing.assert_close(model(x), reference(x))
+        set_model_state_dict(model, before, options=full)
+        # The first rank has the state, and the others get it.
+        state = get_model_state_dict(reference, options=full) if place.rank == 0 else {}
+        set_model_state_dict(model, state, options=from_first)
+        torch.testing.assert_close(model(x), reference(x))
+        for scale, want in zip(scales(model), scales(reference), strict=True):
+            assert torch.equal(scale, want)
         dist.barrier()
+
+
+@worlds(2)
+def check_a_calibrated_model_from_the_meta_device(place: Place):
+    """Only the first rank has the numbers, as in torch's recipe for large models."""
+    reference, model, x = make(basis="hadamard"), untrained().to("meta"), batch(9, torch.float32)
+    for layer in layers(reference):
+        layer.set_input_scale("default", torch.arange(layer.in_features) + 1.0)
+    fully_shard(model.base_model.model[0])
+    fully_shard(model)
+    model.to_empty(device="cpu")
+    full = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state = get_model_state_dict(reference) if place.rank == 0 else {}
+    set_model_state_dict(model, state, options=full)
+    torch.testing.assert_close(model(x), reference(x))
+
+
+@worlds(2)
+def check_ddp_of_a_calibrated_model(place: Place):
+    """At the start DDP sends the first rank's vectors to all; later it need not."""
+    model, reference = untrained(), untrained()
+    for number, each in enumerate((model, reference)):
+        for layer in layers(each):
+            scale = torch.arange(layer.in_features) + 1.0
+            layer.set_input_scale("default", scale + place.rank * (1 - number))
+    for sends in (True, False):
+        ddp = DistributedDataParallel(model, broadcast_buffers=sends)
+        assert all(map(torch.equal, scales(model), scales(reference)))
+        with RecordedCollectives() as collectives:
+            ddp(batch(1, torch.float32)).sum().backward()
+        sent = sum(collectives.sizes("broadcast"))
+        assert sent == (bytes_of(scales(model)) if sends else 0)
 
 
 @worlds(2)

@@ -74,7 +74,7 @@ def states(model, optimizer):
 
 @worlds(2)
 def check_communication(place: Place):
-    """DDP sends parameters and gradients, FSDP layers and gradients, nobody bases."""
+    """DDP sends parameters, gradients and input scales, FSDP layers and gradients, nobody bases."""
     reference, model = make(), make()
     reference(batch(0)).square().mean().backward()
     with RecordedCollectives() as starts:
@@ -84,11 +84,13 @@ def check_communication(place: Place):
     for ours, theirs in zip(trained(model), trained(reference), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-11, atol=1e-11)
     everything, gradients = bytes_of(model.parameters()), bytes_of(trained(model))
-    assert starts.sizes("broadcast")[-1] == everything
-    # Beside the parameters: their shapes, compared. All bases would be 10 times as much.
+    scales = bytes_of(model.buffers())
+    assert everything in starts.sizes("broadcast")
+    # Beside these: their shapes, compared. All bases would be 10 times as much.
     bases = sum(bytes_of(layer.bases["default"].packed()) for layer in model[::2])
-    assert sum(starts.sizes()) - everything < 200 < bases
-    assert step.sizes() == [gradients]
+    assert sum(starts.sizes()) - everything - scales < 200 < bases
+    assert step.sizes("broadcast") == [scales] * bool(scales)
+    assert step.sizes("allreduce") == [gradients] and len(step.sent) == 1 + bool(scales)
 
     model = sharded()
     with RecordedCollectives() as step:
