@@ -95,9 +95,9 @@ class PackedBasis(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} needs a dense tensor, which .dense() makes of a PackedBasis")
 
-    def to(self, *args: Any, **kwargs: Any) -> "PackedBasis":  # type: ignore[override]
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        device, dtype = device or self.device, dtype or self.dtype
+    def to(self, *args: Any, **kwargs: Any) -> "PackedBasis":
+        parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = parsed[0] or self.device, parsed[1] or self.dtype
         # A narrower dtype rounds the value, as it rounds the elements of a dense tensor.
         value = float(torch.tensor(self.value, dtype=dtype, device="cpu"))
         return PackedBasis(self.content, value, self.shape, dtype, device)

@@ -42,6 +42,7 @@ _SAVED_ANYWAY = {"classifier", "score", "qa_outputs"}
 class AcceleratedRandLoraModel(RandLoraModel):
     """What `enable` puts in the place of ``peft.RandLoraModel``; docs/peft.md says what differs."""
 
+    peft_config: dict[str, Any]
     _sizes: tuple[int, int] | None = None  # (D, d) of the bases that the next layer needs
 
     @staticmethod
