@@ -1,4 +1,4 @@
-"""PEFT's MetaMathQA comparison with Hadamard bases and calibrated inputs, by PEFT's own runner.
+"""PEFT's MetaMathQA comparison with calibrated Hadamard bases on the MLP, by PEFT's own runner.
 
     git clone --depth 1 https://github.com/huggingface/peft
     pip install datasets bitsandbytes                     Python 3.12, which PEFT's runner needs
@@ -36,7 +36,11 @@ def prepare(checkout: Path, work: Path, args: argparse.Namespace) -> None:
     experiment = work / "experiments" / NAME
     experiment.mkdir(parents=True, exist_ok=True)
     randlora_ext.peft.RandLoraConfig(
-        basis="hadamard", r=args.r, randlora_alpha=20 * args.r, projection_prng_key=0
+        basis="hadamard",
+        r=args.r,
+        randlora_alpha=20 * args.r,
+        projection_prng_key=0,
+        target_modules=args.targets.split(","),
     ).save_pretrained(experiment)
     optimizer = {"lr": args.lr, "weight_decay": 0.1}  # as in PEFT's defaults
     training = {"optimizer_kwargs": optimizer, "compile": args.compile}
@@ -125,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("metamath"), help="folder for the run")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--r", type=int, default=32)
+    parser.add_argument("--targets", default="gate_proj,up_proj,down_proj", help="kinds of layers")
     parser.add_argument("--model", help="a folder with the model, in place of the Hub's")
     parser.add_argument("--compile", action="store_true", help="as PEFT's `compile`")
     parser.add_argument("--uncalibrated", action="store_true", help="for comparison")

@@ -12,6 +12,7 @@ Only float32 rows are drawn, so that no line mixes types.
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -124,10 +125,13 @@ MODEL_NAMES = {"fp32": "SmolLM2-135M", "gemma": "Gemma 3 270M"}
 
 
 def by_forgetting(rows: list[dict]):
-    """Forgetting over what was learned: a curve a rate, of dW as trained, times 0.7 and 0.4."""
+    """Forgetting over what was learned: of dW as trained, times 0.7 and 0.4.
+
+    Of each method the rate that most seeds have is drawn.
+    """
     rows = [row for row in rows if row["steps"] == 40 and row["r"] == 32 and "x 0.7" in row]
     panels = [(m, t) for m in MODEL_NAMES for t in dict.fromkeys(row["task"] for row in rows)]
-    panels = [p for p in panels if sum((row["model"], row["task"]) == p for row in rows) > 2]
+    panels = [p for p in panels if sum((row["model"], row["task"]) == p for row in rows) > 1]
     columns = max(1, (len(panels) + 1) // 2)
     figure, axes = plt.subplots(2, columns, figsize=(10, 7), squeeze=False)
     for axis in axes.flat[len(panels) :]:
@@ -140,24 +144,27 @@ def by_forgetting(rows: list[dict]):
                 if (row["model"], row["task"], row["method"], row["targets"])
                 == (model, task, method, targets)
             ]
-            for rate in sorted({row["lr"] for row in mine}):
-                each = [
-                    [
-                        (row["held_out_loss"], row["forgetting"]["manual"]),
-                        *((row[x]["held_out_loss"], row[x]["manual"]) for x in ("x 0.7", "x 0.4")),
-                    ]
-                    for row in mine
-                    if row["lr"] == rate
+            if not mine:
+                continue
+            rate = statistics.mode(row["lr"] for row in mine)
+            each = [
+                [
+                    (row["held_out_loss"], row["forgetting"]["manual"]),
+                    *((row[x]["held_out_loss"], row[x]["manual"]) for x in ("x 0.7", "x 0.4")),
                 ]
-                points = [
-                    [sum(values) / len(each) for values in zip(*seeds, strict=True)]
-                    for seeds in zip(*each, strict=True)
-                ]
-                axis.plot(
-                    *zip(*points, strict=True),
-                    color=color, marker=marker, linestyle=line, markersize=4, label=label,
-                )  # fmt: skip
+                for row in mine
+                if row["lr"] == rate
+            ]
+            points = [
+                [sum(values) / len(each) for values in zip(*seeds, strict=True)]
+                for seeds in zip(*each, strict=True)
+            ]
+            axis.plot(
+                *zip(*points, strict=True),
+                color=color, marker=marker, linestyle=line, markersize=4, label=label,
+            )  # fmt: skip
         axis.set(yscale="log", title=f"{MODEL_NAMES[model]}, {task}", xlabel="held-out loss")
+        axis.set_ylim(bottom=max(0.01, axis.get_ylim()[0]))
         axis.yaxis.set_major_locator(FixedLocator([0.01, 0.03, 0.1, 0.3, 1, 3, 10]))
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -189,8 +196,8 @@ def by_inputs(inputs: dict, rows: list[dict]):
         mine = [r["common"] for r in rows if usual.items() <= r.items() and r["method"] == method]
         responses.append([sum(c[kind] for c in mine) / len(mine) for kind in kinds])
     titles = (
-        "one vector's share of the inputs' energy",
-        "its share of the energy of dW's response",
+        "the mean's share of the inputs' energy",
+        "the mean's share of the energy of dW's response",
     )
     for axis, title, values in zip(axes, titles, (shares, responses), strict=True):
         for i, ((color, label), heights) in enumerate(zip(looks, values, strict=True)):
