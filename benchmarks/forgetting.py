@@ -122,7 +122,8 @@ def at_equal_loss(rows: list[dict]) -> str:
                 cells.append(f"{statistics.fmean(least):.3f} ({len(least)})")
             else:
                 cells.append("not reached" if mine else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
