@@ -326,6 +326,28 @@ def test_a_tied_layer_has_one_vector(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_tied_layer_has_one_vector_in_a_file(tmp_path):
+    def squares(tied):
+        torch.manual_seed(0)
+        layers = [nn.Linear(24, 24), nn.Linear(24, 24)]
+        return nn.Sequential(layers[0], layers[0] if tied else layers[1])
+
+    model = randlora_ext.apply_randlora(squares(False), ["0", "1"], r=5)
+    scale = torch.rand(24) + 0.5
+    for layer in model:
+        layer.set_input_scale("default", scale)
+    randlora_ext.save_adapter(model, tmp_path / "equal")
+    opened = randlora_ext.load_adapter(squares(True), tmp_path / "equal")
+    assert opened[0] is opened[1]
+    assert torch.equal(opened[0].randlora_input_scale["default"], scale)
+    model[1].set_input_scale("default", None)
+    randlora_ext.save_adapter(model, tmp_path / "different")
+    bare = squares(True)
+    with pytest.raises(ValueError, match="1: it is tied to 0, whose tensors differ"):
+        randlora_ext.load_adapter(bare, tmp_path / "different")
+    assert type(bare[0]) is nn.Linear
+
+
 def test_the_vector_is_a_float32_buffer():
     model = calibrated()
     scale = model.one.randlora_input_scale["default"].clone()

@@ -50,6 +50,27 @@ DIAGONALS = [
 ]
 
 
+@pytest.mark.parametrize(
+    "input_scale, expected",
+    [
+        (torch.ones(6), ["input_scale", "(in) = (8)", "(6)"]),
+        (torch.ones(1), ["input_scale", "(in) = (8)", "(1)"]),
+        (torch.ones(8, dtype=torch.float64), ["input_scale", "float32", "float64"]),
+        (torch.ones(8, requires_grad=True), ["input_scale", "a constant", "requires a gradient"]),
+        ([1.0] * 8, ["input_scale", "tensor", "list"]),
+    ],
+    ids=str,
+)
+def test_input_scale(input_scale, expected):
+    good = arguments(HADAMARD) | {"input_scale": input_scale}
+    refuses(linear, good, *expected)
+    of_delta = "basis", "lam", "gam", "input_scale"
+    refuses(delta_weight, {k: good[k] for k in of_delta}, *expected)
+    refuses(merged_weight, {k: good[k] for k in ("weight", *of_delta)}, *expected)
+    other = arguments(LISTS) | {"input_scale": torch.ones(8)}
+    refuses(linear, other, "input_scale goes with Hadamard bases, got kind='independent'")
+
+
 @ALL
 @pytest.mark.parametrize("change, expected", DIAGONALS)
 def test_diagonals(basis, change, expected):

@@ -29,6 +29,7 @@ from peft_helpers import (
 )
 from torch import nn
 
+import randlora_ext
 from randlora_ext.peft.layer import AcceleratedLinear
 from randlora_ext.peft.quantized import QuantizedLinear
 
@@ -96,6 +97,21 @@ def rounded(layer, weight):
         return other.weight.data.float() * (other.weight.SCB / 127)[:, None]
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     return bnb.functional.dequantize_4bit(packed, state)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_training_after_calibration(bits):
+    """In eval mode on a CPU 4 bits are brought into an order in which they cannot train."""
+    model = adapted(quantized(bits), "abc", 8, basis="hadamard").train()
+    for layer in layers(model):
+        nn.init.zeros_(layer.randlora_lambda["default"])
+    before = [dense(layer) for layer in layers(model)]
+    randlora_ext.calibrate(model, [torch.randn(40, 64)])
+    assert all(module.training for module in model.modules())
+    model(torch.randn(5, 64)).sum().backward()
+    assert all(layer.is_calibrated("default") for layer in layers(model))
+    assert all(layer.randlora_lambda["default"].grad.any() for layer in layers(model))
+    assert all(map(torch.equal, map(dense, layers(model)), before))
 
 
 @pytest.mark.parametrize(
