@@ -1,9 +1,8 @@
 """Builds randlora_ext._C (the binding and torch-free CPU kernels, one library per instruction set)
-and, under a torch with CUDA, librandlora_cuda.so beside it (tools/cuda/cuda_library.py).
+and, under a torch with CUDA and an nvcc of its major version, librandlora_cuda.so beside it.
 
-RANDLORA_CUDA=1 requires the CUDA kernels, whatever the torch; 0 leaves them out. Unset, a CUDA
-library that cannot be built costs a line, not the installation.
-RANDLORA_DEBUG=1 builds with -O0 -g.
+RANDLORA_CUDA=1 requires the CUDA kernels, 0 leaves them out. Unset, a CUDA library that cannot be
+built costs a line, not the installation. RANDLORA_DEBUG=1 builds with -O0 -g.
 RANDLORA_SANITIZE=address,undefined (or thread) instruments the CPU kernels and the binding;
 tools/run_sanitized_python.sh shows how to run the result.
 """
@@ -11,8 +10,10 @@ tools/run_sanitized_python.sh shows how to run the result.
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +23,16 @@ import pybind11
 import torch
 from setuptools import setup
 from setuptools.command.build_clib import build_clib
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "tools" / "cuda"))  # which a build frontend does not do
-
-import cuda_library  # noqa: E402
+LIBRARY = HERE / "randlora_ext" / "librandlora_cuda.so"
+CUDA_EXTENSION = f"randlora_ext.{LIBRARY.stem}"
+BY_CMAKE = (
+    "or let CMake build the library, without torch, and install again: cmake -S . -B build-cuda "
+    "-DRANDLORA_CUDA=ON && cmake --build build-cuda --target randlora_cuda && "
+    'cmake --install build-cuda (CONTRIBUTING.md, "The CUDA library")'
+)
 
 VERSION = (HERE / "VERSION").read_text().strip()
 DEBUG = os.environ.get("RANDLORA_DEBUG") == "1"
@@ -92,34 +97,52 @@ class BuildKernels(BuildExtension):
         self.build_temp = BUILD
 
     def run(self):
-        cuda = self.cuda_library()
+        self.cuda_status = CUDA_STATUS
+        if WANTED == "0":
+            LIBRARY.unlink(missing_ok=True)
         # `build_ext --inplace` and editable installs do not run build_clib by themselves.
         self.run_command("build_clib")
         super().run()
-        print(f"randlora_ext {VERSION}: CPU kernels for {', '.join(ISA_FLAGS)}; {cuda}")
+        if not any(ext.name == CUDA_EXTENSION for ext in self.extensions):
+            self.package_what_is_there()
+        print(f"randlora_ext {VERSION}: CPU kernels for {', '.join(ISA_FLAGS)}; {self.cuda_status}")
 
-    def cuda_library(self) -> str:
-        """Builds it where that is wanted; says in one line what there is of it."""
-        library = cuda_library.LIBRARY
-        wanted, nvcc = os.environ.get("RANDLORA_CUDA", ""), cuda_library.find_nvcc()
-        plan = cuda_library.plan(wanted, torch.version.cuda, nvcc, library.exists())
-        says = plan.says
-        if plan.build:
-            try:
-                says = cuda_library.build(nvcc, DEBUG)
-            except cuda_library.CannotBuild as error:
-                if wanted == "1":
-                    raise SystemExit(f"error: RANDLORA_CUDA=1, but {error}") from None
-                library.unlink(missing_ok=True)
-                says = f"no CUDA kernels: {error}"
-        if wanted == "0":
-            library.unlink(missing_ok=True)
-        packaged = Path(self.build_lib) / "randlora_ext" / library.name
+    def build_extensions(self):
+        """The CUDA library last and alone: torch's checks of nvcc, and nvcc, may fail."""
+        binding_alone = [ext for ext in self.extensions if ext.name != CUDA_EXTENSION]
+        cuda = [ext for ext in self.extensions if ext.name == CUDA_EXTENSION]
+        self.extensions = binding_alone
+        super().build_extensions()
+        if not cuda:
+            return
+        self.extensions = cuda
+        try:
+            super().build_extensions()
+        except Exception as error:  # whatever it is, the CPU kernels are built
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            why = f"building them failed (messages above): {said}"
+            if WANTED == "1":
+                raise SystemExit(f"error: RANDLORA_CUDA=1, but {why}; {BY_CMAKE}") from error
+            self.cuda_status = f"no CUDA kernels: {why}; {BY_CMAKE}"
+            if LIBRARY.exists():
+                self.cuda_status = f"CUDA kernels as found in {LIBRARY}; {why}"
+            self.extensions = binding_alone
+        else:
+            self.extensions = binding_alone + cuda
+
+    def package_what_is_there(self):
+        """A library that CMake has installed, but not what an earlier build left in build/."""
+        packaged = Path(self.build_lib) / "randlora_ext" / LIBRARY.name
         packaged.unlink(missing_ok=True)
-        if library.exists() and not self.inplace:
+        if LIBRARY.exists() and not self.inplace:
             packaged.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(library, packaged)
-        return says
+            shutil.copy(LIBRARY, packaged)
+
+    def get_ext_filename(self, ext_name):
+        filename = super().get_ext_filename(ext_name)
+        if ext_name.endswith(LIBRARY.stem):  # not a Python module: dlopen finds it by this name
+            filename = filename.replace(sysconfig.get_config_var("EXT_SUFFIX"), ".so")
+        return filename
 
 
 def binding():
@@ -133,7 +156,7 @@ def binding():
             *COMMON,
             "-DTORCH_TARGET_VERSION=0x020b000000000000",  # 2.11, the oldest that is supported
             f'-DRANDLORA_VERSION="{VERSION}"',
-            f"-DRANDLORA_CUDA_INTERFACE={cuda_library.interface()}",
+            cuda_interface(),
         ],
         extra_link_args=SANITIZE,
     )
@@ -142,9 +165,138 @@ def binding():
     return ext
 
 
+def cuda_interface() -> str:
+    """The binding refuses a CUDA library that was built from other headers. CMakeLists.txt computes
+    the same number."""
+    digests = [
+        hashlib.sha256((HERE / path).read_bytes()).hexdigest()
+        for path in sources_in("core", suffix=".h")
+    ]
+    digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return f"-DRANDLORA_CUDA_INTERFACE=0x{digest[:16]}u"
+
+
+def cuda_kernels():
+    ext = CUDAExtension(
+        CUDA_EXTENSION,
+        sources_in("cuda", suffix=".cu") + sources_in("cuda", suffix=".cpp"),
+        depends=sources_in("core", "cuda", suffix=".h"),
+        extra_compile_args={
+            "cxx": COMMON,
+            "nvcc": [
+                *("-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden,-Wall"),
+                *(["-g", "-lineinfo"] if DEBUG else []),
+                cuda_interface(),
+            ],
+        },
+        extra_link_args=["-Wl,--version-script=csrc/cuda/exports.map", "-Wl,--no-undefined"],
+    )
+    # No torch and no shared CUDA runtime: the binding opens this file at run time, so one wheel
+    # serves CPU and CUDA builds of every torch.
+    ext.libraries = ["cudart_static", "dl", "rt", "pthread"]
+    return ext
+
+
+# ---- whether to build the CUDA library: functions of what was found, which tests call ------------
+
+
+def architectures(
+    asked: str, cards: list[tuple[int, int]], nvcc: tuple[int, int]
+) -> tuple[list[str], list[str]]:
+    """What TORCH_CUDA_ARCH_LIST (`asked`), or else the cards of this machine, or else the usual
+    ones want; and what is left out of it, because the kernels need 8.0.
+    """
+    if asked not in ("", "native"):
+        wanted = re.split(r"[;\s]+", asked.strip("; "))
+    elif cards:
+        wanted = [f"{major}.{minor}" for major, minor in sorted(set(cards))]
+        wanted[-1] += "+PTX"
+    elif nvcc >= (12, 8):
+        wanted = "8.0 8.6 8.9 9.0 10.0 12.0+PTX".split()
+    else:
+        wanted = "8.0 8.6 8.9 9.0+PTX".split()
+    old = [arch for arch in wanted if re.match(r"[1-7]\.", arch)]
+    return [arch for arch in wanted if arch not in old], old
+
+
+def why_not(
+    torch_cuda: str | None, nvcc: tuple[int, int] | None, kept: list[str], old: list[str]
+) -> str:
+    """Why torch cannot build the library, and what to do; empty if it can."""
+    if torch_cuda is None:
+        return f"this torch has no CUDA; build under one that has, {BY_CMAKE}"
+    toolkit = f"install CUDA {torch_cuda}'s toolkit and set CUDA_HOME"
+    if nvcc is None:
+        return f"nvcc was not found; {toolkit}"
+    if nvcc[0] != int(torch_cuda.split(".")[0]):
+        return (
+            f"nvcc {nvcc[0]}.{nvcc[1]} is of another major version than torch's CUDA {torch_cuda}; "
+            f"{toolkit}, {BY_CMAKE}"
+        )
+    if not kept:
+        return (
+            f"the only cards, {', '.join(old)}, are older than 8.0, which the kernels need; "
+            "TORCH_CUDA_ARCH_LIST=8.0 builds for cards of other machines"
+        )
+    return ""
+
+
+def cuda_plan(
+    wanted: str,
+    torch_cuda: str | None,
+    nvcc: tuple[int, int] | None,
+    archs: tuple[list[str], list[str]],
+    present: bool,
+) -> tuple[bool, str]:
+    """Whether to build the library, and what the package will have of it. `wanted`: RANDLORA_CUDA.
+    `present`: there is one already; where torch cannot build it, that goes into the package.
+    """
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"error: RANDLORA_CUDA={wanted!r} must be 0, 1 or unset")
+    if wanted == "0":
+        return False, "no CUDA kernels, because RANDLORA_CUDA=0"
+    kept, old = archs
+    why = why_not(torch_cuda, nvcc, kept, old)
+    if not why:
+        says = f"CUDA kernels by nvcc {nvcc[0]}.{nvcc[1]} for {', '.join(kept)}"
+        if old:
+            says += f"; left out, as older than 8.0: {', '.join(old)}"
+        return True, says
+    if present:
+        return False, f"CUDA kernels as found in {LIBRARY}"
+    if wanted == "1":
+        raise SystemExit(f"error: RANDLORA_CUDA=1, but {why}")
+    return False, f"no CUDA kernels: {why}"
+
+
+def nvcc_version() -> tuple[int, int] | None:
+    """Of the nvcc that torch calls; None if there is none that answers."""
+    if CUDA_HOME is None:
+        return None
+    try:
+        command = [f"{CUDA_HOME}/bin/nvcc", "--version"]
+        said = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return None
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+WANTED = os.environ.get("RANDLORA_CUDA", "")
+ASKED = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+NVCC = nvcc_version()
+CARDS = []
+if torch.cuda.is_available():
+    CARDS = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+KEPT, OLD = architectures(ASKED, CARDS, NVCC or (0, 0))
+WITH_CUDA, CUDA_STATUS = cuda_plan(WANTED, torch.version.cuda, NVCC, (KEPT, OLD), LIBRARY.exists())
+# torch asks the cards itself, and knows which of them are too new for nvcc.
+if WITH_CUDA and (OLD or not CARDS):
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(KEPT)
+
 setup(
     version=VERSION,
     libraries=[kernel_library(isa) for isa in ISA_FLAGS],
-    ext_modules=[binding()],
+    ext_modules=[binding(), *([cuda_kernels()] if WITH_CUDA else [])],
     cmdclass={"build_clib": BuildLibraries, "build_ext": BuildKernels},
 )

@@ -31,7 +31,7 @@ struct CudaKernels {
 };
 
 // A hash of csrc/core/*.h: both libraries must agree on the layout of the structs and classes
-// there. tools/cuda/cuda_library.py and CMakeLists.txt compute it.
+// there. setup.py and CMakeLists.txt compute it.
 constexpr uint64_t kCudaInterface = RANDLORA_CUDA_INTERFACE;
 
 constexpr const char* kCudaSymbol = "randlora_cuda_kernels";

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_library import interface
+from cuda_interface import interface
 
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "csrc" / "core").is_dir() or shutil.which("cc") is None:

@@ -4,13 +4,13 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import cuda_library
 import pytest
 import setuptools
 import torch
+from torch.utils import cpp_extension
 
 import randlora_ext
 from randlora_ext import _C
@@ -39,155 +39,141 @@ def test_a_build_under_a_newer_torch_runs_under_2_11():
     assert needed and not needed & newer
 
 
-@pytest.mark.parametrize(
-    "settings, says",
-    [
-        (
-            {"RANDLORA_CUDA": "1", "CUDA_HOME": "/nowhere"},
-            "RANDLORA_CUDA=1, but nvcc was not found",
-        ),
-        ({"RANDLORA_CUDA": "yes"}, "must be 0, 1 or unset"),
-        ({"CXX": "no-such-compiler"}, "error: there is no C\\+\\+ compiler 'no-such-compiler'"),
-    ],
-)
-def test_the_build_refuses_at_once_what_it_cannot_build(settings, says, bare_build, monkeypatch):
-    monkeypatch.setenv("RANDLORA_CUDA", "0")
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=says):
-        bare_build()
-
-
 @pytest.fixture
-def bare_build(tmp_path, monkeypatch):
-    """Runs setup.py's build_ext away from what this checkout may have built; compiles nothing."""
-    for name in ("setup.py", "VERSION", "tools/cuda/cuda_library.py", "csrc/core"):
-        place = tmp_path / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, place)
+def bare(tmp_path, monkeypatch):
+    """A folder with setup.py and empty sources, and a torch that has CUDA 12.8, but no nvcc."""
+    for name in ("setup.py", "VERSION"):
+        shutil.copy(ROOT / name, tmp_path)
+    sources = [f"cpu/isa_{isa}.cpp" for isa in ("portable", "avx2", "avx512")]
+    sources += ["cpu/dispatch.cpp", "cpu/packing.cpp", "python/binding.cpp", "cuda/one.cu"]
+    for source in sources:
+        path = tmp_path / "csrc" / source
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     (tmp_path / "randlora_ext").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path / "tools" / "cuda")
-    monkeypatch.delitem(sys.modules, "cuda_library", raising=False)
+    monkeypatch.delenv("RANDLORA_CUDA", raising=False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    return tmp_path
 
-    def build(**given):
+
+def build(monkeypatch):
+    """Runs setup.py's build_ext in the current folder."""
+
+    def setup(**given):
         setuptools.Distribution({**given, "script_args": []}).run_command("build_ext")
 
-    monkeypatch.setattr(setuptools, "setup", build)
-    yield lambda: runpy.run_path("setup.py")
-    sys.modules.pop("cuda_library", None)
+    monkeypatch.setattr(setuptools, "setup", setup)
+    runpy.run_path("setup.py")
 
 
-def fake_nvcc(folder: Path, version: str, compiles: str) -> str:
-    """A program that answers as nvcc does, and then compiles by the shell command `compiles`."""
+def install_nvcc(folder: Path, version: str, monkeypatch) -> None:
+    """An nvcc that knows its version and compiles nothing."""
     nvcc = folder / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(
-        "#!/bin/sh\ncase $1 in\n"
-        f"--version) echo 'Cuda compilation tools, release {version}, V{version}.1';;\n"
-        "--list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\n';;\n"
-        f"*) {compiles};;\nesac\n"
+        "#!/bin/sh\n"
+        f"[ $1 = --version ] && echo 'Cuda compilation tools, release {version}, V{version}.1'\n"
     )
     nvcc.chmod(0o755)
-    return str(folder / "cuda")
-
-
-@pytest.mark.parametrize("torch_cuda", ["12.8", "13.0"])
-@pytest.mark.parametrize("nvcc", ["12.8", "13.0"])
-def test_nvcc_of_another_major_version_than_torch_builds(
-    torch_cuda, nvcc, bare_build, tmp_path, monkeypatch, capfd
-):
-    """torch's own build would refuse it, after minutes; our library knows no torch."""
-    touch = f'for last; do :; done; echo "$@" >>{tmp_path}/calls; echo made >"$last"'
-    monkeypatch.setenv("CUDA_HOME", fake_nvcc(tmp_path, nvcc, touch))
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0")
-    monkeypatch.setenv("CXX", "no-such-compiler")  # the next thing that the build needs
-    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    monkeypatch.delenv("RANDLORA_CUDA", raising=False)
-    (tmp_path / "csrc" / "cuda").mkdir()
-    (tmp_path / "csrc" / "cuda" / "one.cu").write_text("kernels")
-    with pytest.raises(SystemExit, match="no C\\+\\+ compiler"):
-        bare_build()
-    assert (tmp_path / "randlora_ext" / "librandlora_cuda.so").read_text() == "made\n"
-    compiled, linked = (tmp_path / "calls").read_text().splitlines()
-    assert "arch=compute_80,code=sm_80" in compiled and "sm_75" not in compiled
-    assert "-shared" in linked and "-cudart=static" in linked
-
-
-@pytest.mark.parametrize("wanted", ["", "1"])
-def test_an_nvcc_that_fails_costs_the_cpu_kernels_nothing(
-    wanted, bare_build, tmp_path, monkeypatch, capfd
-):
-    fails = "echo 'host_config.h(1): error: -- unsupported GNU version!' >&2; exit 1"
-    monkeypatch.setenv("CUDA_HOME", fake_nvcc(tmp_path, "12.8", fails))
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
-    monkeypatch.setenv("RANDLORA_CUDA", wanted)
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    (tmp_path / "csrc" / "cuda").mkdir()
-    (tmp_path / "csrc" / "cuda" / "one.cu").write_text("kernels")
-    goes_on = "no C\\+\\+ compiler"  # to the CPU kernels, which miss theirs
-    stops = "RANDLORA_CUDA=1, but .*nvcc failed: .*unsupported GNU version"
-    with pytest.raises(SystemExit, match=stops if wanted else goes_on):
-        bare_build()
-    assert not (tmp_path / "randlora_ext" / "librandlora_cuda.so").exists()
-
-
-NVCC_13 = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
-NVCC_12_4 = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0)]
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(folder / "cuda"))
 
 
 @pytest.mark.parametrize(
-    "asked, cards, known, compiled, ptx, says",
+    "settings, nvcc, says",
     [
-        (None, [], NVCC_13, "80 86 89 90 100 120", "120", "newer cards"),
-        (None, [], NVCC_12_4, "80 86 89 90", "90", "newer cards"),
-        (None, [(9, 0), (9, 0)], NVCC_13, "90", "90", "for sm_90"),
-        (None, [(7, 5), (8, 0)], NVCC_13, "80", "80", "left out: sm_75, older than sm_80"),
-        (None, [(12, 0)], NVCC_12_4, "", "90", "for no card directly and, through PTX of sm_90"),
-        ("9.0a", [(7, 5)], NVCC_13, "90", "", "for sm_90"),
-        ("7.5 8.0 9.0+PTX", [], NVCC_13, "80 90", "90", "left out: sm_75"),
-        ("8.0;8.6;12.0+PTX", [(9, 0)], NVCC_13, "80 86 120", "120", "for sm_80, sm_86, sm_120"),
+        (
+            {"RANDLORA_CUDA": "1"},
+            None,
+            "RANDLORA_CUDA=1, but nvcc was not found; install CUDA 12.8",
+        ),
+        ({"RANDLORA_CUDA": "1"}, "13.0", "RANDLORA_CUDA=1, but nvcc 13.0 is of another major"),
+        ({"RANDLORA_CUDA": "yes"}, "12.8", "must be 0, 1 or unset"),
+        ({"RANDLORA_CUDA": "0"}, None, "error: there is no C\\+\\+ compiler 'no-such-compiler'"),
     ],
 )
-def test_for_which_cards_the_library_is_built(asked, cards, known, compiled, ptx, says):
-    found = cuda_library.architectures(asked, cards, known)
-    made = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in compiled.split()]
-    made += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ptx.split()]
-    assert found.flags == made and says in found.says
+def test_the_build_refuses_at_once_what_it_cannot_build(settings, nvcc, says, bare, monkeypatch):
+    """At once: without a compiler, anything later would be the last of these errors."""
+    for name, value in {**settings, "CXX": "no-such-compiler"}.items():
+        monkeypatch.setenv(name, value)
+    if nvcc:
+        install_nvcc(bare, nvcc, monkeypatch)
+    with pytest.raises(SystemExit, match=says):
+        build(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "asked, cards, says",
+    "nvcc, present, says",
     [
-        (None, [(7, 5)], "this machine has only sm_75, and our kernels need sm_80"),
-        ("7.0;7.5+PTX", [], "names only sm_70, sm_75"),
-        ("Hopper", [], "'Hopper' must be a compute capability, such as 9.0"),
+        ("13.0", False, "; no CUDA kernels: nvcc 13.0 is of another major version than torch's"),
+        ("13.0", True, "; CUDA kernels as found in "),
+        ("12.8", False, "; no CUDA kernels: building them failed (messages above): "),
+        ("12.8", True, "; CUDA kernels as found in "),
     ],
 )
-def test_cards_that_the_library_cannot_be_built_for(asked, cards, says):
-    with pytest.raises(cuda_library.CannotBuild, match=says):
-        cuda_library.architectures(asked, cards, NVCC_13)
+def test_no_nvcc_costs_the_cpu_kernels(nvcc, present, says, bare, monkeypatch, capfd):
+    """Neither one that torch refuses nor one that fails. A library of CMake's is packaged."""
+    install_nvcc(bare, nvcc, monkeypatch)
+    library = "randlora_ext/librandlora_cuda.so"
+    if present:
+        (bare / library).write_text("CMake's")
+    build(monkeypatch)
+    assert says in capfd.readouterr().out.splitlines()[-1]
+    assert list(bare.glob("build/lib*/randlora_ext/_C*.so"))
+    packaged = [path.read_text() for path in bare.glob(f"build/lib*/{library}")]
+    assert packaged == ["CMake's"] * present
+
+
+def test_an_nvcc_that_fails_stops_a_build_that_requires_it(bare, monkeypatch):
+    install_nvcc(bare, "12.8", monkeypatch)
+    monkeypatch.setenv("RANDLORA_CUDA", "1")
+    with pytest.raises(SystemExit, match="RANDLORA_CUDA=1, but building them failed"):
+        build(monkeypatch)
+
+
+@pytest.fixture
+def decide(bare, monkeypatch):
+    """The functions of setup.py."""
+    monkeypatch.setattr(setuptools, "setup", lambda **given: None)
+    return SimpleNamespace(**runpy.run_path("setup.py"))
 
 
 @pytest.mark.parametrize(
-    "wanted, torch_cuda, nvcc, present, builds, says",
+    "asked, cards, nvcc, kept, old",
     [
-        ("", "13.0", "/cuda/bin/nvcc", True, True, "CUDA kernels by /cuda/bin/nvcc"),
-        ("", None, "/cuda/bin/nvcc", False, False, "this torch has no CUDA; RANDLORA_CUDA=1"),
-        ("1", None, "/cuda/bin/nvcc", False, True, "CUDA kernels by"),
-        ("", "12.8", None, False, False, "nvcc was not found"),
-        ("", None, None, True, False, "CUDA kernels as found in"),
-        ("1", None, None, True, False, "CUDA kernels as found in"),
-        ("0", "12.8", "/cuda/bin/nvcc", True, False, "because RANDLORA_CUDA=0"),
+        ("", [], (13, 0), "8.0 8.6 8.9 9.0 10.0 12.0+PTX", ""),
+        ("", [], (12, 6), "8.0 8.6 8.9 9.0+PTX", ""),
+        ("", [(9, 0), (9, 0)], (13, 0), "9.0+PTX", ""),
+        ("", [(8, 0), (7, 5)], (13, 0), "8.0+PTX", "7.5"),
+        ("native", [(7, 5)], (13, 0), "", "7.5+PTX"),
+        ("9.0a", [(7, 5)], (13, 0), "9.0a", ""),
+        ("7.0;7.5 10.0;12.0+PTX", [], (13, 0), "10.0 12.0+PTX", "7.0 7.5"),
+    ],
+)
+def test_for_which_cards_the_library_is_built(asked, cards, nvcc, kept, old, decide):
+    assert decide.architectures(asked, cards, nvcc) == (kept.split(), old.split())
+
+
+@pytest.mark.parametrize(
+    "wanted, torch_cuda, nvcc, kept, present, builds, says",
+    [
+        ("", "13.0", (13, 1), ["8.0"], True, True, "by nvcc 13.1 for 8.0; left out, as older"),
+        ("1", "12.8", (12, 6), ["8.0"], False, True, "by nvcc 12.6 for 8.0"),
+        ("", None, (13, 0), ["8.0"], False, False, "this torch has no CUDA; build under one"),
+        ("1", None, None, ["8.0"], True, False, "CUDA kernels as found in"),
+        ("", "12.8", None, ["8.0"], False, False, "nvcc was not found; install CUDA 12.8's"),
+        ("", "13.0", (12, 8), ["8.0"], False, False, "cmake --install"),
+        ("", "13.0", (13, 0), [], False, False, "the only cards, 7.5, are older than 8.0"),
+        ("0", "13.0", (13, 0), ["8.0"], True, False, "because RANDLORA_CUDA=0"),
     ],
 )
 def test_what_an_installation_does_about_the_cuda_library(
-    wanted, torch_cuda, nvcc, present, builds, says
+    wanted, torch_cuda, nvcc, kept, present, builds, says, decide
 ):
-    plan = cuda_library.plan(wanted, torch_cuda, nvcc, present)
-    assert plan.build == builds and says in plan.says
+    build, told = decide.cuda_plan(wanted, torch_cuda, nvcc, (kept, ["7.5"]), present)
+    assert build == builds and says in told
 
 
 def test_tools_are_pinned():

@@ -13,7 +13,9 @@ It needs nvcc and c++filt. Exit status 1 if anything failed.
 
 import argparse
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cuda_library import find_nvcc
 from kernel_usage import INSTRUCTIONS, Usage, instructions_by_name, parse_ptxas, short_names
 
 HERE = Path(__file__).resolve().parent
@@ -118,6 +119,12 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
     return done
 
 
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which(f"{home}/bin/nvcc") or shutil.which("nvcc")
+    return found or sys.exit("compile gate: there is no nvcc: set CUDA_HOME, or put it on PATH")
+
+
 def compile_one(
     nvcc: str, source: Path, archs: list[str], folder: Path
 ) -> dict[str, dict[str, Usage]]:
@@ -180,8 +187,6 @@ def main() -> int:
     args = parser.parse_args()
 
     nvcc, archs = find_nvcc(), args.archs.split(",")
-    if nvcc is None:
-        parser.error("there is no nvcc: set CUDA_HOME, or put it on PATH")
     if args.update and not set(BUDGETED) <= set(archs):
         parser.error(f"--update needs {' and '.join(BUDGETED)}")
     found = [path for path in SOURCES.rglob("*.cu") if path.name != "table.cu"]
