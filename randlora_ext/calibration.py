@@ -58,9 +58,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         input_scale = scale * 1.5 / statistics.median(responses)
 
     From then on the adapter computes ``F.linear(x * input_scale, dW)``. This costs no parameter and
-    no time, because the vector is a factor of the bases' signs, and it belongs to the adapter:
-    files and state dicts hold it as ``randlora_input_scale``. Called again, it replaces the
-    vectors. Of adapters of ``target_parameters`` every expert gets a vector of its own,
+    next to no time, because the vector is a factor of the bases' signs. It belongs to the adapter:
+    the layer's buffer ``randlora_input_scale``, which files and state dicts hold. Called again, it
+    replaces the vectors. Of adapters of ``target_parameters`` every expert gets a vector of its own,
     ``input_scale`` (experts, in_features); one that sees fewer than 32 tokens gets that of all.
 
     Args:
