@@ -50,12 +50,23 @@ def record_tensor(record: Mapping[str, Any], in_features: int, out_features: int
 
 
 def read_record(key: str, tensor: Any) -> dict[str, Any]:
-    """The record in a tensor of the name `key`. ValueError if it is none."""
+    """The record in a tensor of the name `key`. ValueError if it is none.
+
+    Floating point numbers will do: programs cast whole state dicts, or average those of several
+    models, and what has the same bytes in all of these is the same record.
+    """
     try:
-        text = bytes(tensor.tolist()).decode("ascii")
+        text = bytes(round(byte) for byte in tensor.tolist()).decode("ascii")
         record = json.loads(text)
         return {name: record[name] for name in (*FIELDS, *SIZES)}
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (
+        OverflowError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{key} is no record of an adapter: {error!r}") from error
 
 

@@ -238,6 +238,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
         """(in_features, out_features) of the ``target_parameters`` by their names."""
         targets = matching_parameters(self.model, _target_parameters(config))
         for key, (path, _) in targets.items():  # PEFT would look for it in the wrong place
+            if ".base_layer" in key:  # the user's own, since `key` is of the base model
+                raise ValueError(
+                    f"target_parameters: {key!r} lies in a module called 'base_layer', a name that "
+                    "PEFT takes for its own and leaves out; apply_randlora takes it"
+                )
             if above := [other for other, _ in targets.values() if path.startswith(f"{other}.")]:
                 raise ValueError(
                     f"target_parameters: {key!r} lies inside {above[0]!r}, of which a parameter is "

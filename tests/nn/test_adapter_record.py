@@ -65,6 +65,16 @@ def test_every_field_counts(name):
     assert again == told
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_record_that_was_cast_or_averaged(dtype):
+    """As by ``{key: value.bfloat16() ...}``, or by a mean of state dicts."""
+    record = tensors_of(OWN)[f"{AT}.{RECORD_KEY}"]
+    tensors = tensors_of(OWN) | {f"{AT}.{RECORD_KEY}": record.to(dtype)}
+    assert list(record_misfits(tensors, OWN)) == []
+    tensors[f"{AT}.{RECORD_KEY}"] = 0.3 * record + 0.7 * record
+    assert list(record_misfits(tensors, OWN)) == []
+
+
 def test_a_layer_without_a_record():
     tensors = tensors_of(OWN) | {"two.randlora_lambda": torch.zeros(1)}
     assert list(record_misfits(tensors, OWN)) == [
@@ -76,6 +86,8 @@ def test_a_layer_without_a_record():
     "tensor",
     [
         torch.zeros(4),
+        torch.tensor([float("nan")]),
+        torch.tensor([float("inf")]),
         torch.zeros(4, dtype=torch.uint8),
         torch.tensor(7),
         torch.tensor([300]),

@@ -327,6 +327,15 @@ def test_llama_4_stores_experts_transposed_and_does_not_say_so():
     torch.testing.assert_close(logits(model.merge_and_unload()), y, rtol=0, atol=1e-4)
 
 
+def test_a_parameter_below_a_module_called_base_layer():
+    net = torch.nn.Sequential(torch.nn.ModuleDict({"base_layer": Mixture(WAYS["matmul"])}))
+    with pytest.raises(ValueError, match="'0.base_layer.up' lies in a module called 'base_layer'"):
+        adapted(net, [], 4, basis="hadamard", target_parameters=["up"])
+    assert not layers(net)
+    apply_randlora(net, target_parameters=["up"], r=4)
+    assert type(net[0]["base_layer"]).__name__ == "RandLoraParameter"
+
+
 def test_a_parameter_inside_a_module_with_another():
     net, both = torch.nn.Sequential(Mixture(WAYS["matmul"])), ["0.up", "0.linear.weight"]
     with pytest.raises(ValueError, match="'0.linear.weight' lies inside '0', of which a parameter"):
