@@ -98,6 +98,8 @@ class PackedBasis(Tensor):
     def to(self, *args: Any, **kwargs: Any) -> "PackedBasis":
         parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
         device, dtype = parsed[0] or self.device, parsed[1] or self.dtype
+        if (device, dtype) == (self.device, self.dtype):
+            return self  # as a tensor does; adapters of one key share a basis
         # A narrower dtype rounds the value, as it rounds the elements of a dense tensor.
         value = float(torch.tensor(self.value, dtype=dtype, device="cpu"))
         return PackedBasis(self.content, value, self.shape, dtype, device)

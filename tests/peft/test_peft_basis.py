@@ -217,7 +217,10 @@ def test_what_stands_for_a_basis(x):
         moved = A.to("meta", dtype=dtype)
         assert (moved.device.type, moved.dtype) == ("meta", dtype)
         assert torch.equal(moved.to("cpu").dense(), dense.to(dtype)) and A.dtype == dense.dtype
-    assert copy.deepcopy(model).base_model.randlora_A["default"] is A
+    assert copy.deepcopy(model).base_model.randlora_A["default"] is A.to("cpu", A.dtype) is A
+    model.add_adapter("two", config(5, sparse=True))
+    assert bases.randlora_A["two"] is A
+    model.delete_adapter("two")
     before = model(x)
     assert torch.equal(model.share_memory()(x), before)
     bases.randlora_B["default"] = bases.randlora_B["default"].dense()[:, :2]
