@@ -6,9 +6,10 @@
     python tools/run_peft_suite.py /tmp/peft --sparse     # every config sparse=True: packed kernels
 
 The source distribution holds these tests, too, instead of a checkout: `pip download --no-deps
---no-binary :all: peft==0.21.2`, unpacked, with an empty tests/__init__.py. Runs offline. Tests that need a model of the Hub fail on both sides and cancel out. The installed
-PEFT is tested; with --source that of the checkout. This file is also the plugin of those pytest
-runs, which puts our backend under the tests and counts the calls of our kernels.
+--no-binary :all: peft==0.21.2`, unpacked, with an empty tests/__init__.py. Runs offline. Tests that
+need a model of the Hub fail on both sides and cancel out. The installed PEFT is tested; with
+--source that of the checkout. This file is also the plugin of those pytest runs, which puts our
+backend under the tests and counts the calls of our kernels.
 """
 
 import argparse
