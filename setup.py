@@ -120,10 +120,10 @@ class BuildKernels(BuildExtension):
             super().build_extensions()
         except Exception as error:  # whatever it is, the CPU kernels are built
             said = f"{type(error).__name__}: {error}".splitlines()[0]
-            why = f"building them failed (messages above): {said}"
+            why = f"building them failed: {said}; read the messages above"
             if WANTED == "1":
-                raise SystemExit(f"error: RANDLORA_CUDA=1, but {why}; {BY_CMAKE}") from error
-            self.cuda_status = f"no CUDA kernels: {why}; {BY_CMAKE}"
+                raise SystemExit(f"error: RANDLORA_CUDA=1, but {why}, {BY_CMAKE}") from error
+            self.cuda_status = f"no CUDA kernels: {why}, {BY_CMAKE}"
             if LIBRARY.exists():
                 self.cuda_status = f"CUDA kernels as found in {LIBRARY}; {why}"
             self.extensions = binding_alone
@@ -224,7 +224,7 @@ def why_not(
 ) -> str:
     """Why torch cannot build the library, and what to do; empty if it can."""
     if torch_cuda is None:
-        return f"this torch has no CUDA; build under one that has, {BY_CMAKE}"
+        return "this torch has no CUDA; build under one that has, or with CMake (CONTRIBUTING.md)"
     toolkit = f"install CUDA {torch_cuda}'s toolkit and set CUDA_HOME"
     if nvcc is None:
         return f"nvcc was not found; {toolkit}"
