@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 EQUAL = {  # held-out losses that most methods reach
     ("fp32", "spelling"): 1.2,
     ("fp32", "roman"): 1.2,
-    ("fp32", "dates"): 1.37,
+    ("fp32", "dates"): 1.39,
     ("fp32", "json"): 0.04,
     ("gemma", "spelling"): 0.95,
     ("gemma", "roman"): 1.04,
