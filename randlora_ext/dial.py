@@ -68,7 +68,7 @@ def dial_curve(
     model, all ranks must call, with equally many batches.
 
     Raises TypeError or ValueError: a factor is no finite number from 0 on, the adapter is not
-    there, not active or merged, or there is no batch.
+    there, not active or merged, or there is no batch or none with labels.
 
     Source: scaling a finished update is known from LoRA (PEFT's ``scale_layer``) and from model
     arithmetic (arXiv:2212.04089).
@@ -200,7 +200,24 @@ def _measure(name: str, given: Measured) -> Callable[[nn.Module], float]:
     batches = list(given)  # which may be an iterator, and is read for every factor
     if not batches:
         raise ValueError(f"{name} must hold at least one batch, got none")
+    for batch in batches:
+        _check_batch(name, batch)
+    if not any(_labels_in(batch) for batch in batches):
+        raise ValueError(f"{name} must have labels other than {NO_LABEL}, got none")
     return lambda model: _mean_loss(model, batches)
+
+
+def _check_batch(name: str, batch: Any) -> None:
+    allowed = 'tensors of token numbers, or mappings of the model\'s arguments with "labels"'
+    if not isinstance(batch, (Tensor, Mapping)):
+        raise TypeError(f"{name} must hold {allowed}, got {batch!r}")
+    if isinstance(batch, Mapping) and not isinstance(batch.get("labels"), Tensor):
+        raise ValueError(f"{name} must hold {allowed}, got a mapping with {[*batch]}")
+
+
+def _labels_in(batch: Any) -> int:
+    labels = batch["labels"] if isinstance(batch, Mapping) else batch
+    return int((labels != NO_LABEL).sum())
 
 
 def _mean_loss(model: nn.Module, batches: Sequence[Any]) -> float:
@@ -209,7 +226,8 @@ def _mean_loss(model: nn.Module, batches: Sequence[Any]) -> float:
     for batch in batches:
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch, "labels": batch}
         arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
-        labels = int((arguments["labels"] != NO_LABEL).sum())
-        total += float(model(**arguments).loss) * labels
-        count += labels
+        loss = float(model(**arguments).loss)  # all ranks of a sharded model must call it
+        if labels := _labels_in(batch):  # without any, the loss is NaN
+            total += loss * labels
+            count += labels
     return total / count

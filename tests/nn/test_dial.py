@@ -90,8 +90,8 @@ def test_functions_of_the_model_are_measured_too():
 
 def test_nothing_stays_changed_if_a_measure_fails():
     ours, before = model().train(), [layer.scaling["default"] for layer in layers(model())]
-    with pytest.raises(KeyError):
-        dial_curve(ours, [{"input_ids": TEXT[0]}], TEXT, (0.5,))
+    with pytest.raises(ValueError, match="input_ids"):  # the model's own
+        dial_curve(ours, [{"labels": TEXT[0]}], TEXT, (0.5,))
     assert [layer.scaling["default"] for layer in layers(ours)] == before and ours.training
 
 
@@ -114,6 +114,19 @@ def disabled(model):
         (None, lambda m: dial_curve(m, TASK, TEXT, ("1",)), TypeError, "factors must be finite"),
         (None, lambda m: dial_curve(m, TASK[0], TEXT), TypeError, "task must be several batches"),
         (None, lambda m: dial_curve(m, TASK, []), ValueError, "text must hold at least one batch"),
+        (None, lambda m: dial_curve(m, TASK, ["a"]), TypeError, "text must hold tensors .* 'a'"),
+        (
+            None,
+            lambda m: dial_curve(m, [{"input_ids": TEXT[0]}], TEXT),
+            ValueError,
+            "task must hold .* \"labels\", got a mapping with \\['input_ids'\\]",
+        ),
+        (
+            None,
+            lambda m: dial_curve(m, [{"input_ids": TEXT[0], "labels": TEXT[0] * 0 - 100}], TEXT),
+            ValueError,
+            "task must have labels other than -100",
+        ),
         (disabled, lambda m: dial_curve(m, TASK, TEXT), ValueError, "is not active in layer"),
         (merged, lambda m: dial_curve(m, TASK, TEXT), ValueError, "is merged; unmerge it first"),
         (merged, lambda m: set_dial(m, 0.5), ValueError, "is merged; unmerge it first"),
