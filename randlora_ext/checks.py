@@ -47,6 +47,16 @@ def warn_of_unmatched(argument: str, targets: Any, names: Iterable[str], what: s
         warn_user(f"{argument} that match no {what}: {', '.join(told)}")
 
 
+def meant_targets(targets: Any, names: Iterable[str]) -> str:
+    """For a message about targets that match nothing: which of `names` were perhaps meant."""
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    if isinstance(targets, str):
+        hint = f"; a text must match a whole name: did you mean [{targets!r}]?"
+        return hint if targets in ends else ""
+    near = {end for each in targets or () for end in difflib.get_close_matches(each, ends, n=1)}
+    return f"; did you mean {sorted(near)}?" if near else ""
+
+
 def check_one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Raises ValueError, naming `name` and the nearest allowed value, unless it is one of them."""
     if not isinstance(value, str) or value not in allowed:

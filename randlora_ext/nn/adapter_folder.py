@@ -192,6 +192,10 @@ def read_adapter(folder: str | os.PathLike) -> SavedAdapter:
     """
     if not os.path.exists(folder):
         raise FileNotFoundError(f"{os.fspath(folder)} {NOT_HERE}")
+    if not os.path.isdir(folder):
+        raise NotADirectoryError(
+            f"{os.fspath(folder)} is a file; an adapter is a folder with {CONFIG} and {WEIGHTS}"
+        )
     config, weights = Path(folder, CONFIG), Path(folder, WEIGHTS)
     text = config.read_bytes()
     pickled = weights.with_suffix(".bin")

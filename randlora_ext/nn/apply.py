@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_model, warn_of_unmatched
+from ..checks import check_model, meant_targets, warn_of_unmatched
 from .adapted_layer import layers_by_path
 from .base_layer import (
     check_base_layer,
@@ -84,11 +84,10 @@ def apply_randlora(
     stacks = {name: at for name, at in found_parameters.items() if not name.startswith(inside)}
     if not matches and (target_modules or not stacks):
         linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        as_list = isinstance(target_modules, str) and _matching(model, [target_modules])
-        hint = f"; a text must match a whole name: did you mean [{target_modules!r}]?"
+        hint = meant_targets(target_modules, linear)
         raise ValueError(
             f"target_modules {target_modules!r} matches no module of {model_class} that is not "
-            f"adapted yet{hint if as_list else ''}; its linear layers are called {first(linear)}"
+            f"adapted yet{hint}; its linear layers are called {first(linear)}"
         )
     modules = (name for name, _ in model.named_modules(remove_duplicate=False))
     warn_of_unmatched("target_modules", target_modules, modules, f"module of {model_class}")

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..checks import check_r, warn_of_unmatched, warn_user
+from ..checks import check_r, meant_targets, warn_of_unmatched, warn_user
 from ..nn.apply import check_not_nested
 from ..nn.base_layer import (
     check_is_called,
@@ -186,7 +186,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
             linear = [name for name in names if not name.endswith(".base_layer")]
             raise ValueError(
                 f"target_modules {config.target_modules!r} matches no linear layer of "
-                f"{type(model).__name__}; its linear layers are called {first(linear)}"
+                f"{type(model).__name__}{meant_targets(config.target_modules, linear)}; its linear "
+                f"layers are called {first(linear)}"
             )
         module_of = f"module of {type(model).__name__}"
         parameter_of = f"parameter of {type(model).__name__}"

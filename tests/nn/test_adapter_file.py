@@ -420,9 +420,10 @@ def test_files_that_are_none(folder):
         FileNotFoundError, match="^HUB/NAME does not exist here; of the hub's, `hf d"
     ):
         load_adapter(Model(), "HUB/NAME")
-    for path in (folder.parent, folder / CONFIG):
-        with pytest.raises(OSError, match=f"{path}/{CONFIG}"):
-            load_adapter(Model(), path)
+    with pytest.raises(FileNotFoundError, match=f"{folder.parent}/{CONFIG}"):
+        load_adapter(Model(), folder.parent)
+    with pytest.raises(NotADirectoryError, match=f"{folder / CONFIG} is a file; an adapter is a"):
+        load_adapter(Model(), folder / CONFIG)
 
 
 def test_what_cannot_be_written(folder):

@@ -38,6 +38,7 @@ def test_apply_by_suffix_and_by_pattern():
 
 ERRORS = {
     "no such name": (["k"], {}, r"target_modules \['k'\] matches no module .*blocks\.0\.q"),
+    "misspelt": (["gq"], {}, r"\['gq'\] matches no module .* did you mean \['q'\]\?; its"),
     "a list is meant": ("q", {}, r"'q' matches no module .* did you mean \['q'\]"),
     "None": (None, {}, "target_modules must be names or a regular expression, got None"),
     "no expression": ("(", {}, r"target_modules '\(' is no regular expression: missing \)"),
