@@ -60,8 +60,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     From then on the adapter computes ``F.linear(x * input_scale, dW)``. This costs no parameter and
     next to no time, because the vector is a factor of the bases' signs. It belongs to the adapter:
     the layer's buffer ``randlora_input_scale``, which files and state dicts hold. Called again, it
-    replaces the vectors. Of adapters of ``target_parameters`` every expert gets a vector of its own,
-    ``input_scale`` (experts, in_features); one that sees fewer than 32 tokens gets that of all.
+    replaces the vectors. Of adapters of ``target_parameters`` every expert gets a vector of its
+    own, ``input_scale`` (experts, in_features); one that sees fewer than 32 tokens gets that of
+    all.
 
     Args:
         model: with adapters on Hadamard bases, by `apply_randlora` or PEFT. It runs in eval mode;
