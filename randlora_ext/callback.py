@@ -16,6 +16,8 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from .calibration import calibrate, layers_to_calibrate
+from .nn.adapted_layer import AdaptedLayer
+from .nn.apply import adapted_layers
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +68,12 @@ class CalibrateCallback(TrainerCallback):
         """What it did, in a sentence."""
         if step:
             return f"not calibrated: training resumes after step {step}"
+        if _is_calibrated(model):  # and perhaps trained, too
+            return "not calibrated again: the adapter is calibrated already"
         try:
-            layers = layers_to_calibrate(model)
+            layers_to_calibrate(model)
         except ValueError as error:
             return f"not calibrated: {error}"
-        done = (layer.is_calibrated(a) for layer, (_, names) in layers.items() for a in names)
-        if any(done):
-            return "not calibrated again: the adapter is calibrated already"
         with _random_states_kept():
             batches = [_arguments(model, batch) for batch in _first(loader, self.batches, size)]
             if not all(_of_all_ranks(bool(batches) and all(batches))):
@@ -82,6 +83,17 @@ class CalibrateCallback(TrainerCallback):
                 )
             calibrate(model, batches)
         return "calibrated"
+
+
+def _is_calibrated(model: nn.Module) -> bool:
+    """Whether an active adapter is, in any layer."""
+    layers = adapted_layers(model, AdaptedLayer).values()
+    return any(
+        layer.is_calibrated(adapter)
+        for layer in layers
+        for adapter in layer.active_adapters
+        if adapter in layer.randlora_lambda
+    )
 
 
 def _first(loader: Any, count: int, size: int) -> list[Any]:

@@ -99,7 +99,7 @@ def load_adapter(
 
     Linear layers become `RandLoraLinear`, and all else is frozen but the other parameters in the
     file, as by `apply_randlora`. Where the layers have adapters already, this one is added, neither
-    active nor trained until ``set_adapter`` names it.
+    active nor trained until each layer's ``set_adapter`` names it.
 
     Args:
         model: the base model, with or without other adapters, before torch.compile, activation

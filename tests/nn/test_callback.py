@@ -119,6 +119,7 @@ def test_a_model_that_cannot_be_calibrated_is_trained_as_it_is(tmp_path, caplog)
     calibrate(done, [{"input_ids": torch.arange(5)[None]}])
     before = copy.deepcopy(scales(done))
     assert "calibrated already" in begin(done, caplog, tmp_path)
+    assert "calibrated already" in begin(randomize(done), caplog, tmp_path)  # has trained, too
     assert all(torch.equal(before[key], scale) for key, scale in scales(done).items())
 
 
