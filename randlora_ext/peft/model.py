@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..checks import check_r, meant_targets, warn_of_unmatched, warn_user
+from ..nn.adapter_record import RECORD
 from ..nn.apply import check_not_nested
 from ..nn.base_layer import (
     check_is_called,
@@ -320,6 +321,17 @@ class AcceleratedRandLoraModel(RandLoraModel):
             del state_dict[key]
         missing += [key for key in own if key not in state_dict]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, **kwargs) -> dict:
+        # What DeepSpeed's ZeRO-3 gathers from its ranks has parameters and buffers, but no records.
+        found, name = super()._get_adapter_state_dict(**kwargs), kwargs["adapter_name"]
+        for path, layer in kwargs["model"].named_modules():
+            has_record = isinstance(layer, AcceleratedLinear) and name in layer.randlora_record
+            if has_record and f"{path}.randlora_lambda.{name}" in found:
+                record = layer.randlora_record[name].get_extra_state()
+                found.setdefault(f"{path}.{RECORD}.{name}._extra_state", record)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, **kwargs) -> dict:

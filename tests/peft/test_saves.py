@@ -14,6 +14,7 @@ import pytest
 import torch
 from cli_helpers import llama, run
 from layer_helpers import small_net
+from peft.tuners.randlora.model import RandLoraModel
 from peft_helpers import (
     Deep,
     accelerated,
@@ -215,6 +216,20 @@ def test_tensors_without_a_record_are_told(tmp_path):
         opened(tmp_path)
     with pytest.raises(ValueError, match=r"\w\.randlora_record\._extra_state is missing"):
         accelerated.hotswap_adapter(model, tmp_path)
+
+
+@pytest.mark.skipif(
+    not hasattr(RandLoraModel, "_get_adapter_state_dict"), reason="PEFT 0.20 has no such hook"
+)
+def test_a_state_of_parameters_and_buffers_is_saved_with_records(tmp_path):
+    """DeepSpeed's ZeRO-3 gathers these alone."""
+    model = made(**SIGNS)
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    model.save_pretrained(tmp_path / "gathered", state_dict=state)
+    model.save_pretrained(tmp_path / "usual")
+    gathered, usual = (load_file(tmp_path / name / TENSORS) for name in ("gathered", "usual"))
+    assert gathered.keys() == usual.keys()
+    assert all(torch.equal(gathered[key], usual[key]) for key in usual)
 
 
 HOSTILE = {
