@@ -37,8 +37,8 @@ check_version()
 
 from .activation import accelerate, disable, enable  # noqa: E402
 from .config import RandLoraConfig  # noqa: E402
+from .hotswap import hotswap_adapter  # noqa: E402
 from .layer import kernel_summary  # noqa: E402
-from .loading import hotswap_adapter  # noqa: E402
 from .saving import export_to_peft  # noqa: E402
 
 __all__ = [
