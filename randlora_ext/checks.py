@@ -30,8 +30,10 @@ def warn_user(message: str) -> None:
 
 
 def warn_of_unmatched(argument: str, targets: Any, names: Iterable[str], what: str) -> None:
-    """Warns of targets, unless they are one expression, that no name is equal to or ends in, after
-    a dot. `what` says what the names are of."""
+    """Warns of each target that matches no name: none is equal to it or ends in ``.target``.
+
+    One regular expression is not checked. `what` says what the names are of.
+    """
     if targets is None or isinstance(targets, str):
         return
     ends = set()

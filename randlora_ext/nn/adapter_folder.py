@@ -37,8 +37,8 @@ class SavedAdapter:
         fields: as `fields_of` gives them; of these r, randlora_alpha and ``targets``, which are its
             target_parameters, have attributes, too.
         basis: what generates the bases; None if PEFT draws them.
-        layers: by the layer's path in the file its tensors by their kinds. `names` gives the paths
-            in the base model.
+        layers: the tensors of each layer, as ``layers[path][name]``: the layer's path in the file
+            (`names` gives that in the base model) and a name such as "randlora_lambda".
         bases: A and B, if they are saved.
         others: what else is saved, by the names in the base model.
         base_weights: which of these are weights below an adapter.
@@ -145,8 +145,8 @@ class SavedAdapter:
         )
 
     def names(self, known: Container[str] = ()) -> dict[str, str]:
-        """By the layer's path in the file the one in the base model, and of experts the name of
-        their parameter; `known` has the names of the model's parameters.
+        """What each layer, by its path in the file, adapts in the base model: the path of a module
+        or, of experts, the name of a parameter. `known` has the names of the model's parameters.
 
         The layers of several parameters of one module are nested in the order of
         ``target_parameters``, the first one innermost. ValueError if these do not say which.
@@ -174,8 +174,12 @@ class SavedAdapter:
         return names
 
     def first_missing(self, names: Iterable[str], others: Container[str]) -> str | None:
-        """Which of a model's parameters `others`, those that the adapter replaces, lack, though
-        ``modules_to_save`` says that the adapter has its module, in words; None if there is none.
+        """In words, the first parameter that the adapter should hold and does not; None if it holds
+        all. It should hold each of a module in ``modules_to_save``.
+
+        Args:
+            names: of the model's parameters.
+            others: those that the adapter holds, beside the layers' tensors.
         """
         for name in names:
             for module in self.fields["modules_to_save"] or ():

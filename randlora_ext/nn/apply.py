@@ -110,8 +110,13 @@ def adapting(
 ) -> Iterator[dict[str, RandLoraLinear]]:
     """Makes adapted layers, which take their places in the model when the block ends.
 
-    If it raises, the model is as it was. Otherwise as `apply_randlora`, for modules by their names,
-    which `why` follows in error messages, and for parameters as `matching_parameters` gives them.
+    If it raises, the model is as it was. Otherwise as `apply_randlora`.
+
+    Args:
+        targets: the modules to adapt, by their names.
+        trained: parameters to train whole.
+        why: follows a module's name in error messages, such as ", matched by target_modules ...,".
+        stacks: the parameters to adapt, as `matching_parameters` gives them.
     """
     _check_targets(model, targets, why, stacks)
     before = [parameter for parameter in model.parameters() if parameter.requires_grad]

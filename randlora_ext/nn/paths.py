@@ -29,7 +29,10 @@ def nesting(path: str, layers: Container[str]) -> int:
 
 
 def in_file(path: str, layers: Mapping[str, int]) -> str:
-    """The path in a model where so many layers of ours lie around each module of `layers`."""
+    """The opposite of `in_base_model`: the path in the base model with ``base_layer`` put in.
+
+    `layers` says how many of our layers lie around a module, by its path in the base model.
+    """
     kept, parts = [], path.split(".") if path else []
     for depth, part in enumerate(parts):
         kept += ["base_layer"] * layers.get(".".join(parts[:depth]), 0)

@@ -124,8 +124,8 @@ def _check_types(config: RandLoraConfig) -> None:
 
 
 def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """How the bases of the configuration `saved`, and the parameters whose layers have no names of
-    their own in files, differ from those of `own`, in words."""
+    """In words, how the bases and ``target_parameters`` of the configuration `saved` differ from
+    those of `own`. Files do not name these parameters: their layers are told apart by order."""
     bases = [_bases_in_words(fields) for fields in (own, saved)]
     names = [sorted(fields.get("target_parameters") or ()) for fields in (own, saved)]
     return [
