@@ -18,18 +18,18 @@ _COMMANDS: tuple[tuple[str, str, str, Iterable[str]], ...] = (
     ("merge", "add an adapter to the weights of a model", "my-model my-adapter merged", _OPERANDS),
     (
         "dial",
-        "what an adapter times a factor has learned and forgotten",
+        "measure what an adapter times a factor has learned and forgotten, or set a factor",
         "my-model my-adapter --task a.jsonl --text b.txt",
         ("model", "source"),
     ),
 )
 _OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "dial": (
-        ("--task", {"type": Path, "required": True, "help": "what it learned: .jsonl or a text"}),
-        ("--text", {"type": Path, "required": True, "help": "what it should not forget: likewise"}),
+        ("--task", {"type": Path, "help": "what it learned: .jsonl or a text"}),
+        ("--text", {"type": Path, "help": "what it should not forget: likewise"}),
         ("--tokens", {"type": int, "default": 4096, "help": "to read of each file (4096)"}),
         ("--plot", {"type": Path, "help": "a picture to write"}),
-        ("--set", {"type": float, "dest": "factor", "help": "multiply the adapter by it"}),
+        ("--set", {"type": float, "dest": "factor", "help": "a factor, to multiply instead"}),
         ("--out", {"type": Path, "help": "the folder for that adapter, new or empty"}),
     ),
 }

@@ -18,48 +18,79 @@ ROWS, COLUMNS = 8, 512  # of a batch, at most
 def dial(
     model: Path,
     source: Path,
-    task: Path,
-    text: Path,
+    task: Path | None,
+    text: Path | None,
     tokens: int,
     plot: Path | None,
     factor: float | None,
     out: Path | None,
 ) -> int:
-    """Prints `dial_curve` of a causal language model; with a factor, `set_dial` and a new adapter.
+    """Prints `dial_curve` of a causal language model. With a factor it only writes a new adapter,
+    by `set_dial`.
 
     A file that ends in .jsonl holds an object a line, with "prompt" and "completion", of which the
     loss is that of the completion, or with "text". Any other file is one text, cut into blocks.
     """
     if (factor is None) != (out is None):
         raise CliError("--set and --out go together: the factor, and the folder for the adapter")
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CliError(f"{out} exists; choose another name or remove it first")
-    if factor is not None and not 0 < factor < float("inf"):
-        raise CliError(f"--set must be a positive finite number, got {factor}")
+    if factor is not None and out is not None:
+        if not (task is text is plot is None):
+            raise CliError(
+                "--set measures nothing, so it goes without --task, --text and --plot; measure "
+                "first, without --set"
+            )
+        return _set(model, source, factor, out)
+    if task is None or text is None:
+        raise CliError(
+            "--task and --text must both be given, to measure, or --set and --out, to set a factor"
+        )
+    return _measure(model, source, task, text, tokens, plot)
+
+
+def _measure(
+    model: Path, source: Path, task: Path, text: Path, tokens: int, plot: Path | None
+) -> int:
     if tokens < 1:
         raise CliError(f"--tokens must be at least 1, got {tokens}")
+    import transformers
+
+    with told_of(model, (OSError, ValueError)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+        of_task, of_text = (_batches(file, tokenizer, tokens) for file in (task, text))
+    adapted = _opened(model, source)
+    adapted.to("cuda" if torch.cuda.is_available() else "cpu")
+    print(f"measuring {len(FACTORS)} factors, some minutes on a CPU", file=sys.stderr)
+    dial_curve(adapted, of_task, of_text, plot=plot)
+    return 0
+
+
+def _set(model: Path, source: Path, factor: float, out: Path) -> int:
+    if not 0 < factor < float("inf"):
+        raise CliError(f"--set must be a positive finite number, got {factor}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CliError(f"{out} exists; choose another name or remove it first")
+    adapted = _opened(model, source)
+    set_dial(adapted, factor)
+    adapted.save_pretrained(out)
+    print(f"{out} holds the adapter times {factor:g}")
+    return 0
+
+
+def _opened(model: Path, source: Path) -> Any:
+    """The causal language model with its adapter, on the CPU. CliError if it is not RandLoRA's."""
     import peft
     import transformers
 
     import randlora_ext.peft
 
     with told_of(model, (OSError, ValueError)):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
-        of_task, of_text = (_batches(file, tokenizer, tokens) for file in (task, text))
         base = transformers.AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
     randlora_ext.peft.enable()
     with told_of(source, (OSError, ValueError, TypeError, RuntimeError)):
         adapted = peft.PeftModel.from_pretrained(base, source)
     if not isinstance(adapted.peft_config["default"], peft.RandLoraConfig):
         raise CliError(f"{source} must be a RandLoRA adapter")
-    adapted.to("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"measuring {len(FACTORS)} factors, some minutes on a CPU", file=sys.stderr)
-    dial_curve(adapted, of_task, of_text, plot=plot)
-    if factor is not None:
-        set_dial(adapted, factor)
-        adapted.save_pretrained(out)
-        print(f"{out} holds the adapter times {factor:g}")
-    return 0
+    return adapted
 
 
 def _batches(file: Path, tokenizer: Any, tokens: int) -> list[dict[str, Tensor]]:

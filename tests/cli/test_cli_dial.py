@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 WORDS = ["<eos>", "<unk>", *(f"w{i}" for i in range(48))]
 TEXT = " ".join(f"w{i * i % 48}" for i in range(30))
+SET = {"--task": None, "--text": None, "--set": "0.7", "--out": "new"}
 ROWS = [
     {"prompt": "w1 w2 w3", "completion": " w4 w5"},
     {"prompt": "w7", "completion": " w8 w9 w10 w11"},
@@ -35,8 +36,8 @@ def files(tmp_path_factory):
     return folder
 
 
-def opened(files, adapter="adapter"):
-    return peft.PeftModel.from_pretrained(llama(initializer_range=0.3), files / adapter).eval()
+def opened(files):
+    return peft.PeftModel.from_pretrained(llama(initializer_range=0.3), files / "adapter").eval()
 
 
 @torch.no_grad()
@@ -53,27 +54,41 @@ def losses(model):
     return total / count, float(model(text, labels=text).loss)
 
 
-def test_the_table_the_picture_and_the_chosen_factor(files, tmp_path):
+def test_the_table_and_the_picture(files, tmp_path):
     pytest.importorskip("matplotlib")
     given = [files / "model", files / "adapter"]
     given += ["--task", files / "task.jsonl", "--text", files / "text.txt"]
-    given += ["--plot", tmp_path / "dial.png", "--set", "0.7", "--out", tmp_path / "turned"]
-    code, out, error = run("dial", *given)
+    code, out, error = run("dial", *given, "--plot", tmp_path / "dial.png")
     assert code == 0, error
-    head, *rows, last = out.splitlines()
+    _, *rows = out.splitlines()
     shown = {float(row.split()[0]): [*map(float, row.split()[1:])] for row in rows}
-    assert list(shown) == [1, 0.85, 0.7, 0.55, 0.4, 0] and "0.7" in last
-    model, turned = opened(files), opened(files, tmp_path / "turned")
-    for factor, each in ((1, model), (0.7, turned)):
-        assert shown[factor][:2] == pytest.approx(losses(each), abs=1e-3)
+    assert list(shown) == [1, 0.85, 0.7, 0.55, 0.4, 0]
+    model = opened(files)
+    assert shown[1][:2] == pytest.approx(losses(model), abs=1e-3)
     with model.disable_adapter():
         assert shown[0][:2] == pytest.approx(losses(model), abs=1e-3)
+    for name, parameter in model.named_parameters():
+        if "randlora_lambda" in name:
+            parameter.data *= 0.7
+    assert shown[0.7][:2] == pytest.approx(losses(model), abs=1e-3)
     assert abs(shown[1][0] - shown[0.7][0]) > 0.01
     assert (tmp_path / "dial.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_chosen_factor_is_set_and_nothing_is_measured(files, tmp_path, monkeypatch):
+    def measured(*_, **__):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("randlora_ext.cli.dial.dial_curve", measured)
+    turned = tmp_path / "turned"
+    given = files / "model", files / "adapter", "--set", "0.7", "--out", turned
+    code, out, error = run("dial", *given)
+    assert code == 0 and "measuring" not in error, error
+    assert out == f"{turned} holds the adapter times 0.7\n"
     old, new = (
-        load_file(folder / "adapter_model.safetensors")
-        for folder in (files / "adapter", tmp_path / "turned")
+        load_file(folder / "adapter_model.safetensors") for folder in (files / "adapter", turned)
     )
+    assert old.keys() == new.keys()
     for key, value in old.items():
         factor = 0.7 if key.endswith("randlora_lambda") else 1
         torch.testing.assert_close(new[key], value * factor)
@@ -83,8 +98,11 @@ def test_the_table_the_picture_and_the_chosen_factor(files, tmp_path):
     "change, told",
     [
         ({"--set": "0.7"}, "--set and --out go together"),
-        ({"--set": "0", "--out": "new"}, "--set must be a positive finite number, got 0.0"),
-        ({"--set": "0.7", "--out": "model"}, "exists; choose another name"),
+        ({"--set": "0.7", "--out": "new"}, "--set measures nothing, so it goes without --task"),
+        (SET | {"--set": "0"}, "--set must be a positive finite number, got 0.0"),
+        (SET | {"--out": "model"}, "exists; choose another name"),
+        (SET | {"--plot": "dial.png"}, "--set measures nothing, so it goes without --task"),
+        ({"--text": None}, "--task and --text must both be given, to measure, or --set"),
         ({"--tokens": "0"}, "--tokens must be at least 1, got 0"),
         ({"--task": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"--task": "broken.jsonl"}, 'line 2 must hold "prompt" and "completion", or "text"'),
@@ -103,9 +121,11 @@ def test_what_is_refused(files, change, told, tmp_path, monkeypatch):
     places = {"MODEL": "model", "ADAPTER": "adapter", "--task": "task.jsonl", "--text": "text.txt"}
     places |= change
     given = [places.pop("MODEL"), places.pop("ADAPTER")]
-    assert told in refused("dial", *given, *(part for pair in places.items() for part in pair))
+    for option, value in places.items():
+        given += [] if value is None else [option, value]
+    assert told in refused("dial", *given)
     assert not (files / "new").exists()
 
 
 def test_the_command_asks_for_what_it_needs():
-    assert "required: MODEL, ADAPTER, --task, --text" in refused("dial")
+    assert "required: MODEL, ADAPTER " in refused("dial")
