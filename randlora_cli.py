@@ -29,7 +29,7 @@ _OPTIONS: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
         ("--text", {"type": Path, "help": "what it should not forget: likewise"}),
         ("--tokens", {"type": int, "default": 4096, "help": "to read of each file (4096)"}),
         ("--plot", {"type": Path, "help": "a picture to write"}),
-        ("--set", {"type": float, "dest": "factor", "help": "a factor, to multiply instead"}),
+        ("--set", {"type": float, "dest": "factor", "help": "multiply by it; measure nothing"}),
         ("--out", {"type": Path, "help": "the folder for that adapter, new or empty"}),
     ),
 }

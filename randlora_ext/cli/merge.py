@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Sized
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def merge(model: Path, source: Path, out: Path) -> int:
         _check_names(checkpoint, replaced, written)
         left = _copy(checkpoint, folder)
         merged.append({"adapter": str(source), "sha256": digest})
-        (folder / MERGED).write_text(json.dumps({"merged": merged}, indent=2))
+        (folder / MERGED).write_text(json.dumps({"merged": merged}, indent=2) + "\n")
         for name in written:
             print(f"merging {name}", file=sys.stderr)
             weight = replaced[name] if name in replaced else checkpoint.read(name)
@@ -50,7 +51,8 @@ def merge(model: Path, source: Path, out: Path) -> int:
                 if not bool(torch.isfinite(weight).all()):
                     raise CliError(f"{name} would hold NaN or inf after merging")
             checkpoint.write(folder, name, weight)
-    print(f"{len(added)} layers merged into {len(checkpoint.files)} files of {out}")
+    layers, files = _count(added, "layer"), _count(checkpoint.files, "file")
+    print(f"{layers} merged into {files} of {out}")
     if replaced:
         print("replaced by the adapter's own:", ", ".join(replaced))
     if left:
@@ -97,3 +99,7 @@ def _copy(checkpoint: Checkpoint, folder: Path) -> list[str]:
         else:
             left.append(path.name)
     return left
+
+
+def _count(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}" if len(things) == 1 else f"{len(things)} {name}s"

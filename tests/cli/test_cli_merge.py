@@ -97,7 +97,9 @@ def test_conv1d_and_replaced_modules(tmp_path):
         model = save_adapter(base, tmp_path / "adapter", **extra)
     shake(model)
     model.save_pretrained(tmp_path / "adapter")
-    assert "ln_f.weight" in merge(tmp_path)
+    said = merge(tmp_path)
+    assert "ln_f.weight" in said and f"2 layers merged into 1 file of {tmp_path / 'out'}\n" in said
+    assert (tmp_path / "out" / "randlora_merged.json").read_text().endswith("}\n")
     tokens = torch.randint(0, 40, (2, 6))
     merged = type(base).from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(merged(tokens).logits, model(tokens).logits)
