@@ -141,18 +141,18 @@ class AdapterRecord(nn.Module):
     def misfits(self, key: str, tensor: Any) -> list[str]:
         """Why the adapter's layer cannot take tensors whose record is `tensor`."""
         sizes = {"in_features": self.in_features, "out_features": self.out_features}
-        problems = differences(key, tensor, self.record() | sizes)
-        if not problems:
-            return []
+        return differences(key, tensor, self.record() | sizes)
+
+    def advice(self) -> str:
+        """What to do about misfits, the same for all layers of an adapter."""
         folder = getattr(self.config, "read_from", None)
         place = "was not read from a folder" if folder is None else f"was read from {folder}"
-        return [
-            *problems,
+        return (
             f"the adapter's configuration {place}. If the tensors are from the same folder, its "
             "files are of two saves, one of which was interrupted or is still running: load "
             "again, or save the adapter again. An adapter that exists keeps its configuration; "
-            "randlora_ext.peft.hotswap_adapter takes over another randlora_alpha",
-        ]
+            "randlora_ext.peft.hotswap_adapter takes over another randlora_alpha"
+        )
 
     def get_extra_state(self) -> Tensor:
         return record_tensor(self.record(), self.in_features, self.out_features)
@@ -160,5 +160,5 @@ class AdapterRecord(nn.Module):
     def set_extra_state(self, state: Any) -> None:
         # `refuse_misfit` has asked already, except for transformers' own loaders.
         if problems := self.misfits(RECORD_KEY, state):
-            told = "\n\t".join(problems)
+            told = "\n\t".join([*problems, self.advice()])
             raise RuntimeError(f"the tensors do not belong to the adapter:\n\t{told}")

@@ -12,6 +12,7 @@ from .merging import KeepsWeight
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
 INPUT_SCALE = "randlora_input_scale"
+MOST_TOLD = 10  # misfits in one message: every layer of a large model may have some
 _GUARD = "_randlora_guard"  # of a model: the handle of its hook
 
 
@@ -30,14 +31,15 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
     """Pre-hook of ``load_state_dict`` for a layer with adapters, or for a model that holds some.
 
     torch copies what fits and then raises for the rest, which would mix two adapters. This raises a
-    RuntimeError before, with every entry of such a layer whose shape differs or that is no floating
-    point tensor, every input scale that is not positive and finite, or that is missing beside
-    lambda or gamma, every record of another adapter, and every merged layer that has entries: the
-    new lambda and gamma could not undo its merge. A layer that has several paths needs equal input
-    scales at all of them. Other missing keys, and unknown ones, are left to torch, which knows
-    whether loading is strict.
+    RuntimeError before, for an entry of such a layer whose shape differs or that is no floating
+    point tensor, an input scale that is not positive and finite, or that is missing beside lambda
+    or gamma, a record of another adapter, and a merged layer that has entries: the new lambda and
+    gamma could not undo its merge. A layer that has several paths needs equal input scales at all
+    of them. Other missing keys, and unknown ones, are left to torch, which knows whether loading is
+    strict.
     """
     problems: list[str] = []
+    advice: list[str] = []
     first: dict[nn.Module, str] = {}
     for path, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, KeepsWeight):
@@ -46,17 +48,29 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
             problems += _untied(layer, state_dict, first.setdefault(layer, at), at)
         if isinstance(layer, AdapterRecord):
             key = f"{prefix}{path}._extra_state"
-            problems += layer.misfits(key, state_dict[key]) if key in state_dict else []
-    refuse(problems, "the state dict", f"the {type(module).__name__}", RuntimeError)
+            if key in state_dict and (found := layer.misfits(key, state_dict[key])):
+                problems += found
+                advice.append(layer.advice())
+    refuse(problems, "the state dict", f"the {type(module).__name__}", RuntimeError, advice)
 
 
 def refuse(
-    problems: Iterable[str], what: str, place: str, error: type[Exception] = ValueError
+    problems: Iterable[str],
+    what: str,
+    place: str,
+    error: type[Exception] = ValueError,
+    advice: Iterable[str] = (),
 ) -> None:
-    """Raises `error` with all problems, if there are any, of putting `what` into `place`."""
-    told = [*dict.fromkeys(problem for problem in problems if problem)]  # many layers say the same
-    if told:
-        raise error(f"{what} does not fit {place}, which is unchanged:\n\t" + "\n\t".join(told))
+    """Raises `error` if there are problems of putting `what` into `place`: the first ones, how many
+    there are beside them, and advice. What many layers say alike is told once."""
+    found = [*dict.fromkeys(problem for problem in problems if problem)]
+    if not found:
+        return
+    told = found[:MOST_TOLD]
+    if len(found) > MOST_TOLD:
+        told.append(f"and {len(found) - MOST_TOLD} more")
+    told += dict.fromkeys(advice)
+    raise error(f"{what} does not fit {place}, which is unchanged:\n\t" + "\n\t".join(told))
 
 
 def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:

@@ -40,7 +40,7 @@ def hotswap_adapter(
 
     Raises, and leaves the model as it was: TypeError for another model; RuntimeError if the adapter
     is merged; OSError if a file cannot be read; ValueError if the adapter is not there, if the
-    saved one is damaged or no RandLoRA adapter, or, naming each thing, if it has another r or
+    saved one is damaged or no RandLoRA adapter, or, naming the first ten, if it has another r or
     dropout, other tensors or shapes, or brings no bases and belongs to other ones.
     """
     tuner = getattr(model, "base_model", None)

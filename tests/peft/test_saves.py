@@ -179,6 +179,28 @@ def test_tensors_of_another_save(tmp_path, old, new, message, x):
     assert torch.equal(base(x), Deep()(x)) and torch.equal(running(x), before)
 
 
+def test_a_message_tells_the_first_misfits_their_number_and_what_to_do(tmp_path):
+    """Once, at the end, however many layers there are."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    options = {"base": llama, "targets": names, **SIGNS}
+    made(r=6, **options).save_pretrained(tmp_path)  # twelve layers
+    running = made(r=5, **options)
+    with pytest.raises(RuntimeError, match="r of the tensors is 6, not 5") as other_r:
+        running.load_adapter(tmp_path, "default")
+    tensors = load_file(tmp_path / TENSORS)
+    records = [key for key in tensors if key.endswith(RECORD_KEY)]
+    for key in records:
+        tensors[key] = tensors[key] * 0
+    save_file(tensors, tmp_path / TENSORS)
+    with pytest.raises(RuntimeError, match="is no record of an adapter") as damaged:
+        running.load_adapter(tmp_path, "two")
+    for told, count in ((other_r, 2 * len(records) + 1), (damaged, len(records))):
+        _, *problems, advice = str(told.value).split("\n\t")
+        assert advice.startswith("the adapter's configuration was")
+        assert not any("configuration" in problem for problem in problems)
+        assert len(problems) == 11 and problems[-1] == f"and {count - 10} more"
+
+
 @pytest.mark.parametrize("kind", [{"basis": "independent"}, SIGNS], ids=str)
 def test_transformers_own_loaders(tmp_path, kind, caplog):
     """They report nothing, and refuse the tensors of another save."""
