@@ -34,9 +34,10 @@ class CalibrateCallback(TrainerCallback):
     rank takes rows of its own. Training then sees the same batches as without the callback: no
     sampler is asked, and the states of all random generators are restored.
 
-    It leaves the model as it is, and says why in one line of the log, if training resumes from a
-    checkpoint, or an active adapter is calibrated, has trained or is merged, or none is on Hadamard
-    bases, or the batches hold nothing that the model takes, as GRPO's, which are texts.
+    It prints a line when it has calibrated. Otherwise it leaves the model as it is and logs why: as
+    INFO if training resumes from a checkpoint, or an active adapter is calibrated already, or none
+    is on Hadamard bases; as WARNING if an active adapter has trained or is merged, or the batches
+    hold nothing that the model takes, as GRPO's, which are texts.
 
     An iterable dataset is read from its beginning, so it must begin anew whenever it is iterated.
 
@@ -60,40 +61,54 @@ class CalibrateCallback(TrainerCallback):
     def on_train_begin(
         self, args, state, control, model=None, train_dataloader=None, **kwargs
     ) -> None:
-        told = self._calibrate(model, train_dataloader, args.train_batch_size, state.global_step)
-        if state.is_world_process_zero:
-            logger.log(logging.INFO if told == "calibrated" else logging.WARNING, told)
+        level, told = logging.INFO, _why_needless(model, state.global_step)
+        if not told:
+            level = logging.WARNING
+            told = self._calibrate(model, train_dataloader, args.train_batch_size)
+        if not state.is_world_process_zero:
+            return
+        if told:
+            logger.log(level, "not calibrated: %s", told)
+        else:
+            # Printed, as Trainer prints its losses. By default its log shows warnings alone, and
+            # a warning asks for something to be done.
+            print("randlora_ext: calibrated the adapter")
 
-    def _calibrate(self, model: nn.Module, loader: Any, size: int, step: int) -> str:
-        """What it did, in a sentence."""
-        if step:
-            return f"not calibrated: training resumes after step {step}"
-        if _is_calibrated(model):  # and perhaps trained, too
-            return "not calibrated again: the adapter is calibrated already"
+    def _calibrate(self, model: nn.Module, loader: Any, size: int) -> str:
+        """Why it could not; "" if it has."""
         try:
             layers_to_calibrate(model)
         except ValueError as error:
-            return f"not calibrated: {error}"
+            return str(error)
         with _random_states_kept():
             batches = [_arguments(model, batch) for batch in _first(loader, self.batches, size)]
             if not all(_of_all_ranks(bool(batches) and all(batches))):
                 return (
-                    "not calibrated: the trainer's batches hold no arguments of the model; call "
+                    "the trainer's batches hold no arguments of the model; call "
                     "randlora_ext.calibrate(model, batches) before training"
                 )
             calibrate(model, batches)
-        return "calibrated"
+        return ""
 
 
-def _is_calibrated(model: nn.Module) -> bool:
-    """Whether an active adapter is, in any layer."""
+def _why_needless(model: nn.Module, step: int) -> str:
+    """Why nothing is left to do; "" if something is."""
+    if step:
+        return f"training resumes after step {step}"
     layers = adapted_layers(model, AdaptedLayer).values()
-    return any(
-        layer.is_calibrated(adapter)
+    if not layers:
+        return "the model has no RandLoRA adapter"
+    active = [
+        (layer, adapter)
         for layer in layers
         for adapter in layer.active_adapters
-        if adapter in layer.randlora_lambda
-    )
+        if adapter in layer.randlora_input_scale
+    ]
+    if not active:
+        return "no active adapter is on Hadamard bases, and only these can scale their inputs"
+    if any(layer.is_calibrated(adapter) for layer, adapter in active):  # and perhaps trained, too
+        return "the adapter is calibrated already"
+    return ""
 
 
 def _first(loader: Any, count: int, size: int) -> list[Any]:

@@ -44,18 +44,22 @@ def is_calibrated(model):
 
 
 def begin(model, told, folder, **options):
-    """What the callback says when training begins."""
+    """What the callback logs when training begins, with the level."""
     told.clear()
     with told.at_level(logging.INFO, "randlora_ext"):
         trainer(model, folder, callbacks=[CalibrateCallback()], **options).train()
-    (line,) = (each.message for each in told.records if each.name.startswith("randlora_ext"))
-    return line
+    return [
+        (each.levelname, each.message)
+        for each in told.records
+        if each.name.startswith("randlora_ext")
+    ]
 
 
-def test_the_vectors_are_those_of_calibrate(tmp_path, caplog):
+def test_the_vectors_are_those_of_calibrate(tmp_path, caplog, capsys):
     """All rows, or as many as `batches` says."""
     ours, other, few = model(), model(), model()
-    assert begin(ours, caplog, tmp_path, rows=ROWS[:8]) == "calibrated"
+    assert begin(ours, caplog, tmp_path, rows=ROWS[:8]) == []
+    assert capsys.readouterr().out.count("randlora_ext: calibrated the adapter\n") == 1
     calibrate(other, [{"input_ids": torch.stack([row["input_ids"] for row in ROWS[:8]])}])
     for key, scale in scales(other).items():
         torch.testing.assert_close(scales(ours)[key], scale)
@@ -99,7 +103,9 @@ def test_training_sees_the_batches_that_it_sees_without(rows, workers, tmp_path)
     assert len(seen[0]) == 6 and torch.equal(*seen) and states[0] == states[1]
 
 
-def test_a_model_that_cannot_be_calibrated_is_trained_as_it_is(tmp_path, caplog):
+def test_a_model_that_cannot_be_calibrated_is_trained_as_it_is(tmp_path, caplog, capsys):
+    """A warning, if the user should do something about it."""
+
     def merged():
         adapted = model()
         for module in adapted.modules():
@@ -108,19 +114,24 @@ def test_a_model_that_cannot_be_calibrated_is_trained_as_it_is(tmp_path, caplog)
         adapted.lm_head.requires_grad_(True)  # something has to be trained
         return adapted
 
-    sparse = model(basis="independent", density=0.3)
-    for adapted, told in (
-        (randomize(model()), "has trained"),
-        (merged(), "is merged"),
-        (sparse, "no active adapter on Hadamard bases"),
-    ):
-        assert told in begin(adapted, caplog, tmp_path) and not is_calibrated(adapted)
     done = model()
     calibrate(done, [{"input_ids": torch.arange(5)[None]}])
-    before = copy.deepcopy(scales(done))
-    assert "calibrated already" in begin(done, caplog, tmp_path)
-    assert "calibrated already" in begin(randomize(done), caplog, tmp_path)  # has trained, too
-    assert all(torch.equal(before[key], scale) for key, scale in scales(done).items())
+    trained = randomize(copy.deepcopy(done))
+    sparse = model(basis="independent", density=0.3)
+    for adapted, level, told in (
+        (randomize(model()), "WARNING", "has trained"),
+        (merged(), "WARNING", "is merged"),
+        (sparse, "INFO", "no active adapter is on Hadamard bases"),
+        (llama(), "INFO", "the model has no RandLoRA adapter"),
+        (done, "INFO", "the adapter is calibrated already"),
+        (trained, "INFO", "the adapter is calibrated already"),
+    ):
+        before = copy.deepcopy(scales(adapted))
+        ((found, line),) = begin(adapted, caplog, tmp_path)
+        assert found == level and line.startswith("not calibrated: ") and told in line
+        assert "basis=" not in line
+        assert all(torch.equal(before[key], scale) for key, scale in scales(adapted).items())
+    assert "calibrated the adapter" not in capsys.readouterr().out
 
 
 def test_batches_of_something_else(tmp_path, caplog):
@@ -130,8 +141,9 @@ def test_batches_of_something_else(tmp_path, caplog):
     run.data_collator = lambda rows: rows
     run.compute_loss = lambda model, rows, **_: model(**drawing(rows)).loss
     run.train()
-    (line,) = (each.message for each in caplog.records if each.name == "randlora_ext.callback")
-    assert "batches hold no arguments of the model" in line and not is_calibrated(adapted)
+    (told,) = (each for each in caplog.records if each.name == "randlora_ext.callback")
+    assert "batches hold no arguments of the model" in told.message
+    assert told.levelname == "WARNING" and not is_calibrated(adapted)
 
 
 def test_a_resumed_training_keeps_its_vectors(tmp_path, caplog):
@@ -139,7 +151,8 @@ def test_a_resumed_training_keeps_its_vectors(tmp_path, caplog):
     begin(begun, caplog, tmp_path)
     caplog.clear()
     run = trainer(resumed, tmp_path, ROWS[::-1], [CalibrateCallback()])
-    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with caplog.at_level(logging.INFO, "randlora_ext"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert "training resumes after step 2" in caplog.text
     assert is_calibrated(resumed)
     assert all(torch.equal(scales(begun)[key], scale) for key, scale in scales(resumed).items())
