@@ -46,7 +46,9 @@ def dial_curve(
     """Measures, prints and draws a model with factor * dW in place of dW; changes nothing.
 
     For each factor equivalent to the mean of ``model(**batch).loss`` over the batches, weighted by
-    how many of their labels are not -100, after `set_dial` with this factor::
+    how many labels each loss is the mean of, after `set_dial` with this factor. These are the
+    labels that are not -100, and of transformers' causal models, which predict no first token,
+    those in ``labels[:, 1:]``::
 
         curve = randlora_ext.dial_curve(model, held_out_batches, text_batches, plot="dial.png")
         randlora_ext.set_dial(model, 0.7)
@@ -82,7 +84,8 @@ def dial_curve(
                 f"adapter_name {adapter_name!r} is not active in layer {path!r}, so no factor "
                 "would change anything"
             )
-    measures = [_measure(name, given) for name, given in (("task", task), ("text", text))]
+    first = 1 if _predicts_next(model) else 0
+    measures = [_measure(name, given, first) for name, given in (("task", task), ("text", text))]
     points = []
     for factor in factors:
         with _as_measured(model, set(layers.values()), adapter_name, factor):
@@ -192,7 +195,17 @@ def _as_measured(
                 module.training = mode
 
 
-def _measure(name: str, given: Measured) -> Callable[[nn.Module], float]:
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether it is a causal model of transformers, whose loss leaves out the first label."""
+    of_transformers = (m for m in model.modules() if hasattr(type(m), "loss_function"))
+    inner: Any = next(of_transformers, None)  # the outermost, below PEFT and DDP
+    if inner is None or inner.config.is_encoder_decoder:
+        return False
+    return getattr(inner.loss_function, "__name__", "") == "ForCausalLMLoss"
+
+
+def _measure(name: str, given: Measured, first: int) -> Callable[[nn.Module], float]:
+    """A function of the model, whose loss counts labels from position `first` on."""
     if callable(given):
         return lambda model: float(given(model))
     if isinstance(given, (Tensor, Mapping, str)):
@@ -202,9 +215,10 @@ def _measure(name: str, given: Measured) -> Callable[[nn.Module], float]:
         raise ValueError(f"{name} must hold at least one batch, got none")
     for batch in batches:
         _check_batch(name, batch)
-    if not any(_labels_in(batch) for batch in batches):
-        raise ValueError(f"{name} must have labels other than {NO_LABEL}, got none")
-    return lambda model: _mean_loss(model, batches)
+    counts = [_labels_in(batch, first) for batch in batches]
+    if not any(counts):
+        raise ValueError(f"{name} must have labels other than {NO_LABEL} to predict, got none")
+    return lambda model: _mean_loss(model, batches, counts)
 
 
 def _check_batch(name: str, batch: Any) -> None:
@@ -215,19 +229,19 @@ def _check_batch(name: str, batch: Any) -> None:
         raise ValueError(f"{name} must hold {allowed}, got a mapping with {[*batch]}")
 
 
-def _labels_in(batch: Any) -> int:
+def _labels_in(batch: Any, first: int) -> int:
     labels = batch["labels"] if isinstance(batch, Mapping) else batch
-    return int((labels != NO_LABEL).sum())
+    counted = labels[:, first:] if labels.dim() > 1 else labels  # a class for each row
+    return int((counted != NO_LABEL).sum())
 
 
-def _mean_loss(model: nn.Module, batches: Sequence[Any]) -> float:
+def _mean_loss(model: nn.Module, batches: Sequence[Any], counts: Sequence[int]) -> float:
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for batch in batches:
+    total = 0.0
+    for batch, labels in zip(batches, counts, strict=True):
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch, "labels": batch}
         arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
         loss = float(model(**arguments).loss)  # all ranks of a sharded model must call it
-        if labels := _labels_in(batch):  # without any, the loss is NaN
+        if labels:  # without any, the loss is NaN
             total += loss * labels
-            count += labels
-    return total / count
+    return total / sum(counts)

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from cli_helpers import llama
 from layer_helpers import randomize, relative
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 import randlora_ext  # noqa: E402
 from randlora_ext import dial_curve, set_dial  # noqa: E402
 
 TARGETS = ["q_proj", "down_proj"]
-TEXT = [torch.arange(24).view(2, 12) % 50]
+TEXT = [torch.arange(24).view(2, 12) % 50, torch.tensor([[3, 1]])]
 TASK = [
     {"input_ids": torch.arange(start, start + 8)[None] % 50,
      "labels": torch.tensor([[-100] * (8 - count) + [7] * count])}
@@ -76,6 +76,20 @@ def test_the_curve_is_that_of_copies_with_another_lambda(capsys, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_whose_loss_has_all_labels():
+    """As that of an encoder and decoder; a causal model predicts no first token."""
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    settings = transformers.T5Config(**shape, vocab_size=50, decoder_start_token_id=0)
+    ours = randlora_ext.apply_randlora(transformers.T5ForConditionalGeneration(settings), ["q"])
+    batches = [{"input_ids": ids, "labels": ids.flip(1)} for ids in TEXT]
+    each = []
+    for batch in batches:
+        logits = ours.eval()(**batch).logits.double().flatten(0, 1)
+        each.append(F.cross_entropy(logits, batch["labels"].flatten(), reduction="none"))
+    (point,) = dial_curve(ours, batches, batches, (1,))
+    assert point.task == pytest.approx(torch.cat(each).mean().item(), rel=1e-5)
+
+
 def test_functions_of_the_model_are_measured_too():
     ours, seen = model(), []
 
@@ -126,6 +140,12 @@ def disabled(model):
             lambda m: dial_curve(m, [{"input_ids": TEXT[0], "labels": TEXT[0] * 0 - 100}], TEXT),
             ValueError,
             "task must have labels other than -100",
+        ),
+        (
+            None,
+            lambda m: dial_curve(m, TASK, [TEXT[0][:, :1]]),  # no token after another one
+            ValueError,
+            "text must have labels other than -100",
         ),
         (disabled, lambda m: dial_curve(m, TASK, TEXT), ValueError, "is not active in layer"),
         (merged, lambda m: dial_curve(m, TASK, TEXT), ValueError, "is merged; unmerge it first"),
