@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_told(sound, tmp_path, monkeypatch):
         ("nowhere", "nor here", "MODEL nowhere does not exist here"),
         (sound / "model", "HUB/NAME", "ADAPTER HUB/NAME does not exist here; of the hub's, `hf"),
         (sound / "model", tmp_path, "adapter_config.json"),
-        (sound / "model", adapter / "adapter_config.json", "Not a directory"),
+        (sound / "model", adapter / "adapter_config.json", "is a file; an adapter is a folder"),
     ):
         assert told in refused("merge", model, source, out)
     weights = adapter / "adapter_model.safetensors"
