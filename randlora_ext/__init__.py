@@ -23,10 +23,10 @@ from .basis import Basis
 from .calibration import calibrate
 from .devices import CUDA_STATUS as _CUDA_STATUS
 from .dial import dial_curve, set_dial
-from .nn.adapter_file import load_adapter, save_adapter
 from .nn.apply import apply_randlora, merge_and_unload, unload
 from .nn.experts import RandLoraParameter
 from .nn.linear import RandLoraLinear
+from .nn.save_and_load import load_adapter, save_adapter
 from .ops.functional import delta_weight, linear, merged_weight, scaled_basis
 
 if TYPE_CHECKING:

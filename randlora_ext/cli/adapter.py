@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..basis import Basis
-from ..nn.adapter_folder import BASIS_NAMES, SavedAdapter, read_adapter
 from ..nn.experts import TRANSPOSED, stacked_weight
+from ..nn.saved_adapter import BASIS_NAMES, SavedAdapter, read_adapter
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE
 from ..ops.functional import merged_weight
 from . import CliError, told_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files import appear
-from ..nn.adapter_folder import NOT_HERE
+from ..nn.saved_adapter import NOT_HERE
 from . import CliError, told_of
 from .adapter import read_changes
 from .checkpoint import Checkpoint, read_checkpoint, read_json

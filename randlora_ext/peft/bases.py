@@ -17,7 +17,7 @@ from ..basis.basis import DenseMatrices
 from ..basis.cache import ordinary_tensors, share
 from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices, pack_dense
-from ..nn.adapter_folder import BASIS_NAMES
+from ..nn.saved_adapter import BASIS_NAMES
 from ..nn.state_dict import misfit
 from .config import description_in
 

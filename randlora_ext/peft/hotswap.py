@@ -9,8 +9,8 @@ import peft
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
 
-from ..nn.adapter_folder import CONFIG, WEIGHTS, SavedAdapter, read_adapter
 from ..nn.adapter_record import RECORD_KEY
+from ..nn.saved_adapter import CONFIG, WEIGHTS, SavedAdapter, read_adapter
 from ..nn.state_dict import INPUT_SCALE, misfit, misfit_of_scale, refuse
 from .bases import BASIS_NAMES
 from .config import other_bases

@@ -19,12 +19,12 @@ from ..files import appear_together
 from ..ranks import failing_together, full_tensor, is_dtensor
 from .adapted_layer import AdaptedLayer, layers_by_path
 from .adapter_config import NEEDS_OURS
-from .adapter_folder import CONFIG, PREFIX, WEIGHTS, SavedAdapter, read_adapter
 from .adapter_record import FIELDS, RECORD_KEY, record_of, record_tensor
 from .apply import adapted_layers, adapting
 from .experts import matching_parameters
 from .linear import RandLoraLinear
 from .paths import in_base_model, in_file
+from .saved_adapter import CONFIG, PREFIX, WEIGHTS, SavedAdapter, read_adapter
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
 _PARTS = (*DIAGONALS, INPUT_SCALE)
