@@ -62,9 +62,10 @@ for saved in (base, tokenizer):
 randlora_ext.peft.enable()  # the one line: RandLoRA models made from here on use our kernels
 base = AutoModelForCausalLM.from_pretrained(base_folder)
 common = {
-    "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"],
+    "target_modules": ["gate_proj", "up_proj", "down_proj"],  # the MLP alone forgets least
     "task_type": "CAUSAL_LM",
 }
+LORA_OF_AS_MANY = 5  # the rank at which LoRA trains as many numbers as ours with r = 32
 config = randlora_ext.peft.RandLoraConfig(
     r=options.rank,
     randlora_alpha=20 * options.rank,  # dW is scaled by alpha / r = 20
@@ -73,7 +74,7 @@ config = randlora_ext.peft.RandLoraConfig(
     **common,
 )
 if options.lora:
-    config = LoraConfig(r=7, lora_alpha=16, **common)
+    config = LoraConfig(r=LORA_OF_AS_MANY, lora_alpha=16, **common)
 model = get_peft_model(base.to("cuda" if torch.cuda.is_available() else "cpu"), config)
 model.print_trainable_parameters()
 batches = spelling.plan_batches(training, options.steps, options.batch_size, options.seed)
@@ -170,7 +171,8 @@ ours = {"lr": options.lr, "train_loss": losses, "forgetting": forgetting, "dial"
         "held_out_loss": after["held_out_loss"]}  # fmt: skip
 name = f"RandLoRA, Hadamard, r = {options.rank}, calibrated"
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-for run, label, color in ((ours, name, "tab:red"), (lora, "LoRA, r = 7, a stored run", "0.5")):
+stored = f"LoRA, r = {LORA_OF_AS_MANY}, a stored run"
+for run, label, color in ((ours, name, "tab:red"), (lora, stored, "0.5")):
     label, steps = f"{label}, rate {run['lr']:g}", len(run["train_loss"])
     left.plot(range(1, steps + 1), run["train_loss"], color=color, lw=0.8, label=label)
     held = [before["held_out_loss"], run["held_out_loss"]]
@@ -225,7 +227,8 @@ for path, layer in tqdm(layers.items(), desc="singular values", unit="layer"):
     color = f"C{common['target_modules'].index(kind)}"
     axis.semilogy(values / values[0], lw=0.8, color=color, label=None if kind in ranks else kind)
     ranks.setdefault(kind, []).append((spelling.effective_rank(values), len(values)))
-axis.axvline(7, color="k", ls=":", label="where LoRA of as many parameters ends (r = 7)")
+ends = f"where LoRA of as many parameters ends (r = {LORA_OF_AS_MANY})"
+axis.axvline(LORA_OF_AS_MANY, color="k", ls=":", label=ends)
 axis.set(title=f"SmolLM2-135M: singular values of every dW\n{name}, rate {options.lr:g}")
 axis.set(xlabel="index", ylabel="singular value / largest", ylim=(1e-4, 30))
 axis.title.set_fontsize("medium")
