@@ -96,6 +96,7 @@ class PackedBasis(Tensor):
         raise RuntimeError(f"{func} needs a dense tensor, which .dense() makes of a PackedBasis")
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedBasis":
+        # As nn.Module.to reads its arguments. A tensor as a probe could not leave the meta device.
         parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
         device, dtype = parsed[0] or self.device, parsed[1] or self.dtype
         if (device, dtype) == (self.device, self.dtype):
