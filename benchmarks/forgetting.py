@@ -34,6 +34,7 @@ METHODS = {  # vectors of another size act as another rate
     "divided by size alone": (["hadamard scaled:p=0", "hadamard scaled:p=0 unit=0"], "four"),
     "not calibrated": (["hadamard"], "four"),
     "SHiRA": (["shira"], "four"),
+    "SHiRA, MLP alone": (["shira"], "mlp"),
     "LoRA": (["lora"], "four"),
     "LoRA, MLP alone": (["lora"], "mlp"),
     "OFT": (["oft"], "four"),

@@ -12,10 +12,11 @@ Only float32 rows are drawn, so that no line mixes types.
 
 import argparse
 import json
-import statistics
+import math
 from pathlib import Path
 
 import matplotlib
+from forgetting import EQUAL, at, curves
 from methods import density_of
 
 matplotlib.use("Agg")
@@ -117,6 +118,7 @@ METHODS = {
     ("hadamard scaled", "mlp"): ("tab:red", "o", ":", "calibrated, MLP alone"),
     ("hadamard scaled:p=0", "four"): ("tab:orange", "o", "-", "divided by size alone"),
     ("shira", "four"): ("tab:green", "s", "-", "SHiRA"),
+    ("shira", "mlp"): ("tab:green", "s", ":", "SHiRA, MLP alone"),
     ("lora", "four"): ("k", "^", "-", "LoRA"),
     ("lora", "mlp"): ("k", "^", ":", "LoRA, MLP alone"),
     ("oft", "four"): ("tab:purple", "D", "-", "OFT"),
@@ -124,10 +126,23 @@ METHODS = {
 MODEL_NAMES = {"fp32": "SmolLM2-135M", "gemma": "Gemma 3 270M"}
 
 
+def drawn_rate(rows: list[dict], loss: float) -> float:
+    """The rate that most seeds have; of several the one that forgot least at this loss."""
+    by_rate: dict[float, list[dict]] = {}
+    for row in rows:
+        by_rate.setdefault(row["lr"], []).append(row)
+
+    def order(rate: float) -> tuple[int, float]:
+        forgot = [value for points in curves(by_rate[rate]) for value in at(loss, points)]
+        return -len(by_rate[rate]), min(forgot, default=math.inf)
+
+    return min(by_rate, key=order)
+
+
 def by_forgetting(rows: list[dict]):
     """Forgetting over what was learned: of dW as trained, times 0.7 and 0.4.
 
-    Of each method the rate that most seeds have is drawn.
+    Of each method `drawn_rate` is drawn.
     """
     rows = [row for row in rows if row["steps"] == 40 and row["r"] == 32 and "x 0.7" in row]
     panels = [(m, t) for m in MODEL_NAMES for t in dict.fromkeys(row["task"] for row in rows)]
@@ -146,7 +161,7 @@ def by_forgetting(rows: list[dict]):
             ]
             if not mine:
                 continue
-            rate = statistics.mode(row["lr"] for row in mine)
+            rate = drawn_rate(mine, EQUAL[model, task])
             each = [
                 [
                     (row["held_out_loss"], row["forgetting"]["manual"]),
