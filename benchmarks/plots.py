@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import (  # noqa: E402
     FixedLocator,
     LogLocator,
+    MaxNLocator,
     NullLocator,
     StrMethodFormatter,
 )
@@ -182,6 +183,7 @@ def by_forgetting(rows: list[dict]):
         axis.set_ylim(bottom=max(0.01, axis.get_ylim()[0]))
         axis.yaxis.set_major_locator(FixedLocator([0.01, 0.03, 0.1, 0.3, 1, 3, 10]))
         axis.yaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_locator(MaxNLocator(3))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.grid(alpha=0.3)
     for row_of_axes in axes:
