@@ -172,7 +172,10 @@ def test_the_card_says_whether_adapters_are_calibrated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = adapted(llama(), TARGETS, 4, basis="hadamard").eval()
     said = "Calibrated by `randlora_ext.calibrate`: "
-    told = lambda: re.findall(f"^{said}(.*)$", Path("adapter/README.md").read_text(), re.M)  # noqa: E731
+
+    def told() -> list[str]:
+        return re.findall(f"^{said}(.*)$", Path("adapter/README.md").read_text(), re.M)
+
     model.save_pretrained("adapter")
     assert told() == ["no."]
     randlora_ext.calibrate(randomize(model, size=0), [{"input_ids": torch.arange(9)[None]}])

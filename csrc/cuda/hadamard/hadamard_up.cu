@@ -7,7 +7,8 @@
 // go from shared memory to y.
 //
 // Floor: z read, y written once, and read only if the layer has a bias: with 16 bits 4 bytes an
-// element, against some 41 instructions. lam col and row come from L1 for every token but the first.
+// element, against some 41 instructions. For every token but the first, lam col and row come from
+// L1.
 #include "../device/launch.h"
 #include "../device/rounded_store.h"
 #include "../kernels.h"
