@@ -1,5 +1,6 @@
 """Merging adapters into the weight of a base layer, and taking them out again, bit for bit."""
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -75,9 +76,18 @@ class KeepsWeight(nn.Module):
     def _merge(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
         """Merges adapters that are known and not merged yet."""
         check_one_of("keep_weight", keep_weight, KEEP_WEIGHT)
+        thread = threading.get_ident()
+        # Before the comparison: of two threads that come here at once, one at least sees the other.
+        _being_merged[thread] = self
+        try:
+            for other in (*_living(_merged_layers), *_living(_being_merged)):
+                refuse_shared(other, self)
+            self._add(names, safe_merge, keep_weight)
+        finally:
+            _being_merged.pop(thread, None)
+
+    def _add(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
         weight = self._dense_weight()
-        for other in merged_layers():
-            refuse_shared(other, self)
         total = self._plus(weight, names, +1)
         if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):
             raise ValueError(
@@ -193,12 +203,13 @@ class KeepsWeight(nn.Module):
 # By their ids, the layers in which an adapter is merged and could be unmerged. Not a WeakSet: other
 # threads merge other models, and to iterate over a set that changes is an error.
 _merged_layers: "weakref.WeakValueDictionary[int, KeepsWeight]" = weakref.WeakValueDictionary()
+# By threads. Not a lock: Ctrl-C could leave it locked, and the next merge would wait for ever.
+_being_merged: "weakref.WeakValueDictionary[int, KeepsWeight]" = weakref.WeakValueDictionary()
 
 
-def merged_layers() -> list[KeepsWeight]:
-    """The layers, of any model, that `_merge` compares with the one that it merges."""
-    living = (reference() for reference in _merged_layers.valuerefs())  # copied in one step
-    return [layer for layer in living if layer is not None]
+def _living(layers: "weakref.WeakValueDictionary[int, KeepsWeight]") -> list[KeepsWeight]:
+    references = (reference() for reference in layers.valuerefs())  # copied in one step
+    return [layer for layer in references if layer is not None]
 
 
 def remember_merged(layer: KeepsWeight) -> None:

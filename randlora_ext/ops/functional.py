@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _C
 from ..basis import Basis
-from ..checks import check_number
+from ..checks import check_alpha
 from ..devices import cuda_refusal, cuda_serves, serve
 from ..ranks import is_dtensor
 from . import dense, hadamard, independent
@@ -41,8 +41,9 @@ def _check(
             f"lam must be (r, n) = ({r}, {n}) and gam (n, d) = ({n}, {d}), of floating dtypes, got "
             f"{tuple(lam.shape)} {lam.dtype} and {tuple(gam.shape)} {gam.dtype}"
         )
-    if type(scaling) is not float:  # a tensor would be broadcast
-        check_number("scaling", scaling, "a number", lambda v: abs(v) <= sys.float_info.max)
+    # A tensor would be broadcast. (Compiled code cannot ask math.isfinite.)
+    if type(scaling) is not float or not abs(scaling) <= sys.float_info.max:
+        check_alpha("scaling", scaling)
     if input_scale is not None:
         _check_input_scale(basis, input_scale)
 

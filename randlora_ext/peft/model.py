@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..checks import check_r, meant_targets, warn_of_unmatched, warn_user
+from ..checks import check_alpha, check_r, meant_targets, warn_of_unmatched, warn_user
 from ..nn.adapter_record import RECORD
 from ..nn.apply import check_not_nested
 from ..nn.base_layer import (
@@ -69,7 +69,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
         """Also PEFT's, of one key and ``save_projection`` among adapters on PEFT's bases alone."""
-        check_r(config.r)  # stock PEFT's configuration does not
+        check_r(config.r)  # stock PEFT's configuration checks neither
+        check_alpha("randlora_alpha", config.randlora_alpha)
         scaling = config.randlora_alpha / config.r
         # PEFT's default alpha, 640, is meant for r = 32; with r = 8 it scales dW by 80.
         if abs(scaling) > DEFAULT_SCALING and not config.inference_mode:

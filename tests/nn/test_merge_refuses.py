@@ -251,3 +251,33 @@ def test_a_model_is_merged_while_another_thread_merges_another_model(monkeypatch
     monkeypatch.setattr(RandLoraLinear, "_held_weight", held_weight)
     second.merge()
     assert threads and of_thread.merged and second.merged
+
+
+def test_two_threads_cannot_merge_two_layers_of_one_weight(monkeypatch):
+    """The second thread starts when the first has found that no other layer is merged."""
+    first, second = randomize(tied())
+    weight = first.get_base_layer().weight
+    W = weight.detach().clone()
+    refused = []
+
+    def merge_second():
+        try:
+            second.merge()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=merge_second)
+    delta = RandLoraLinear._delta
+
+    def delta_while_the_other_merges(layer, *arguments):
+        if layer is first and thread.ident is None:
+            thread.start()
+            thread.join()
+        return delta(layer, *arguments)
+
+    monkeypatch.setattr(RandLoraLinear, "_delta", delta_while_the_other_merges)
+    first.merge()
+    assert first.merged and not second.merged
+    assert len(refused) == 1 and "share one weight" in refused[0]
+    first.unmerge()
+    assert torch.equal(weight, W)

@@ -1,5 +1,6 @@
 """Bad input raises an exception that names the argument, what it was and what is allowed."""
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -93,12 +94,14 @@ def test_diagonals(basis, change, expected):
         (None, "None"),
         (True, "True"),
         (2.0 + 1j, "(2+1j)"),
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
         pytest.param(10**400, "an integer of 1329 bits", id="huge"),
     ],
 )
 def test_scaling(basis, scaling, got):
     good = arguments(basis) | {"scaling": scaling}
-    told = f"scaling must be a number, got {got}"
+    told = f"scaling must be a finite number, got {got}"
     refuses(linear, good, told)
     refuses(delta_weight, {k: good[k] for k in ("basis", "lam", "gam", "scaling")}, told)
     del good["x"], good["bias"]

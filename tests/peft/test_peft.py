@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import math
 import warnings
 
 import pytest
@@ -200,22 +201,53 @@ def test_first_numbers_and_random_state_are_those_of_stock(kind, init_weights):
     assert lambdas and all(bool(value.any()) == (not init_weights) for value in lambdas)
 
 
-def test_a_mistyped_r_and_a_scaling_beyond_what_was_trained():
+MISTYPED = {
+    "r": (2**16 + 1, r"r must be an integer in \[1, 65536\], got 65537"),
+    "randlora_alpha": (math.nan, "randlora_alpha must be a finite number, got nan"),
+}
+
+
+@pytest.mark.parametrize("field", MISTYPED)
+def test_our_configuration_refuses_a_mistyped_number(field):
+    value, message = MISTYPED[field]
     accelerated.enable()
-    model, r = nn.Sequential(nn.Linear(40, 40)), 2**16 + 1
-    stock = config(r, targets=["0"])
-    for use in (lambda: accelerated.RandLoraConfig(r=r), lambda: peft.get_peft_model(model, stock)):
-        with pytest.raises(ValueError, match=rf"r must be an integer in \[1, 65536\], got {r}"):
-            use()
-    assert type(model[0]) is nn.Linear  # before anything is drawn
+    with pytest.raises(ValueError, match=message):
+        accelerated.RandLoraConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", MISTYPED)
+def test_a_model_refuses_a_mistyped_number_of_stock_configuration(field):
+    """Before any basis is drawn."""
+    value, message = MISTYPED[field]
+    stock = peft.RandLoraConfig(target_modules=["0"], **{field: value})
+    accelerated.enable()
+    model = nn.Sequential(nn.Linear(40, 40))
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(model, stock)
+    assert type(model[0]) is nn.Linear
+
+
+def test_an_r_larger_than_the_layer_is_told():
+    accelerated.enable()
     with pytest.warns(UserWarning, match=r"r = 50 is more than min\(in_.*\) = 40, with which"):
         peft.get_peft_model(nn.Sequential(nn.Linear(40, 60)), config(50, targets=["0"]))
-    for r, alpha, warns in ((4, 640, True), (32, 640, False), (4, -81, True)):
-        told = rf"r={r} scales dW by {alpha / r:g}; .* is randlora_alpha=80"
-        with pytest.warns(UserWarning, match=told) if warns else warnings.catch_warnings():
-            warnings.simplefilter("always" if warns else "error")
-            settings = config(r, targets=["0"], randlora_alpha=alpha)
-            peft.get_peft_model(nn.Sequential(nn.Linear(40, 40)), settings)
+
+
+@pytest.mark.parametrize("r, alpha", [(4, 640), (4, -81)])
+def test_a_scaling_beyond_what_was_trained_is_told(r, alpha):
+    accelerated.enable()
+    told = rf"r={r} scales dW by {alpha / r:g}; .* is randlora_alpha=80"
+    with pytest.warns(UserWarning, match=told):
+        settings = config(r, targets=["0"], randlora_alpha=alpha)
+        peft.get_peft_model(nn.Sequential(nn.Linear(40, 40)), settings)
+
+
+def test_the_default_scaling_is_not_warned_of():
+    accelerated.enable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings = config(32, targets=["0"], randlora_alpha=640)
+        peft.get_peft_model(nn.Sequential(nn.Linear(40, 40)), settings)
 
 
 def test_names_that_match_nothing_beside_others_are_told_where_the_model_is_made():
