@@ -1,0 +1,173 @@
+"""transformers' and TRL's trainers with `CalibrateCallback` in two processes, run by
+test_distributed.py."""
+
+import os
+import random
+from types import SimpleNamespace
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+import trl
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from cli_helpers import llama
+from distributed_ranks import Place, full_tensor, same_parameters, trained, worlds
+from peft_helpers import adapted, are_calibrated, randomize, scales
+from tokenizers import Tokenizer, models
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
+
+import randlora_ext
+
+IDS = torch.arange(192).view(32, 6) * 7 % 50
+ROWS = [{"input_ids": row, "labels": row} for row in IDS]
+STEPS, BATCHES, SIZE = 3, 2, 2  # of training; of calibration; rows of a batch
+OPTIONS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": SIZE,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0,
+    "seed": 1,
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+}
+WRAPPED = {"DDP": DistributedDataParallel, "FSDP2": FSDPModule}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(ROWS)
+
+
+def new_model():
+    return randomize(adapted(llama(), ["q_proj", "down_proj"], r=4, basis="hadamard"), size=0)
+
+
+def sharding(trainer):
+    """On a CPU accelerate ignores FSDP without a word; here it does what it does on cards."""
+
+    class Sharding(trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.accelerator.state.fsdp_plugin = plugin
+            for state in (PartialState(), self.accelerator.state):
+                state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+
+    return Sharding
+
+
+def trainer_of_transformers(kind, options, **rest):
+    make = transformers.Trainer if kind == "DDP" else sharding(transformers.Trainer)
+    return make(args=transformers.TrainingArguments(**options), **rest)
+
+
+def trainer_of_trl(kind, options, train_dataset, **rest):
+    make = trl.SFTTrainer if kind == "DDP" else sharding(trl.SFTTrainer)
+    words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"
+    )
+    return make(
+        args=trl.SFTConfig(bf16=False, gradient_checkpointing=False, **options),
+        train_dataset=datasets.Dataset.from_list([{"input_ids": ids} for ids in IDS.tolist()]),
+        processing_class=tokenizer,
+        **rest,
+    )
+
+
+def train(place, kind, make, rows, folder, callbacks, **resume):
+    """Trains a new model; returns it, the trainer, and what the steps of this rank saw."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ranks = {"RANK": place.rank, "WORLD_SIZE": place.world}
+    ranks |= {"LOCAL_RANK": place.rank, "LOCAL_WORLD_SIZE": place.world}
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    options = {"output_dir": str(folder), **OPTIONS}
+    if kind == "FSDP2":
+        options["fsdp"] = True
+        options["fsdp_config"] = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+    model, batches, seen = new_model(), [], []
+
+    def note(module, _, batch):
+        if module.training:
+            batches.append({name: batch[name].clone() for name in ("input_ids", "labels")})
+            seen.append([scale.clone() for scale in scales(module)])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    run = make(kind, options, model=model, train_dataset=rows, callbacks=callbacks)
+    run.train(**resume)
+    assert isinstance(run.model_wrapped, WRAPPED[kind])
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    return SimpleNamespace(model=model, run=run, batches=batches, seen=seen, losses=losses)
+
+
+def in_one_process(rows, collate, batches):
+    """Calibrates on these rows and trains on these batches; returns the model and its losses."""
+    model, losses = new_model(), []
+    randlora_ext.calibrate(model, [{"input_ids": collate(rows)["input_ids"]}])
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0)
+    for batch in batches:
+        loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, losses
+
+
+def of_all_ranks(place, tensor):
+    every = [torch.empty_like(tensor) for _ in range(place.world)]
+    dist.all_gather(every, tensor.contiguous())
+    return every
+
+
+def compare(place, kind, make, rows):
+    """With one process, with a run without the callback, and with a run that resumes."""
+    folder = place.folder / "-".join(["trainer", kind, make.__name__, type(rows).__name__])
+    plain = train(place, kind, make, rows, folder / "plain", [])
+    ours = train(place, kind, make, rows, folder, [randlora_ext.CalibrateCallback(batches=BATCHES)])
+    assert not any(are_calibrated(plain.model)) and all(are_calibrated(ours.model))
+
+    assert len(ours.batches) == len(plain.batches) == STEPS
+    for mine, without in zip(ours.batches, plain.batches, strict=True):
+        assert all(torch.equal(mine[name], without[name]) for name in without)
+    for scale, *of_steps in zip(scales(ours.model), *ours.seen, strict=True):
+        assert all(torch.equal(scale, each) for each in of_steps)
+        assert all(torch.equal(scale, each) for each in of_all_ranks(place, scale))
+
+    count = BATCHES * SIZE * place.world
+    data = list(rows) if isinstance(rows, Stream) else ours.run.train_dataset
+    chosen = range(count) if isinstance(rows, Stream) else random.Random(0).sample(range(32), count)
+    whole = [
+        {name: torch.cat(of_all_ranks(place, ids)) for name, ids in batch.items()}
+        for batch in ours.batches
+    ]
+    reference, losses = in_one_process([data[i] for i in chosen], ours.run.data_collator, whole)
+    torch.testing.assert_close(scales(ours.model), scales(reference))
+    torch.testing.assert_close(ours.losses, losses, rtol=1e-5, atol=0)
+    same_parameters(ours.model, reference, rtol=1e-4, atol=1e-5)
+
+    callback = randlora_ext.CalibrateCallback(batches=1)  # would measure something else
+    resumed = train(
+        place, kind, make, rows, folder, [callback], resume_from_checkpoint=f"{folder}/checkpoint-2"
+    )
+    assert len(resumed.batches) == 1
+    assert all(map(torch.equal, scales(resumed.model), scales(ours.model)))
+    for mine, want in zip(trained(resumed.model), trained(ours.model), strict=True):
+        assert torch.equal(full_tensor(mine), full_tensor(want))
+
+
+@worlds(2)
+def check_trainers_that_calibrate(place: Place):
+    for kind in WRAPPED:
+        compare(place, kind, trainer_of_transformers, ROWS)
+        compare(place, kind, trainer_of_transformers, Stream())
+        compare(place, kind, trainer_of_trl, None)
