@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .checks import check_model, warn_user
-from .nn.adapted_layer import AdaptedLayer
-from .nn.apply import adapted_layers
+from .nn.adapted_layer import AdaptedLayer, layers_by_name
 from .nn.base_layer import first
 from .nn.experts import AdaptedParameter
 from .ranks import full_tensor
@@ -217,7 +216,7 @@ def layers_to_calibrate(model: nn.Module) -> dict[AdaptedLayer, tuple[str, list[
     """Of each layer its name and its active adapters on Hadamard bases; ValueError if there are
     none, or one cannot be calibrated."""
     layers = {}
-    for name, layer in adapted_layers(model, AdaptedLayer).items():
+    for name, layer in layers_by_name(model).items():
         if adapters := _to_calibrate(name, layer):
             layers[layer] = name, adapters
     if not layers:

@@ -16,8 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from .calibration import calibrate, layers_to_calibrate
-from .nn.adapted_layer import AdaptedLayer
-from .nn.apply import adapted_layers
+from .nn.adapted_layer import layers_by_name
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ def _why_needless(model: nn.Module, step: int) -> str:
     """Why nothing is left to do; "" if something is."""
     if step:
         return f"training resumes after step {step}"
-    layers = adapted_layers(model, AdaptedLayer).values()
+    layers = layers_by_name(model).values()
     if not layers:
         return "the model has no RandLoRA adapter"
     active = [

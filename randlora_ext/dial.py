@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import check_number, check_one_of
-from .nn.adapted_layer import AdaptedLayer
-from .nn.apply import adapted_layers
+from .nn.adapted_layer import AdaptedLayer, layers_by_name
 
 FACTORS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.0)
 NO_LABEL = -100  # of transformers
@@ -163,7 +162,7 @@ def _write_plot(points: Sequence[DialPoint], path: str | os.PathLike) -> None:
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
     """Those with the adapter, by their paths; ValueError if there are none, or one is merged."""
-    found = adapted_layers(model, AdaptedLayer)
+    found = layers_by_name(model)
     known = {name for layer in found.values() for name in layer.randlora_lambda}
     check_one_of("adapter_name", adapter_name, known)
     layers = {at: layer for at, layer in found.items() if adapter_name in layer.randlora_lambda}

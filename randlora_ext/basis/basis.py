@@ -2,7 +2,6 @@
 
 import itertools
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,34 +9,14 @@ from torch import Tensor, nn
 from .. import devices
 from ..checks import warn_user
 from .cache import PackedTensors, get_or_make, share
+from .dense import DenseMatrices
 from .description import BasisDescription, Shape
 from .hadamard import HadamardMatrices
-from .packed import DensePair, Packed, PackedLists, PackedPlanes
+from .matrices import Matrices
+from .packed import Packed, PackedLists, PackedPlanes, with_each
 from .ternary import GeneratedMatrices, TernaryMatrices
 
-
-class DenseMatrices:
-    """A (r, >= d) and B (>= D, >= K) of any values; the methods are those of `TernaryMatrices`."""
-
-    kind = "dense"
-    description = None
-    density = scale = 1.0
-
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        self.A, self.B, self.key = A, B, self
-
-    def format(self, shape: Shape) -> str:
-        return "dense"
-
-    def pack(self, shape: Shape, on: torch.device) -> DensePair:
-        return DensePair(self.A[:, : shape.d].to(on), self.B[: shape.D, : shape.K].to(on))
-
-    def dense(self, shape: Shape, dtype: torch.dtype, packed: Any) -> tuple[Tensor, Tensor]:
-        return packed.A.to(dtype, copy=True), packed.B.to(dtype, copy=True)
-
-
-_Matrices = TernaryMatrices | HadamardMatrices | DenseMatrices
-_tokens = itertools.count()
+_serials = itertools.count()
 
 
 class Basis(Shape):
@@ -84,23 +63,24 @@ class Basis(Shape):
         seed: int = 0,
         kind: str | None = None,
     ) -> None:
-        kind = ("hadamard" if density is None else "independent") if kind is None else kind
+        if kind is None:
+            kind = "hadamard" if density is None else "independent"
         description = BasisDescription(kind, density, seed)
         make = HadamardMatrices if kind == "hadamard" else GeneratedMatrices
         self._set(in_features, out_features, r, make(description))
 
-    def _set(self, in_features: int, out_features: int, r: int, source: _Matrices) -> None:
+    def _set(self, in_features: int, out_features: int, r: int, matrices: Matrices) -> None:
         super().__init__(in_features, out_features, r)
-        self.kind, self.density, self.scale = source.kind, source.density, source.scale
-        self.description = source.description
-        self.seed = None if source.description is None else source.description.seed
-        self.format = source.format(self)
-        self._source, self._sizes = source, (in_features, out_features, r)
-        self._key = *self._sizes, source.key
+        self.kind, self.density, self.scale = matrices.kind, matrices.density, matrices.scale
+        self.description = matrices.description
+        self.seed = None if matrices.description is None else matrices.description.seed
+        self.format = matrices.format(self)
+        self._matrices = matrices
+        self._identity = in_features, out_features, r, matrices.identity
         self._packed: dict[tuple, PackedTensors] = {}  # by device and dtype or None
         self._traced = SimpleNamespace()  # the same, for compiled code
         # Of this object, in this process: compiled code guards on it.
-        self.token = str(next(_tokens))
+        self._serial = str(next(_serials))
 
     @classmethod
     def from_dense(cls, A: Tensor, B: Tensor, in_features: int, out_features: int) -> "Basis":
@@ -124,10 +104,10 @@ class Basis(Shape):
         return self
 
     @classmethod
-    def of(cls, in_features: int, out_features: int, r: int, source: _Matrices) -> "Basis":
+    def of(cls, in_features: int, out_features: int, r: int, matrices: Matrices) -> "Basis":
         """A basis of these matrices, which must be large enough."""
         self = cls.__new__(cls)
-        self._set(in_features, out_features, r, source)
+        self._set(in_features, out_features, r, matrices)
         return self
 
     def packed(
@@ -141,7 +121,8 @@ class Basis(Shape):
         Warns if A or B has no non-zero element at all.
         """
         if torch.compiler.is_dynamo_compiling():
-            return getattr(self._traced, self._traced_name(self.token, torch.device(device), dtype))
+            name = self._traced_name(self._serial, torch.device(device), dtype)
+            return getattr(self._traced, name)
         found = self._packed.get((device, dtype))  # found at once for a tensor's device
         if found is None:
             on = torch.empty(0, device=device).device  # "cuda" and "cuda:0" share one entry
@@ -151,10 +132,11 @@ class Basis(Shape):
             ready = self.packed() if elsewhere else None
 
             def make() -> Packed:
-                made: Any = ready or self._source.pack(self, on)
-                return made._make(t.to(on, dtype or t.dtype) for t in made)
+                made = self._matrices.pack(self, on) if ready is None else ready
+                return with_each(made, lambda t: t.to(on, dtype or t.dtype))
 
-            key = self.D, self.d, self.r, self._source.key, on, dtype  # of any orientation
+            # Without the orientation, which packed tensors do not have.
+            key = self.D, self.d, self.r, self._matrices.identity, on, dtype
             found = self._packed[on, dtype] = get_or_make(key, on, make)
             if new and not elsewhere:
                 self._warn_of_zeros(found.tensors)
@@ -176,11 +158,11 @@ class Basis(Shape):
     # The tensors are attributes of a namespace, since Dynamo looks into a dictionary only once a
     # trace. So they are inputs of the graph, and a guard sees when the model has moved. Parameters
     # have no symbolic sizes, and CUDA graphs need not copy them.
-    def _traced_name(self, token: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    def _traced_name(self, serial: str, device: torch.device, dtype: torch.dtype | None) -> str:
         name = f"{device} {str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
-        made: Any = self.packed(device, dtype)
+        made = self.packed(device, dtype)
         if not torch.compiler.is_exporting():  # which knows the parameters of modules alone
-            made = made._make(nn.Parameter(t, requires_grad=False) for t in made)
+            made = with_each(made, lambda t: nn.Parameter(t, requires_grad=False))
         vars(self._traced)[name] = made
         return name
 
@@ -193,7 +175,7 @@ class Basis(Shape):
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
         on = torch.device(device)
         served = self.kind == "dense" or devices.serve(on)
-        A, B = self._source.dense(self, dtype, self.packed(on if served else "cpu"))
+        A, B = self._matrices.dense(self, dtype, self.packed(on if served else "cpu"))
         return A.to(on), B.to(on)
 
     def canonical(self) -> "Basis":
@@ -202,24 +184,24 @@ class Basis(Shape):
         One object for all layers of a shape means one dictionary of packed tensors and one guard
         of torch.compile: what was compiled for one layer serves the others.
         """
-        return share(self._key, lambda: self)
+        return share(self._identity, lambda: self)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Basis) and self._key == other._key
+        return isinstance(other, Basis) and self._identity == other._identity
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self._identity)
 
     def __deepcopy__(self, memo: dict) -> "Basis":
         return self
 
     def __reduce__(self) -> tuple:
-        return Basis.of, (*self._sizes, self._source)
+        return Basis.of, (self.in_features, self.out_features, self.r, self._matrices)
 
     @property
     def name(self) -> str:
         """In a few words: the kind or, of ternary bases, the density that they have."""
-        ternary = isinstance(self._source, TernaryMatrices)
+        ternary = isinstance(self._matrices, TernaryMatrices)
         return f"density {self.density:.3g}" if ternary else self.kind
 
     def __repr__(self) -> str:

@@ -88,5 +88,5 @@ class Shape:
         self.n = -(-self.d // r)
         self.K = self.n * r
         self.expand = in_features <= out_features  # whether d is the input side
-        self.of_diagonals = (r, self.n), (self.n, self.d)  # the shapes of lam and gam
+        self.lam_shape, self.gam_shape = (r, self.n), (self.n, self.d)
         self.wide = max(self.D, self.K) > 65536  # whether list positions need 32 bits

@@ -1,12 +1,11 @@
 """Hadamard bases: Sylvester's matrix between random signs (docs/basis-spec.md, section 14)."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .description import BasisDescription, Shape
-from .packed import PackedSigns
+from .matrices import Matrices
+from .packed import Packed, PackedSigns
 from .ternary import generate_planes
 
 ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5  # of the specification: s, row and col
@@ -26,30 +25,27 @@ def sylvester(rows: Tensor, columns: Tensor) -> Tensor:
     return 1 - 2 * (ones & 1)
 
 
-class HadamardMatrices:
-    """A and B of a description; only the signs s (d), row (D) and col (K) are drawn and stored.
-
-    The methods are those of `TernaryMatrices`.
-    """
+class HadamardMatrices(Matrices):
+    """A and B of a description; only the signs s (d), row (D) and col (K) are drawn and stored."""
 
     kind = "hadamard"
-    density = scale = 1.0
 
     def __init__(self, description: BasisDescription) -> None:
-        self.description = self.key = description
+        self.description = self.identity = description
+        self.seed = description.seed
 
     def format(self, shape: Shape) -> str:
         return "hadamard"
 
     def pack(self, shape: Shape, on: torch.device) -> PackedSigns:
-        seed = self.description.seed
         return PackedSigns(
-            s=signs(seed, ROLE_FEATURES, shape.d, on),
-            row=signs(seed, ROLE_ROWS, shape.D, on),
-            col=signs(seed, ROLE_COLUMNS, shape.K, on),
+            s=signs(self.seed, ROLE_FEATURES, shape.d, on),
+            row=signs(self.seed, ROLE_ROWS, shape.D, on),
+            col=signs(self.seed, ROLE_COLUMNS, shape.K, on),
         )
 
-    def dense(self, shape: Shape, dtype: torch.dtype, packed: Any) -> tuple[Tensor, Tensor]:
+    def dense(self, shape: Shape, dtype: torch.dtype, packed: Packed) -> tuple[Tensor, Tensor]:
+        assert isinstance(packed, PackedSigns)
         s, row, col = packed
         sizes = shape.r, shape.d, shape.D, shape.K
         j, k, o, c = (torch.arange(size, device=s.device) for size in sizes)

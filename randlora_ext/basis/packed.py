@@ -1,5 +1,6 @@
 """The tensors of a basis that operators take, by name (docs/formats.md)."""
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -42,3 +43,8 @@ class DensePair(NamedTuple):
 
 
 Packed: TypeAlias = PackedSigns | PackedLists | PackedPlanes | DensePair
+
+
+def with_each(packed: Packed, change: Callable[[Tensor], Tensor]) -> Packed:
+    """The same with every tensor changed by that function."""
+    return type(packed)(*map(change, packed))

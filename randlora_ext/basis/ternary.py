@@ -1,15 +1,15 @@
 """Ternary matrices, generated or given, packed as index lists or as bit planes."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from .description import BasisDescription, Shape, as_signed
-from .packed import PackedLists, PackedPlanes
+from .matrices import Matrices
+from .packed import Packed, PackedLists, PackedPlanes
 
 # Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
 # row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
@@ -19,28 +19,21 @@ ROLE_A, ROLE_B = 0, 1  # of the specification
 _ops = torch.ops.randlora
 
 
-class TernaryMatrices:
-    """A and B of -1, 0 and +1 times a value, for a layer of any `shape`.
+class TernaryMatrices(Matrices):
+    """A and B of -1, 0 and +1 times a value."""
 
-    Subclasses provide the elements as bit planes (2, r, ceil(d / 64)) and (2, D, ceil(K / 64)).
-    """
-
-    kind: str
-    description: BasisDescription | None = None
-    key: Any  # equal for equal matrices
     a_value: float  # what +1 stands for in A
     b_value: float
-    density: float
-    scale: float  # a_value * b_value
 
-    planes: Callable[..., tuple[Tensor, Tensor]]  # of A and B: (shape, device)
+    @abstractmethod
+    def planes(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The elements as bit planes (2, r, ceil(d / 64)) and (2, D, ceil(K / 64))."""
 
     def format(self, shape: Shape) -> str:
         # Planes are decoded with 16-bit base numbers.
         return "planes" if shape.n <= 65536 and self.density > PLANES_ABOVE_DENSITY else "lists"
 
     def pack(self, shape: Shape, on: torch.device) -> PackedLists | PackedPlanes:
-        """The tensors of `Basis.packed`, on a device that our kernels serve."""
         a_planes, b_planes = self.planes(shape, on)
         a_offset, a_index = _ops.planes_to_lists(a_planes, shape.d, False, shape.wide)
         a_tables = _ops.support_tables(a_offset, a_index, shape.d)
@@ -50,8 +43,8 @@ class TernaryMatrices:
         by_column = _ops.planes_to_lists(b_planes, shape.K, True, shape.wide)
         return PackedLists(a_offset, a_index, a_tables, *by_row, *by_column)
 
-    def dense(self, shape: Shape, dtype: torch.dtype, packed: Any) -> tuple[Tensor, Tensor]:
-        """`Basis.dense` of what `pack` has made."""
+    def dense(self, shape: Shape, dtype: torch.dtype, packed: Packed) -> tuple[Tensor, Tensor]:
+        assert isinstance(packed, (PackedLists, PackedPlanes))
         A = _ops.lists_to_dense(packed.a_offset, packed.a_index, shape.d, self.a_value, dtype)
         if isinstance(packed, PackedPlanes):
             return A, _ops.planes_to_dense(packed.b_planes, shape.K, self.b_value, dtype)
@@ -67,7 +60,7 @@ class GeneratedMatrices(TernaryMatrices):
     def __init__(self, description: BasisDescription) -> None:
         density = description.density
         assert density is not None
-        self.description = self.key = description
+        self.description = self.identity = description
         self.seed, self.density = description.seed, density
         self.a_value = self.b_value = 1.0 / math.sqrt(density)
         self.scale = 1.0 / density  # without the square root's rounding
@@ -95,7 +88,8 @@ class ImportedMatrices(TernaryMatrices):
     def __init__(
         self, a_planes: Tensor, b_planes: Tensor, columns: int, a_value: float, b_value: float
     ) -> None:
-        self._a, self._b, self.key = a_planes, b_planes, self
+        self._a_planes, self._b_planes = a_planes, b_planes
+        self.identity = self
         self.a_value, self.b_value, self.scale = a_value, b_value, a_value * b_value
         # The share of non-zeros of B decides the packed format. Eight bits at a time by a table:
         # torch has no population count.
@@ -104,7 +98,8 @@ class ImportedMatrices(TernaryMatrices):
         self.density = max(int(counts @ ones) / (b_planes.shape[1] * columns), 2.0**-31)
 
     def planes(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-        A, B = _leading(self._a, shape.r, shape.d), _leading(self._b, shape.D, shape.K)
+        A = _leading(self._a_planes, shape.r, shape.d)
+        B = _leading(self._b_planes, shape.D, shape.K)
         return A.to(device), B.to(device)
 
 

@@ -1,5 +1,6 @@
 """What a layer with RandLoRA adapters computes: `RandLoraLinear` and PEFT's layers alike."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from ..basis import Basis
 from ..checks import check_model, check_one_of
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
-from .base_layer import plain_weight, refuse_cut
-from .input_scale import InputScales
+from .base_layer import plain_operands, refuse_cut
 from .merging import KeepsWeight
-from .state_dict import misfit_of_scale, refuse_misfit
+from .paths import in_base_model
+from .state_dict import misfit_of_input_scale, refuse_misfit
 
 
 class AdaptedLayer(KeepsWeight):
@@ -23,21 +24,15 @@ class AdaptedLayer(KeepsWeight):
     """
 
     _modules: dict[str, Any]  # read directly: nn.Module's __getattr__ takes half a microsecond
-    base_layer: Any
-    in_features: int
-    out_features: int
     fan_in_fan_out: bool  # whether the weight is (in, out)
-    experts: tuple[int, ...] = ()  # how many, if the weight is a stack
-    # Of each adapter, by its name.
+    # Of each adapter, by its name, as what `KeepsWeight` names.
     r: dict[str, int]
     bases: dict[str, Basis]
     scaling: dict[str, float]
-    randlora_gamma: nn.ParameterDict
     randlora_dropout: nn.ModuleDict
-    randlora_input_scale: InputScales  # of those on Hadamard bases
     # Those whose outputs are added, unless the layer is disabled.
-    active_adapters: Any
-    disabled: Any  # True or False
+    active_adapters: Sequence[str]
+    disabled: bool
 
     def _names(self) -> list[str]:
         """The adapters to add now."""
@@ -60,27 +55,30 @@ class AdaptedLayer(KeepsWeight):
             return lam, gam
         return full_tensor(lam).to(device), full_tensor(gam).to(device)
 
-    def get_base_layer(self) -> Any:
+    def get_base_layer(self) -> nn.Module:
         """The frozen layer, or the module that has the parameter. Source: PEFT's method."""
         base = self.base_layer
         return base.get_base_layer() if isinstance(base, AdaptedLayer) else base
 
     def _base_weight(self) -> Tensor:
         """Has the dtype, device and layout in which the base layer computes."""
-        return self.get_base_layer().weight
+        return self.get_base_layer().weight  # type: ignore[return-value]
 
     def _input_scale(self, name: str, device: torch.device) -> Tensor | None:
         """By what the adapter multiplies its inputs; None of bases that cannot be scaled."""
-        scale = self._modules["randlora_input_scale"]._buffers.get(name)
-        return scale if scale is None or scale.device == device else scale.to(device)
+        input_scale = self._modules["randlora_input_scale"]._buffers.get(name)
+        if input_scale is None or input_scale.device == device:
+            return input_scale
+        return input_scale.to(device)
 
-    def _reset_input_scale(self, adapter: str, kind: str) -> None:
+    def _reset_input_scale(self, adapter: str, on_hadamard: bool) -> None:
         """Ones for an adapter on Hadamard bases, nothing for one on others."""
-        scales, device = self.randlora_input_scale, self.randlora_lambda[adapter].device
-        if kind == "hadamard":
-            scales[adapter] = torch.ones(*self.experts, self.in_features, device=device)
-        elif adapter in scales:
-            del scales[adapter]
+        device = self.randlora_lambda[adapter].device
+        if on_hadamard:
+            ones = torch.ones(*self.experts, self.in_features, device=device)
+            self.randlora_input_scale[adapter] = ones
+        elif adapter in self.randlora_input_scale:
+            del self.randlora_input_scale[adapter]
 
     @torch.no_grad()
     def set_input_scale(self, adapter: str, input_scale: Tensor | None) -> None:
@@ -102,21 +100,24 @@ class AdaptedLayer(KeepsWeight):
                 return
             kind = self.basis_of(adapter, self.randlora_lambda[adapter].device).kind
             raise ValueError(f"input_scale goes with Hadamard bases, got kind={kind!r}")
-        scale = self.randlora_input_scale[adapter]
-        if scale.is_meta:
+        buffer = self.randlora_input_scale[adapter]
+        if buffer.is_meta:
             raise RuntimeError(f"adapter {adapter!r} has no numbers (meta device)")
         if input_scale is None:
-            scale.fill_(1)
+            buffer.fill_(1)
             return
         if not isinstance(input_scale, Tensor) or not input_scale.is_floating_point():
             raise TypeError(f"input_scale must be a floating tensor or None, got {input_scale!r}")
-        if input_scale.shape not in (scale.shape, scale.shape[-1:]):
-            named = "(experts, in_features)" if self.experts else "(in_features,)"
-            told = f"{named} = {tuple(scale.shape)}, got {tuple(input_scale.shape)}"
-            raise ValueError(f"input_scale must be {told}")
-        if error := misfit_of_scale("input_scale", input_scale, input_scale):
-            raise ValueError(error)
-        scale.copy_(input_scale)
+        if input_scale.shape not in (buffer.shape, buffer.shape[-1:]):
+            sizes = "(experts, in_features)" if self.experts else "(in_features,)"
+            raise ValueError(
+                f"input_scale must be {sizes} = {tuple(buffer.shape)}, got "
+                f"{tuple(input_scale.shape)}"
+            )
+        misfit = misfit_of_input_scale("input_scale", input_scale, input_scale)
+        if misfit:
+            raise ValueError(misfit)
+        buffer.copy_(input_scale)
 
     def is_calibrated(self, adapter: str) -> bool:
         """Whether the adapter's inputs are scaled: ``randlora_input_scale[adapter]`` holds another
@@ -126,8 +127,8 @@ class AdaptedLayer(KeepsWeight):
         check_one_of("adapter", adapter, self.randlora_lambda)
         if adapter not in self.randlora_input_scale:
             return False
-        scale = self.randlora_input_scale[adapter]
-        return not scale.is_meta and bool((scale != 1).any())
+        input_scale = self.randlora_input_scale[adapter]
+        return not input_scale.is_meta and bool((input_scale != 1).any())
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
         refuse_misfit(self, state_dict, prefix)
@@ -141,23 +142,24 @@ class AdaptedLayer(KeepsWeight):
             dropout = self._modules["randlora_dropout"]._modules[name]
             drops = isinstance(dropout, nn.Dropout) and dropout.training
             if not drops and not self._widens(name, x):
-                if (weight := plain_weight(base, x)) is not None:
-                    return self._part(name, x, weight, base.bias)
+                operands = plain_operands(base, x)
+                if operands is not None:
+                    return self._output(name, x, *operands)
         if names:
             refuse_cut(base)
         y = base(x, *args, **kwargs)
         for name in names:
-            y = y + self._part(name, self.randlora_dropout[name](self._cast(name, x)))
+            y = y + self._output(name, self.randlora_dropout[name](self._cast(name, x)))
         return y
 
-    def _part(
+    def _output(
         self, name: str, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """The adapter's output, added to that of the base layer if its weight is given."""
         device = x.device
         lam, gam = self._diagonals(name, device)
-        basis, scale = self.basis_of(name, device), self._input_scale(name, device)
-        return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name], scale)
+        basis, input_scale = self.basis_of(name, device), self._input_scale(name, device)
+        return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name], input_scale)
 
     def _widens(self, name: str, x: Tensor) -> bool:
         """Whether the adapter multiplies in a wider dtype than the base layer."""
@@ -181,33 +183,38 @@ class AdaptedLayer(KeepsWeight):
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
         device = self.randlora_lambda[name].device
         lam, gam = (t.to(dtype) for t in self._diagonals(name, device))
-        basis, scale = self.basis_of(name, device), self._input_scale(name, device)
-        delta = functional.delta_weight(basis, lam, gam, self.scaling[name], scale)
+        basis, input_scale = self.basis_of(name, device), self._input_scale(name, device)
+        delta = functional.delta_weight(basis, lam, gam, self.scaling[name], input_scale)
         return laid_out_like(delta.T if self.fan_in_fan_out else delta, self._base_weight())
 
     def describe(self, adapter: str) -> str:
         """The adapter's basis, whether it is calibrated, and what computes it."""
         weight = self._base_weight()
         basis = self.basis_of(adapter, weight.device)
-        by = functional.what_computes(basis, weight.device, weight.dtype)
-        hint = " (basis='hadamard' costs about LoRA's)" if basis.kind == "dense" else ""
-        state = ""
+        told = f"r={basis.r} {basis.name}"
         if adapter in self.randlora_input_scale:
-            state = " (calibrated)" if self.is_calibrated(adapter) else " (not calibrated)"
-        return f"r={basis.r} {basis.name}{state} by {by}{hint}"
+            told += " (calibrated)" if self.is_calibrated(adapter) else " (not calibrated)"
+        told += f" by {functional.what_computes(basis, weight.device, weight.dtype)}"
+        if basis.kind == "dense":
+            told += " (basis='hadamard' costs about LoRA's)"
+        return told
 
     def name_at(self, path: str) -> str:
         """What messages call the layer at that path of a model."""
         return path
 
     def extra_repr(self) -> str:
-        parts = [f"{self.in_features}->{self.out_features}"]
+        told = [f"{self.in_features}->{self.out_features}"]
         for name in self.randlora_lambda:
-            state = ", inactive" if name not in self.active_adapters else ""
-            state = ", disabled" if self.disabled else state
-            state = ", merged" if name in self.merged_adapters else state
-            parts.append(f"{name}: {self.describe(name)}{state}")
-        return "; ".join(parts)
+            state = ""
+            if name in self.merged_adapters:
+                state = ", merged"
+            elif self.disabled:
+                state = ", disabled"
+            elif name not in self.active_adapters:
+                state = ", inactive"
+            told.append(f"{name}: {self.describe(name)}{state}")
+        return "; ".join(told)
 
 
 def layers_by_path(model: nn.Module) -> dict[str, AdaptedLayer]:
@@ -215,3 +222,9 @@ def layers_by_path(model: nn.Module) -> dict[str, AdaptedLayer]:
     check_model(model)
     modules = model.named_modules(remove_duplicate=False)
     return {path: module for path, module in modules if isinstance(module, AdaptedLayer)}
+
+
+def layers_by_name(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The same by the names of what they adapt in the base model: of modules or parameters."""
+    layers = layers_by_path(model)
+    return {layer.name_at(in_base_model(path, layers)): layer for path, layer in layers.items()}

@@ -77,13 +77,15 @@ def record_misfits(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> Iterat
     Of several layers the first one is told. Values are compared as JSON gives them.
     """
     for key in tensors:
-        at, _, name = key.rpartition(".randlora_lambda")
-        if at and not name and f"{at}.{RECORD_KEY}" not in tensors:
-            yield f"{at}.{RECORD_KEY} is missing, which says what the tensors belong to"
-            break
+        if key.endswith(".randlora_lambda"):
+            record_key = f"{key.removesuffix('randlora_lambda')}{RECORD_KEY}"
+            if record_key not in tensors:
+                yield f"{record_key} is missing, which says what the tensors belong to"
+                break
     for key, tensor in tensors.items():
-        if key.endswith(RECORD_KEY) and (different := differences(key, tensor, own)):
-            yield from different
+        found = differences(key, tensor, own) if key.endswith(RECORD_KEY) else []
+        if found:
+            yield from found
             break
 
 
@@ -92,12 +94,13 @@ def check_records(
 ) -> None:
     """Raises ValueError, naming the folder that both were read from, if `record_misfits` of tensors
     and the record of the configuration gives a reason."""
-    if problems := list(record_misfits(tensors, own)):
-        told = "\n\t".join(problems)
+    problems = list(record_misfits(tensors, own))
+    if problems:
+        reasons = "\n\t".join(problems)
         raise ValueError(
             f"{os.fspath(folder)} holds tensors that do not belong to its configuration, because a "
             "save was interrupted or is still running, or a file was edited. Load again, or save "
-            f"the adapter again:\n\t{told}"
+            f"the adapter again:\n\t{reasons}"
         )
 
 
@@ -159,6 +162,7 @@ class AdapterRecord(nn.Module):
 
     def set_extra_state(self, state: Any) -> None:
         # `refuse_misfit` has asked already, except for transformers' own loaders.
-        if problems := self.misfits(RECORD_KEY, state):
-            told = "\n\t".join([*problems, self.advice()])
-            raise RuntimeError(f"the tensors do not belong to the adapter:\n\t{told}")
+        problems = self.misfits(RECORD_KEY, state)
+        if problems:
+            lines = "\n\t".join([*problems, self.advice()])
+            raise RuntimeError(f"the tensors do not belong to the adapter:\n\t{lines}")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..checks import check_model, meant_targets, warn_of_unmatched
-from .adapted_layer import layers_by_path
+from .adapted_layer import layers_by_name
 from .base_layer import (
     check_base_layer,
     check_is_called,
@@ -17,11 +17,9 @@ from .base_layer import (
     first,
     is_conv1d,
 )
-from .experts import RandLoraParameter, matching_parameters
+from .experts import ParameterPlace, RandLoraParameter, matching_parameters
 from .linear import RandLoraLinear
-from .merging import forget_merged
-from .paths import in_base_model
-from .shared import check_mergeable, warn_of_shared
+from .merging import check_mergeable, forget_merged, warn_of_shared
 from .state_dict import guard
 from .uncalibrated import warn_when_trained
 
@@ -57,55 +55,74 @@ def apply_randlora(
     nn.Linear or Conv1D, or is adapted already. Also the errors of `RandLoraLinear`.
     """
     check_model(model)
-    whole: dict[str, nn.Module] = {}
-    model_class = type(model).__name__
-    for name in modules_to_save:
-        if isinstance(modules_to_save, str) or not (found := _matching(model, [name])):
-            raise ValueError(
-                f"modules_to_save must list names of modules in the {model_class}, got {name!r}"
-            )
-        whole |= found
-    for name, module in whole.items():
-        check_not_nested(model, name, f"{name!r} of modules_to_save")
-        if adapted_layers(module) or not all(p.is_floating_point() for p in module.parameters()):
-            raise ValueError(f"{name!r} of modules_to_save is adapted or not floating point")
-        if buffers := module.state_dict().keys() - dict(module.named_parameters()).keys():
-            raise ValueError(
-                f"{name!r} of modules_to_save has buffers, {first(sorted(buffers))}, and "
-                "`save_adapter` writes parameters only; train it beside and save it yourself"
-            )
+    whole = _modules_to_save(model, modules_to_save)
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        matches = _all_linear(model)
+        linear = _all_linear(model)
     else:
-        matches = _matching(model, target_modules)
+        linear = _matching(model, target_modules)
+    all_parameters = matching_parameters(model, target_parameters)
     inside = tuple(f"{name}." for name in whole)
-    matches = {name: m for name, m in matches.items() if not f"{name}.".startswith(inside)}
-    found_parameters = matching_parameters(model, target_parameters)
-    stacks = {name: at for name, at in found_parameters.items() if not name.startswith(inside)}
-    if not matches and (target_modules or not stacks):
-        linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-        hint = meant_targets(target_modules, linear)
+    linear = {name: m for name, m in linear.items() if not f"{name}.".startswith(inside)}
+    parameters = {name: p for name, p in all_parameters.items() if not name.startswith(inside)}
+    if not linear and (target_modules or not parameters):
+        names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+        hint = meant_targets(target_modules, names)
         raise ValueError(
-            f"target_modules {target_modules!r} matches no module of {model_class} that is not "
-            f"adapted yet{hint}; its linear layers are called {first(linear)}"
+            f"target_modules {target_modules!r} matches no module of {type(model).__name__} that "
+            f"is not adapted yet{hint}; its linear layers are called {first(names)}"
         )
-    modules = (name for name, _ in model.named_modules(remove_duplicate=False))
-    warn_of_unmatched("target_modules", target_modules, modules, f"module of {model_class}")
-    parameters_of = f"parameter of {model_class}"
-    warn_of_unmatched("target_parameters", target_parameters, found_parameters, parameters_of)
-    parameters = [p for module in whole.values() for p in module.parameters()]
+    _warn_of_unmatched(model, target_modules, target_parameters, all_parameters)
+    trained = [parameter for module in whole.values() for parameter in module.parameters()]
     why = f", matched by target_modules {target_modules!r},"
-    with adapting(model, matches, parameters, why, stacks, **layer_options):
+    with adapting(model, linear, trained, why, parameters, **layer_options):
         return model
+
+
+def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Those that the argument modules_to_save names; ValueError if one cannot be trained whole."""
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        matches = {} if isinstance(names, str) else _matching(model, [name])
+        if not matches:
+            raise ValueError(
+                f"modules_to_save must list names of modules in the {type(model).__name__}, got "
+                f"{name!r}"
+            )
+        found |= matches
+    for name, module in found.items():
+        argument = f"{name!r} of modules_to_save"
+        check_not_nested(model, name, argument)
+        if adapted_layers(module) or not all(p.is_floating_point() for p in module.parameters()):
+            raise ValueError(f"{argument} is adapted or not floating point")
+        buffers = module.state_dict().keys() - dict(module.named_parameters()).keys()
+        if buffers:
+            raise ValueError(
+                f"{argument} has buffers, {first(sorted(buffers))}, and `save_adapter` writes "
+                "parameters only; train it beside and save it yourself"
+            )
+    return found
+
+
+def _warn_of_unmatched(
+    model: nn.Module,
+    target_modules: Sequence[str] | str,
+    target_parameters: Sequence[str],
+    parameters: Iterable[str],
+) -> None:
+    class_name = type(model).__name__
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    warn_of_unmatched("target_modules", target_modules, modules, f"module of {class_name}")
+    parameter_of = f"parameter of {class_name}"
+    warn_of_unmatched("target_parameters", target_parameters, parameters, parameter_of)
 
 
 @contextmanager
 def adapting(
     model: nn.Module,
-    targets: Mapping[str, nn.Module],
+    linear: Mapping[str, nn.Module],
     trained: Iterable[nn.Parameter],
     why: str,
-    stacks: Mapping[str, tuple[str, str]],
+    parameters: Mapping[str, ParameterPlace],
     **layer_options: Any,
 ) -> Iterator[dict[str, RandLoraLinear]]:
     """Makes adapted layers, which take their places in the model when the block ends.
@@ -113,22 +130,15 @@ def adapting(
     If it raises, the model is as it was. Otherwise as `apply_randlora`.
 
     Args:
-        targets: the modules to adapt, by their names.
+        linear: the modules to adapt, by their names.
         trained: parameters to train whole.
         why: follows a module's name in error messages, such as ", matched by target_modules ...,".
-        stacks: the parameters to adapt, as `matching_parameters` gives them.
+        parameters: those to adapt, as `matching_parameters` gives them.
     """
-    _check_targets(model, targets, why, stacks)
+    _check_targets(model, linear, why, parameters)
     before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        wrapped = {m: RandLoraLinear(m, **layer_options) for m in dict.fromkeys(targets.values())}
-        made = {name: wrapped[module] for name, module in targets.items()}
-        outermost: dict[str, Any] = {}
-        for name, (path, own) in stacks.items():
-            base = outermost.get(path) or model.get_submodule(path)
-            made[name] = outermost[path] = RandLoraParameter(base, own, **layer_options)
-        for name, layer in made.items():
-            layer.path = name
+        made = _new_layers(model, linear, parameters, **layer_options)
         warn_of_shared(model, made)
         yield made
     except BaseException:  # the layers have frozen their base layers
@@ -139,31 +149,59 @@ def adapting(
         model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    for name in targets:
+    for name in linear:
         model.set_submodule(name, made[name])
         disable_nested_tensors(model, name)
-    for path, layer in reversed(outermost.items()):  # inner modules first
+    # Of each module the last layer, which is the outermost; inner modules first.
+    outermost = {place.module: made[name] for name, place in parameters.items()}
+    for path, layer in reversed(outermost.items()):
         model.set_submodule(path, layer)
     guard(model)
     warn_when_trained(model, layer_options.get("adapter_name", "default"))
 
 
+def _new_layers(
+    model: nn.Module,
+    linear: Mapping[str, nn.Module],
+    parameters: Mapping[str, ParameterPlace],
+    **layer_options: Any,
+) -> dict[str, RandLoraLinear]:
+    """The layers for these targets, which know their paths but do not lie in the model yet."""
+    made: dict[str, RandLoraLinear] = {}
+    over: dict[nn.Module, RandLoraLinear] = {}  # by the module that it adapts
+    for name, module in linear.items():  # a tied one has several names
+        if module not in over:
+            over[module] = RandLoraLinear(module, **layer_options)
+        made[name] = over[module]
+    for name, place in parameters.items():
+        module = model.get_submodule(place.module)
+        base = over.get(module, module)  # another parameter of it is adapted, too
+        over[module] = RandLoraParameter(base, place.name, **layer_options)
+        made[name] = over[module]
+    for name, layer in made.items():
+        layer.path = name
+    return made
+
+
 def _check_targets(
     model: nn.Module,
-    targets: Mapping[str, nn.Module],
+    linear: Mapping[str, nn.Module],
     why: str,
-    stacks: Mapping[str, tuple[str, str]],
+    parameters: Mapping[str, ParameterPlace],
 ) -> None:
     """ValueError or TypeError for what cannot be adapted; the arguments are those of `adapting`."""
-    for name, module in targets.items():
-        check_base_layer(module, f"module {name!r}{why}")
-        check_no_plan(model, name, f"module {name!r}{why}")
-        check_is_called(model, name, f"module {name!r}{why}")
-        check_not_nested(model, name, f"module {name!r}{why}")
-    for name, (path, _) in stacks.items():
+    for name, module in linear.items():
+        argument = f"module {name!r}{why}"
+        check_base_layer(module, argument)
+        check_no_plan(model, name, argument)
+        check_is_called(model, name, argument)
+        check_not_nested(model, name, argument)
+    for name, place in parameters.items():
         check_not_nested(model, name, f"parameter {name!r}")
-        if path in targets:
-            raise ValueError(f"parameter {name!r} is of module {path!r}, which is matched, too")
+        if place.module in linear:
+            raise ValueError(
+                f"parameter {name!r} is of module {place.module!r}, which is matched, too"
+            )
 
 
 def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
@@ -178,20 +216,20 @@ def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
 
 
 def _matching(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
+    named = dict(model.named_modules(remove_duplicate=False))
+    named.pop("", None)  # the model itself
     if isinstance(targets, str):
         try:
-            is_target: Any = re.compile(targets).fullmatch
+            expression = re.compile(targets)
         except re.error as error:
             raise ValueError(
                 f"target_modules {targets!r} is no regular expression: {error}"
             ) from error
-    elif isinstance(targets, Iterable) and all(isinstance(name, str) for name in targets):
-        suffixes = tuple(f".{name}" for name in targets)
-        is_target = lambda name: f".{name}".endswith(suffixes)  # noqa: E731
-    else:
+        return {name: module for name, module in named.items() if expression.fullmatch(name)}
+    if not isinstance(targets, Iterable) or not all(isinstance(name, str) for name in targets):
         raise TypeError(f"target_modules must be names or a regular expression, got {targets!r}")
-    named = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if name and is_target(name)}
+    ends = tuple(f".{name}" for name in targets)
+    return {name: module for name, module in named.items() if f".{name}".endswith(ends)}
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
@@ -219,10 +257,11 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     layers = adapted_layers(model)
     check_mergeable(layers)
     modules = model.named_modules(remove_duplicate=False)
-    at = {path: module for path, module in modules if isinstance(module, RandLoraLinear)}
-    warn_of_shared(model, at)
+    by_path = {path: module for path, module in modules if isinstance(module, RandLoraLinear)}
+    warn_of_shared(model, by_path)
     for layer in layers.values():
-        if names := layer._names():
+        names = layer._names()
+        if names:
             layer.merge(adapter_names=names, keep_weight="nothing")
     return _without(model)
 
@@ -234,11 +273,10 @@ def unload(model: nn.Module) -> nn.Module:
     return _without(model)
 
 
-def adapted_layers(model: nn.Module, layer_class: type[Any] = RandLoraLinear) -> dict[str, Any]:
-    """By their paths, and those of parameters by the names of these; a tied one several times."""
-    layers = layers_by_path(model)
-    wanted = {path: layer for path, layer in layers.items() if isinstance(layer, layer_class)}
-    return {layer.name_at(in_base_model(path, layers)): layer for path, layer in wanted.items()}
+def adapted_layers(model: nn.Module) -> dict[str, RandLoraLinear]:
+    """Our layers without PEFT, as `layers_by_name` names them."""
+    layers = layers_by_name(model)
+    return {name: layer for name, layer in layers.items() if isinstance(layer, RandLoraLinear)}
 
 
 def _without(model: nn.Module) -> nn.Module:

@@ -1,6 +1,5 @@
 """Checks of the frozen base layer; turns off fast paths of torch that would skip the adapter."""
 
-import math
 import re
 import sys
 from typing import Any
@@ -70,7 +69,7 @@ def check_is_called(model: nn.Module, name: str, argument: str) -> None:
     raise ValueError(f"{argument} would not be adapted: {why}")
 
 
-def refuse_cut(base_layer: Any) -> None:
+def refuse_cut(base_layer: nn.Module) -> None:
     """Raises RuntimeError if forward sees only this rank's part of the weight, which FSDP2 makes
     whole before it calls the module that it has sharded."""
     weight: Any = getattr(base_layer, "weight", None)
@@ -85,42 +84,13 @@ def refuse_cut(base_layer: Any) -> None:
             )
 
 
-def check_writable(layer: Any) -> None:
-    """Raises TypeError or RuntimeError if dW cannot be written into the weight or would be lost."""
-    if (weight := layer._held_weight()) is None:
-        return
-    base = layer.get_base_layer()
-    if not any(weight is t for t in (*base.parameters(recurse=False), *base.buffers(False))):
-        raise TypeError(
-            f"{layer_name(layer)}: base_layer.weight is computed at every use (by a "
-            "parametrization, weight_norm, spectral_norm or pruning) and cannot be merged into; "
-            "remove that first"
-        )
-    if weight.is_meta:
-        raise RuntimeError(f"{layer_name(layer)}: base_layer.weight has no numbers (meta device)")
-    if not weight.is_floating_point():
-        raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
-    if weight.numel() != math.prod((*layer.experts, layer.in_features, layer.out_features)):
-        raise RuntimeError(
-            f"base_layer.weight is {tuple(weight.shape)} here and lies elsewhere (DeepSpeed "
-            "ZeRO-3?); merge inside deepspeed.zero.GatheredParameters(layer.parameters(), "
-            "modifier_rank=0)"
-        )
-
-
-def layer_name(layer: Any) -> str:
-    """What messages call the layer: its path, if it knows that."""
-    told = f"{type(layer).__name__}({layer.extra_repr()})"
-    return f"layer {layer.path!r}" if layer.path else told
-
-
-def features(layer: Any) -> tuple[int, int]:
+def features(layer: Any) -> tuple[int, int]:  # of quantized layers, too
     """(in_features, out_features) of an nn.Linear or a Conv1D."""
     return (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
 
 
-def plain_weight(module: Any, x: Tensor) -> Tensor | None:
-    """The weight if ``module(x)`` is ``F.linear(x, weight, bias)`` and nothing else.
+def plain_operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias if ``module(x)`` is ``F.linear(x, weight, bias)`` and nothing else.
 
     A subclass, a hook, a replaced forward (accelerate's offloading), a quantized or distributed
     weight or one on another device needs the module's own call.
@@ -135,16 +105,17 @@ def plain_weight(module: Any, x: Tensor) -> Tensor | None:
         or _has_any_global_hook()
     ):
         return None
-    weight: Any = module.weight
+    weight = module.weight
     # While torch.export traces, parameters are FakeTensors, which have a fake_mode.
     plain = type(weight) in (nn.Parameter, Tensor) or hasattr(weight, "fake_mode")
     if not plain or x.device != weight.device:
         return None
-    # Mixed dtypes are an error unless autocast casts both; it does not cast float64.
-    same = x.dtype is weight.dtype or (
-        autocast_is_on(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-    )
-    return weight if same else None
+    if x.dtype is not weight.dtype:
+        # An error unless autocast casts both; it does not cast float64.
+        casts = autocast_is_on(x.device.type)
+        if not casts or torch.float64 in (x.dtype, weight.dtype):
+            return None
+    return weight, module.bias
 
 
 def first(names: list[str]) -> str:
@@ -157,8 +128,9 @@ def do_nothing(*_) -> None:
 
 
 def force_module_call(layer: Any) -> None:
-    """Makes nn.TransformerEncoderLayer call `layer` in eval mode. Its fused kernel would take
-    ``layer.weight``, but not beside a forward hook: here one on a dictionary that is not called."""
+    """Makes nn.TransformerEncoderLayer call a layer with adapters in eval mode. Its fused kernel
+    would take ``layer.weight``, but not beside a forward hook: here one on a dictionary that is not
+    called."""
     layer.randlora_dropout.register_forward_pre_hook(do_nothing)
 
 

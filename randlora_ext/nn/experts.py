@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,22 @@ TRANSPOSED = {
 }
 
 
+class ParameterPlace(NamedTuple):
+    """Where a parameter lies in a model."""
+
+    module: str  # the path of the module that has it
+    name: str  # in that module
+
+
+class ParameterSizes(NamedTuple):
+    """Of a parameter that can be adapted."""
+
+    in_features: int
+    out_features: int
+    transposed: bool  # whether it is (in, out), or (experts, in, out)
+    experts: int
+
+
 class AdaptedParameter(AdaptedLayer):
     """The module `base_layer`, which computes with W + dW where it has the parameter W.
 
@@ -42,19 +58,21 @@ class AdaptedParameter(AdaptedLayer):
     # `calibrate` sets it, to see products with W itself and not with W + dW; dW is zero then.
     takes_base_weight = False
 
-    def _set_sizes(self, base_layer: Any, parameter_name: str) -> tuple[int, int]:
+    def _set_sizes(self, base_layer: nn.Module, parameter_name: str) -> tuple[int, int]:
         """Finds what `base_layer` says of the parameter; returns (in_features, out_features)."""
         self.parameter_name = parameter_name
         base = base_layer.get_base_layer() if isinstance(base_layer, AdaptedLayer) else base_layer
-        in_features, out_features, self.transposed, count = sizes_of(base, parameter_name)
-        self.experts = (count,)
-        return in_features, out_features
+        sizes = sizes_of(base, parameter_name)
+        self.transposed = sizes.transposed
+        self.experts = (sizes.experts,)
+        return sizes.in_features, sizes.out_features
 
-    def _base_weight(self) -> Any:
+    def _base_weight(self) -> Tensor:
         return getattr(self.get_base_layer(), self.parameter_name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layer, changed = self, {}
+        changed: dict[str, Tensor] = {}
+        layer: nn.Module = self
         while isinstance(layer, AdaptedParameter):
             names = [] if layer.takes_base_weight else layer._names()
             if names:
@@ -81,9 +99,9 @@ class AdaptedParameter(AdaptedLayer):
         """W + dW in the dtype of W, or dW in that of lambda, in the shape of W."""
         basis, shape = self.basis_of(name, lam.device), self._base_weight().shape
         stack = None if weight is None else weight.reshape(*self.experts, *shape[-2:])
-        scale = self._input_scale(name, lam.device)
-        factors = basis, lam, gam, scale, self.scaling[name]
-        return stacked_weight(stack, *factors, self.transposed).view(shape)
+        input_scale, scaling = self._input_scale(name, lam.device), self.scaling[name]
+        changed = stacked_weight(stack, basis, lam, gam, input_scale, scaling, self.transposed)
+        return changed.view(shape)
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
         diagonals = self._diagonals(name, self.randlora_lambda[name].device)
@@ -140,35 +158,36 @@ def stacked_weight(
     dtype of W, dW that of lambda.
     """
     operands = hadamard.operands(basis, lam.device, scaling, input_scale=input_scale)
-    operands["expand"] ^= transposed
+    # To the operator a transposed weight is that of a layer in the other direction.
+    operands["expand"] = basis.expand != transposed
     return hadamard.weight(stack, lam, gam, **operands)
 
 
-def sizes_of(module: Any, name: str) -> tuple[int, int, bool, int]:
-    """(in_features, out_features, transposed, experts) of a parameter; TypeError or ValueError,
-    naming it, if it cannot be adapted."""
+def sizes_of(module: nn.Module, name: str) -> ParameterSizes:
+    """Those of a parameter; TypeError or ValueError, naming it, if it cannot be adapted."""
     weight = getattr(module, name)
-    told = f"target_parameters: {type(module).__name__}.{name}"
+    class_name = type(module).__name__
+    argument = f"target_parameters: {class_name}.{name}"
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         got = getattr(weight, "dtype", type(weight))
-        raise TypeError(f"{told} must be a floating point parameter, got {got}")
-    check_whole(weight, told)
+        raise TypeError(f"{argument} must be a floating point parameter, got {got}")
+    check_whole(weight, argument)
     shape = getattr(weight, "ds_shape", weight.shape)  # of ZeRO-3
     if len(shape) not in (2, 3) or 0 in shape:
-        raise ValueError(f"{told} must have two or three dimensions, got {tuple(shape)}")
-    *stack, n_out, n_in = shape
-    says_so = type(module).__name__ in TRANSPOSED.values() or getattr(
-        module, "is_transposed", False
-    )
-    if transposed := bool(stack and says_so):
-        n_in, n_out = n_out, n_in
-    return n_in, n_out, transposed, stack[0] if stack else 1
+        raise ValueError(f"{argument} must have two or three dimensions, got {tuple(shape)}")
+    if len(shape) == 2:
+        out_features, in_features = shape
+        return ParameterSizes(in_features, out_features, transposed=False, experts=1)
+    experts, rows, columns = shape
+    if class_name in TRANSPOSED.values() or getattr(module, "is_transposed", False):
+        return ParameterSizes(rows, columns, transposed=True, experts=experts)
+    return ParameterSizes(columns, rows, transposed=False, experts=experts)
 
 
-def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """(path of the module, name in it) by the name of each parameter that ``target_parameters``
-    match, as in PEFT: one of them, or ending in ``.`` and one of them. In the model's order, which
-    is that of nesting.
+def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, ParameterPlace]:
+    """By its name in the base model, where each parameter lies that ``target_parameters`` match, as
+    in PEFT: one of them, or ending in ``.`` and one of them. In the model's order, which is that of
+    nesting.
 
     Raises TypeError if they are no names; ValueError if nothing matches, or a parameter that has
     several names, is cut over ranks, or whose module is never called.
@@ -178,17 +197,22 @@ def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, t
     if not targets:
         return {}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    ends, layers, found = tuple(f".{name}" for name in targets), layers_by_path(model), {}
+    ends = tuple(f".{name}" for name in targets)
+    layers = layers_by_path(model)
+    found = {}
     for path, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            name = f"{in_base_model(path, layers)}.{own}"
+        for name_in_module, parameter in module.named_parameters(recurse=False):
+            name = f"{in_base_model(path, layers)}.{name_in_module}"
             if not f".{name}".endswith(ends):
                 continue
-            check_no_plan(model, name, told := f"target_parameters: {name!r}")
-            check_is_called(model, path, told)
+            argument = f"target_parameters: {name!r}"
+            check_no_plan(model, name, argument)
+            check_is_called(model, path, argument)
             if uses[id(parameter)] > 1:
-                raise ValueError(f"{told} is used under several names, and one would be adapted")
-            found[name] = path, own
+                raise ValueError(
+                    f"{argument} is used under several names, and one would be adapted"
+                )
+            found[name] = ParameterPlace(path, name_in_module)
     if not found:
         names = [name for name, p in model.named_parameters() if p.dim() == 3]
         raise ValueError(

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +97,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.merged_adapters = []
         self.active_adapters: list[str] = [adapter_name]
         self.disabled = False
-        self.base_layer: Any = base_layer
+        self.base_layer = base_layer
         self.randlora_dropout = nn.ModuleDict()
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
@@ -135,9 +134,9 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
         weight = self._base_weight()
         device, dtype = weight.device, adapter_dtype(weight.dtype)
-        of_lam, of_gam = ((*self.experts, *shape) for shape in bases.of_diagonals)
-        lam = torch.zeros(of_lam, device=device, dtype=dtype)
-        gam = torch.full(of_gam, 1 / max(bases.n, bases.d), device=device, dtype=dtype)
+        lam_shape, gam_shape = (*self.experts, *bases.lam_shape), (*self.experts, *bases.gam_shape)
+        lam = torch.zeros(lam_shape, device=device, dtype=dtype)
+        gam = torch.full(gam_shape, 1 / max(bases.n, bases.d), device=device, dtype=dtype)
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
 
         self.bases[adapter_name] = bases
@@ -146,7 +145,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.randlora_dropout[adapter_name] = dropout.train(self.training)
         self.randlora_lambda[adapter_name] = nn.Parameter(lam)
         self.randlora_gamma[adapter_name] = nn.Parameter(gam)
-        self._reset_input_scale(adapter_name, bases.kind)
+        self._reset_input_scale(adapter_name, bases.kind == "hadamard")
         self._mark_trained()
 
     def set_adapter(self, adapter_names: str | Sequence[str]) -> None:
@@ -228,11 +227,11 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, for code that reads ``layer.weight``."""
-        return self.base_layer.weight
+        return self.base_layer.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base_layer.bias
+        return self.base_layer.bias  # type: ignore[return-value]
 
     def _chosen(self, names: str | Sequence[str]) -> list[str]:
         names = [names] if isinstance(names, str) else list(names)

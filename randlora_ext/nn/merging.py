@@ -1,9 +1,10 @@
 """Merging adapters into the weight of a base layer, and taking them out again, bit for bit."""
 
+import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from ..checks import check_one_of, warn_user
 from ..ranks import full_tensor, is_dtensor, local_tensor
-from .base_layer import check_writable, do_nothing
-from .shared import refuse_shared
+from .base_layer import do_nothing, first
+from .input_scale import InputScales
+from .shared import share_numbers, sharing_pairs
 
 KEEP_WEIGHT = ("host", "device", "nothing")
 
@@ -31,11 +33,18 @@ class KeepsWeight(nn.Module):
     one may be merged; the others then compute with its change, as everything that shares W does.
 
     Quantized layers replace the methods from `_held_weight` to `_restorer`. Layers that mix this in
-    have these parameters, `_base_weight` and `_delta`.
+    have these attributes, `_base_weight` and `_delta`.
     """
 
-    randlora_lambda: nn.ParameterDict
+    base_layer: nn.Module
+    in_features: int
+    out_features: int
+    experts: tuple[int, ...] = ()  # how many, if the weight is a stack
     path: str | None = None  # in the model, for error messages
+    # Of each adapter, by its name.
+    randlora_lambda: nn.ParameterDict
+    randlora_gamma: nn.ParameterDict
+    randlora_input_scale: InputScales  # of those on Hadamard bases
     merged_adapters: list[str]
     _kept: Any = None  # what `_restorer` takes; None: W is not kept, or was not changed
     # Merged adapters that are not in the kept weight, or changed nothing. The others, merged with
@@ -60,18 +69,22 @@ class KeepsWeight(nn.Module):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        rest = [name for name in self.merged_adapters if name not in self._kept_without]
-        if lost := [name for name in rest if name not in self.randlora_lambda]:
+        in_kept = [name for name in self.merged_adapters if name not in self._kept_without]
+        to_subtract = [name for name in in_kept if name in self.randlora_lambda]
+        deleted = [name for name in in_kept if name not in self.randlora_lambda]
+        if deleted:
             warnings.warn(
-                f"the adapters {lost} were deleted while merged, and W was not kept: their dW "
+                f"the adapters {deleted} were deleted while merged, and W was not kept: their dW "
                 "stays in it",
                 stacklevel=2,
             )
-        rest = [name for name in rest if name not in lost]
-        if self._kept is not None or not rest:
-            self._replace(do_nothing if self._kept is None else self._restorer(self._kept), rest)
-        if rest:
-            self._replace(self._writer(self._plus(self._dense_weight(), rest, -1)), [])
+        if self._kept is not None:
+            self._replace(self._restorer(self._kept), to_subtract)
+        elif not to_subtract:
+            self._replace(do_nothing, [])
+        if to_subtract:
+            without = self._plus(self._dense_weight(), to_subtract, -1)
+            self._replace(self._writer(without), [])
 
     def _merge(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
         """Merges adapters that are known and not merged yet."""
@@ -81,7 +94,7 @@ class KeepsWeight(nn.Module):
         _being_merged[thread] = self
         try:
             for other in (*_living(_merged_layers), *_living(_being_merged)):
-                refuse_shared(other, self)
+                _refuse_shared(other, self)
             self._add(names, safe_merge, keep_weight)
         finally:
             _being_merged.pop(thread, None)
@@ -95,25 +108,32 @@ class KeepsWeight(nn.Module):
                 "broken; safe_merge allows only finite values, and nothing was changed"
             )
         merged = [*self.merged_adapters, *names]
-        kept, without = (self._kept, self._kept_without) if self.merged else (None, ())
-        with_these = (*without, *names)
+        kept: Any = None
+        without: tuple[str, ...] = ()
+        if self.merged:
+            kept, without = self._kept, self._kept_without
         if keep_weight == "nothing":
             if kept is not None:  # by an earlier merge; that weight is without these adapters, too
-                without = with_these
+                without = (*without, *names)
             self._replace(self._writer(total), merged, kept, without)
             return
+        without = (*without, *names)
         # Ranks might disagree about their parts of DTensors.
         if not is_dtensor(total) and torch.equal(total, weight):
             # Nothing is written, because a sum could still turn -0 into 0.
-            self._replace(do_nothing, merged, kept, with_these)
+            self._replace(do_nothing, merged, kept, without)
             return
         write = self._writer(total)
         if kept is None:
             kept = self._keep(keep_weight)
-        self._replace(write, merged, kept, with_these)
+        self._replace(write, merged, kept, without)
 
     def _replace(
-        self, write: Callable, merged: list[str], kept: Any = None, without: tuple[str, ...] = ()
+        self,
+        write: Callable[[], object],
+        merged: list[str],
+        kept: Any = None,
+        without: tuple[str, ...] = (),
     ) -> None:
         """Writes W and the attributes about it; Ctrl-C, twice even, cannot leave a part of them."""
 
@@ -143,7 +163,8 @@ class KeepsWeight(nn.Module):
             return
         lambdas = self.randlora_lambda
         merged = [name for name in self.merged_adapters if name in lambdas]
-        if trained := [name for name in merged if lambdas[name].requires_grad]:
+        trained = [name for name in merged if lambdas[name].requires_grad]
+        if trained:
             warn_user(
                 f"the adapters {trained} are merged into the weight and get no gradient; call "
                 "unmerge() (in PEFT unmerge_adapter()) before training, else eval()"
@@ -162,6 +183,10 @@ class KeepsWeight(nn.Module):
             total.add_(self._delta(name, adapter_dtype(weight.dtype)), alpha=sign)
         return total.to(weight.dtype)
 
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer, or the module that has the parameter."""
+        raise NotImplementedError
+
     def _base_weight(self) -> Tensor:
         """The weight of the base layer, in the dtype and on the device in which that computes."""
         raise NotImplementedError
@@ -174,13 +199,47 @@ class KeepsWeight(nn.Module):
         """What merging writes into or replaces; None if it replaces the base layer."""
         return self._base_weight()
 
-    def _dense_weight(self) -> Any:
-        check_writable(self)
-        return self._held_weight()
+    def _dense_weight(self) -> Tensor:
+        """W as a tensor to which dW can be added."""
+        self._check_writable()
+        return self._base_weight()
 
-    def _writer(self, total: Tensor) -> Callable[[], Any]:
+    def _check_writable(self) -> None:
+        """Raises TypeError or RuntimeError if dW cannot be written into the weight or would be
+        lost."""
+        weight = self._held_weight()
+        if weight is None:
+            return
+        base = self.get_base_layer()
+        held = (*base.parameters(recurse=False), *base.buffers(recurse=False))
+        if not any(weight is tensor for tensor in held):
+            raise TypeError(
+                f"{self._in_words()}: base_layer.weight is computed at every use (by a "
+                "parametrization, weight_norm, spectral_norm or pruning) and cannot be merged "
+                "into; remove that first"
+            )
+        if weight.is_meta:
+            raise RuntimeError(
+                f"{self._in_words()}: base_layer.weight has no numbers (meta device)"
+            )
+        if not weight.is_floating_point():
+            raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
+        if weight.numel() != math.prod((*self.experts, self.in_features, self.out_features)):
+            raise RuntimeError(
+                f"base_layer.weight is {tuple(weight.shape)} here and lies elsewhere (DeepSpeed "
+                "ZeRO-3?); merge inside deepspeed.zero.GatheredParameters(layer.parameters(), "
+                "modifier_rank=0)"
+            )
+
+    def _in_words(self) -> str:
+        """What messages call the layer: its path, if it knows that."""
+        if self.path:
+            return f"layer {self.path!r}"
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _writer(self, total: Tensor) -> Callable[[], object]:
         """Prepares everything that can fail; the result only writes, and may be called twice."""
-        weight: Any = self._held_weight()
+        weight = self._base_weight()
         return lambda: weight.copy_(total)
 
     def _keep(self, keep_weight: str) -> Any:
@@ -189,7 +248,7 @@ class KeepsWeight(nn.Module):
             weight = local_tensor(self._dense_weight().detach())
             return weight.to("cpu" if keep_weight == "host" else weight.device, copy=True)
 
-    def _restorer(self, kept: Any) -> Callable[[], Any]:
+    def _restorer(self, kept: Any) -> Callable[[], object]:
         weight = local_tensor(self._dense_weight())
         if weight.shape != kept.shape:
             raise RuntimeError(
@@ -219,3 +278,63 @@ def remember_merged(layer: KeepsWeight) -> None:
 def forget_merged(layer: KeepsWeight) -> None:
     """Also if it is still merged, but nothing can unmerge it any more."""
     _merged_layers.pop(id(layer), None)
+
+
+# ---- layers whose weights lie in the same memory ------------------------------------------------
+
+
+def check_mergeable(layers: Mapping[str, KeepsWeight]) -> None:
+    """Raises, before one of a model's adapted layers is merged, what another's weight forbids."""
+    weights: dict[KeepsWeight, Tensor] = {}
+    for path, layer in layers.items():
+        layer.path = path
+        weight = layer._held_weight()
+        if weight is not None and weight.is_meta and hasattr(layer.get_base_layer(), "_hf_hook"):
+            continue  # accelerate will bring it
+        layer._check_writable()
+        if weight is not None:
+            weights[layer] = weight
+    for one, other in sharing_pairs(weights):
+        _refuse_shared(one, other)
+
+
+def _refuse_shared(one: KeepsWeight, other: KeepsWeight) -> None:
+    """Raises RuntimeError, naming both layers, if they share numbers: W can hold one dW."""
+    if one is other:
+        return
+    weight, other_weight = one._held_weight(), other._held_weight()
+    if weight is None or other_weight is None or not share_numbers(weight, other_weight):
+        return
+    raise RuntimeError(
+        f"{one._in_words()} and {other._in_words()} share one weight, which can hold the change of "
+        "one of them only; use them unmerged"
+    )
+
+
+def warn_of_shared(model: nn.Module, layers: Mapping[str, KeepsWeight]) -> None:
+    """Warns if a tensor of the model outside of `layers`, which stand or will stand at these paths,
+    shares numbers with the weight of one."""
+    if "" in layers:  # the model is the layer
+        return
+    tensors: dict[KeepsWeight | str, Tensor] = {}
+    for layer in layers.values():
+        weight = layer._held_weight()
+        if weight is not None:
+            tensors[layer] = weight
+    inside = tuple(f"{path}." for path in layers)
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            if not f"{name}.".startswith(inside):
+                tensors[name] = tensor
+    found = []
+    for pair in sharing_pairs(tensors):
+        names = [each for each in pair if isinstance(each, str)]
+        adapted = [each for each in pair if not isinstance(each, str)]
+        if names and adapted:
+            found.append(f"{adapted[0]._in_words()} with {names[0]!r}")
+    if found:
+        warn_user(
+            f"adapted layers share weights with modules that have no adapter, {first(found)}: "
+            "merging changes these modules, too. Clone the weight of the layer before, or use the "
+            "adapter unmerged"
+        )

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -21,15 +21,15 @@ from .adapted_layer import AdaptedLayer, layers_by_path
 from .adapter_config import NEEDS_OURS
 from .adapter_record import FIELDS, RECORD_KEY, record_of, record_tensor
 from .apply import adapted_layers, adapting
-from .experts import matching_parameters
+from .experts import ParameterPlace, matching_parameters
 from .linear import RandLoraLinear
 from .paths import in_base_model, in_file
 from .saved_adapter import CONFIG, PREFIX, WEIGHTS, SavedAdapter, read_adapter
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
-_PARTS = (*DIAGONALS, INPUT_SCALE)
+_TENSORS = (*DIAGONALS, INPUT_SCALE)  # attributes of a layer, and names in a file
 # Modules in PEFT's layers.
-_OF_PEFT = ("base_layer", "default", "randlora_A", "randlora_B", "randlora_dropout", *_PARTS)
+_OF_PEFT = ("base_layer", "default", "randlora_A", "randlora_B", "randlora_dropout", *_TENSORS)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
 
 
@@ -56,40 +56,57 @@ def save_adapter(
             this process lacks values (meta device, DeepSpeed ZeRO-3).
         OSError: the files cannot be written; older ones stay as they were.
     """
-    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
     layers = _layers_with(inner, adapter_name)
     trained = _trained_beside(inner)
     config = _config_of(inner, layers, adapter_name, trained)
-    record = record_of(*(config[name] for name in FIELDS))
-    stacks = _stacks(layers)
-    around = {path: len(its) for path, its in stacks.items()}
-    own: dict[str, Any] = {}
-    for at, layer in layers.items():
-        if layer.experts:
-            path = at.rpartition(".")[0]
-            place = in_file(path, around) + ".base_layer" * stacks[path].index(at)
-        else:
-            place = in_file(at, around)
-        for part in _PARTS:
-            if adapter_name in getattr(layer, part):
-                own[f"{place}.{part}"] = getattr(layer, part)[adapter_name]
-        sizes = layer.in_features, layer.out_features
-        own[f"{place}.{RECORD_KEY}"] = record_tensor(record, *sizes)
-    around |= {at: 1 for at, layer in layers.items() if not layer.experts}
-    own |= {in_file(name, around): parameter for name, parameter in trained.items()}
-    if lost := next((name for name, tensor in own.items() if not _is_here(tensor)), None):
-        raise ValueError(f"{lost} has no numbers here (meta device, DeepSpeed ZeRO-3)")
+    held = _tensors_to_save(layers, adapter_name, trained, config)
+    for path, tensor in held.items():
+        if not _is_here(tensor):
+            raise ValueError(f"{path} has no numbers here (meta device, DeepSpeed ZeRO-3)")
     # Cloned, since safetensors refuses one tensor under two names, those of a tied layer.
     tensors = {
-        PREFIX + name.removeprefix("."): full_tensor(tensor.detach()).contiguous().clone()
-        for name, tensor in own.items()
+        PREFIX + path.removeprefix("."): full_tensor(tensor.detach()).contiguous().clone()
+        for path, tensor in held.items()
     }
-    mesh = next((t.device_mesh for t in own.values() if is_dtensor(t)), None)
+    meshes = [tensor.device_mesh for tensor in held.values() if is_dtensor(tensor)]
+    mesh = meshes[0] if meshes else None
     with failing_together(mesh):
         if mesh is None or not any(mesh.get_coordinate()):
             with appear_together(folder) as scratch:
                 safetensors.torch.save_file(tensors, scratch / WEIGHTS, {"format": "pt"})
                 (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def _tensors_to_save(
+    layers: Mapping[str, RandLoraLinear],
+    adapter_name: str,
+    trained: Mapping[str, nn.Parameter],
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """By their paths in the file; those of FSDP2 as they are, in parts. `layers` and `trained` have
+    the names in the base model."""
+    record = record_of(*(config[field] for field in FIELDS))
+    stacks = _stacks(layers)
+    layers_around = {module: len(names) for module, names in stacks.items()}
+    held: dict[str, Any] = {}
+    for name, layer in layers.items():
+        if layer.experts:
+            module = name.rpartition(".")[0]
+            depth = stacks[module].index(name)
+            path = in_file(module, layers_around) + ".base_layer" * depth
+        else:
+            path = in_file(name, layers_around)
+        for each in _TENSORS:
+            by_adapter = getattr(layer, each)
+            if adapter_name in by_adapter:
+                held[f"{path}.{each}"] = by_adapter[adapter_name]
+        held[f"{path}.{RECORD_KEY}"] = record_tensor(record, layer.in_features, layer.out_features)
+    # A trained parameter may lie below a layer, such as its bias.
+    layers_around |= {name: 1 for name, layer in layers.items() if not layer.experts}
+    for name, parameter in trained.items():
+        held[in_file(name, layers_around)] = parameter
+    return held
 
 
 def load_adapter(
@@ -113,64 +130,96 @@ def load_adapter(
         ValueError: the adapter is damaged, on bases that PEFT draws, or does not fit the model, for
             reasons that the message lists.
     """
-    saved, place = read_adapter(folder), os.fspath(folder)
+    saved = read_adapter(folder)
     check_adapter_name(adapter_name)
-    if saved.basis is None:
-        raise ValueError(
-            f"{place}: PEFT draws the bases of this adapter; peft.PeftModel.from_pretrained(model, "
-            "folder) opens it"
-        )
-    options = {"adapter_name": adapter_name, "r": saved.r, "randlora_alpha": saved.randlora_alpha}
-    options |= {"randlora_dropout": saved.fields["randlora_dropout"]}
-    basis = saved.basis
-    options |= {"basis": basis.kind, "density": basis.density, "seed": basis.seed}
+    options = _layer_options(saved, adapter_name)
     by_path, adapted = layers_by_path(model), adapted_layers(model)
     _refuse_peft(by_path.values())
-    state = {in_base_model(name, by_path): tensor for name, tensor in _state(model)}
+    state = {in_base_model(path, by_path): tensor for path, tensor in _state(model)}
     names = saved.names(state)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    is_bare = adapted.keys().isdisjoint(names.values())
-    named = [at for path, at in names.items() if is_bare and saved.experts(path) and at in state]
-    found = matching_parameters(model, named)
-    stacks = {at: place for at, place in found.items() if at in named}
-    linear = [at for path, at in names.items() if not saved.experts(path)]
-    targets = {at: modules[at] for at in linear if is_bare and at in modules}
-    # The model's other adapters use other parameters, too.
-    others = {} if adapted else {at: state[at] for at in saved.others if at in state}
+    linear: dict[str, nn.Module] = {}
+    parameters: dict[str, ParameterPlace] = {}
+    if adapted.keys().isdisjoint(names.values()):  # otherwise layers that exist get the adapter
+        linear, parameters = _targets(model, saved, names, state)
+    others: dict[str, Tensor] = {}
+    if not adapted:  # otherwise other adapters of the model use these parameters, too
+        others = {name: state[name] for name in saved.others if name in state}
     trained = [
         tensor
-        for at, tensor in others.items()
-        if isinstance(tensor, nn.Parameter) and at not in saved.base_weights
+        for name, tensor in others.items()
+        if isinstance(tensor, nn.Parameter) and name not in saved.base_weights
     ]
-    with adapting(model, targets, trained, " of the adapter", stacks, **options) as made:
-        misfits = [*_misfits(saved, adapter_name, names, made, adapted)]
+    with adapting(model, linear, trained, " of the adapter", parameters, **options) as made:
+        layers = adapted | made
+        misfits = [*_misfits(saved, adapter_name, names, layers, adapted)]
         misfits += _misfits_of_others(saved, others, state)
-        refuse(misfits, f"the adapter of {place}", f"the {type(model).__name__}")
-        copies = [(others[at], saved.others[at]) for at in others]
-        for path, at in names.items():
-            layer: Any = made.get(at) or adapted[at]
+        refuse(misfits, f"the adapter of {saved.place}", f"the {type(model).__name__}")
+        copies = [(others[name], saved.others[name]) for name in others]
+        for path, name in names.items():
+            layer = layers[name]
             if adapter_name not in layer.bases:
                 layer.update_layer(**options)
-            for part, tensor in saved.layers[path].items():
-                if part in _PARTS:
-                    copies.append((getattr(layer, part)[adapter_name], tensor))
+            for each, tensor in saved.layers[path].items():
+                if each in _TENSORS:
+                    copies.append((getattr(layer, each)[adapter_name], tensor))
         with torch.no_grad():
-            for own, tensor in copies:
-                own.copy_(tensor)
+            for target, tensor in copies:
+                target.copy_(tensor)
     return model
+
+
+def _layer_options(saved: SavedAdapter, adapter_name: str) -> dict[str, Any]:
+    """The arguments of `RandLoraLinear.update_layer`; ValueError if PEFT draws the bases."""
+    basis = saved.basis
+    if basis is None:
+        raise ValueError(
+            f"{saved.place}: PEFT draws the bases of this adapter; "
+            "peft.PeftModel.from_pretrained(model, folder) opens it"
+        )
+    return {
+        "adapter_name": adapter_name,
+        "r": saved.r,
+        "randlora_alpha": saved.randlora_alpha,
+        "randlora_dropout": saved.fields["randlora_dropout"],
+        "basis": basis.kind,
+        "density": basis.density,
+        "seed": basis.seed,
+    }
+
+
+def _targets(
+    model: nn.Module,
+    saved: SavedAdapter,
+    names: Mapping[str, str],
+    state: Container[str],
+) -> tuple[dict[str, nn.Module], dict[str, ParameterPlace]]:
+    """The linear layers and the parameters of a model that the adapter adapts, as far as they are
+    there, as `adapting` takes them. `names` are those of its layers, by their paths in the file."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    linear, wanted = {}, []
+    for path, name in names.items():
+        if saved.experts(path):
+            wanted.append(name)
+        elif name in modules:
+            linear[name] = modules[name]
+    known = [name for name in wanted if name in state]
+    # Others may end like one of them.
+    found = matching_parameters(model, known)
+    return linear, {name: place for name, place in found.items() if name in known}
 
 
 def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, RandLoraLinear]:
     """The layers that have the adapter, as `adapted_layers` names them."""
     _refuse_peft(layers_by_path(model).values())
-    if not (adapted := adapted_layers(model)):
+    adapted = adapted_layers(model)
+    if not adapted:
         raise ValueError(
             "model has no adapter: apply_randlora and load_adapter make them, merge_and_unload and "
             "unload take them away; a model of PEFT has save_pretrained"
         )
-    known = {name: at for at, layer in adapted.items() for name in layer.bases}
+    known = {adapter: None for layer in adapted.values() for adapter in layer.bases}
     check_one_of("adapter_name", adapter_name, known)
-    return {at: layer for at, layer in adapted.items() if adapter_name in layer.bases}
+    return {name: layer for name, layer in adapted.items() if adapter_name in layer.bases}
 
 
 def _refuse_peft(layers: Iterable[AdaptedLayer]) -> None:
@@ -184,9 +233,9 @@ def _refuse_peft(layers: Iterable[AdaptedLayer]) -> None:
 def _stacks(layers: Mapping[str, RandLoraLinear]) -> dict[str, list[str]]:
     """Of modules with adapted parameters the names of these, the outermost layer's first."""
     stacks: dict[str, list[str]] = {}
-    for at, layer in layers.items():
+    for name, layer in layers.items():
         if layer.experts:
-            stacks.setdefault(at.rpartition(".")[0], []).append(at)
+            stacks.setdefault(name.rpartition(".")[0], []).append(name)
     return stacks
 
 
@@ -196,12 +245,12 @@ def _trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
     adapters = {
         parameter
         for layer in by_path.values()
-        for part in DIAGONALS
-        for parameter in getattr(layer, part).values()
+        for diagonal in DIAGONALS
+        for parameter in getattr(layer, diagonal).values()
     }
     return {
-        in_base_model(name, by_path): parameter
-        for name, parameter in model.named_parameters()
+        in_base_model(path, by_path): parameter
+        for path, parameter in model.named_parameters()
         if parameter.requires_grad and parameter not in adapters
     }
 
@@ -213,32 +262,35 @@ def _config_of(
     trained: Mapping[str, nn.Parameter],
 ) -> dict[str, Any]:
     """The fields of adapter_config.json. ValueError if layers differ in what it says once."""
-    first, *others = (_options(layer, adapter_name) for layer in layers.values())
-    if another := next((other for other in others if other != first), None):
-        raise ValueError(
-            f"adapter {adapter_name!r} has layers of {first} and of {another}; a folder holds one "
-            "set of options, so give them adapters of other names"
-        )
-    basis = BasisDescription.parse(first["basis"])
+    options, *others = (_options(layer, adapter_name) for layer in layers.values())
+    for other in others:
+        if other != options:
+            raise ValueError(
+                f"adapter {adapter_name!r} has layers of {options} and of {other}; a folder holds "
+                "one set of options, so give them adapters of other names"
+            )
+    basis = BasisDescription.parse(options["basis"])
     modules = _base_modules(model)
-    linear = [at for at, layer in layers.items() if not layer.experts]
-    kind = _class_of(model)
-    of_model = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    name = getattr(model, "name_or_path", None)
+    linear = [name for name, layer in layers.items() if not layer.experts]
+    model_class = _class_of(model)
+    origin = getattr(model, "name_or_path", None)
     return {
-        "auto_mapping": of_model,  # by which PEFT's AutoPeftModel classes find the base model's
-        "base_model_name_or_path": name if name and isinstance(name, str) else None,
+        "auto_mapping": {  # by which PEFT's AutoPeftModel classes find the base model's
+            "base_model_class": model_class.__name__,
+            "parent_library": model_class.__module__,
+        },
+        "base_model_name_or_path": origin if origin and isinstance(origin, str) else None,
         "basis": basis.kind,
         "bias": "none",
         "density": basis.density,
-        "fan_in_fan_out": any(layers[at].fan_in_fan_out for at in linear),
+        "fan_in_fan_out": any(layers[name].fan_in_fan_out for name in linear),
         "inference_mode": True,
         "modules_to_save": _whole_modules(modules, trained, layers) or None,
         "peft_type": NEEDS_OURS,
-        "projection_prng_key": first["basis"],
-        "r": first["r"],
-        "randlora_alpha": _alpha(first["scaling"], first["r"]),
-        "randlora_dropout": first["randlora_dropout"],
+        "projection_prng_key": options["basis"],
+        "r": options["r"],
+        "randlora_alpha": _alpha(options["scaling"], options["r"]),
+        "randlora_dropout": options["randlora_dropout"],
         "save_projection": False,
         "target_modules": _target_modules(modules, linear),
         "target_parameters": _target_parameters(model, layers) or None,
@@ -246,67 +298,80 @@ def _config_of(
     }
 
 
-def _class_of(model: Any) -> type:
+def _class_of(model: nn.Module) -> type:
     """Without what torch.compile and fully_shard make of it."""
-    kinds = type(getattr(model, "_orig_mod", model)).__mro__
-    return next(kind for kind in kinds if not kind.__module__.startswith("torch.distributed."))
+    classes = type(getattr(model, "_orig_mod", model)).__mro__
+    return next(each for each in classes if not each.__module__.startswith("torch.distributed."))
 
 
-def _options(layer: Any, adapter_name: str) -> dict[str, Any]:
+def _options(layer: RandLoraLinear, adapter_name: str) -> dict[str, Any]:
     check_alpha("scaling", layer.scaling[adapter_name])
+    description = layer.bases[adapter_name].description
+    assert description is not None
     return {
         "r": layer.r[adapter_name],
         "scaling": layer.scaling[adapter_name],
         "randlora_dropout": getattr(layer.randlora_dropout[adapter_name], "p", 0.0),
-        "basis": layer.bases[adapter_name].description.key(),
+        "basis": description.key(),
     }
 
 
 def _alpha(scaling: float, r: int) -> float:
     """A number whose quotient by r is `scaling`, or the nearest one if no float has it."""
-    alpha = float(scaling) * r
-    near = (float(round(alpha)), alpha, math.nextafter(alpha, 0), math.nextafter(alpha, 2 * alpha))
-    exact = next((each for each in near if each / r == scaling), alpha)
-    return int(exact) if exact.is_integer() else exact
+    product = float(scaling) * r
+    below, above = math.nextafter(product, 0), math.nextafter(product, 2 * product)
+    near = (float(round(product)), product, below, above)
+    alpha = next((each for each in near if each / r == scaling), product)
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules of the base model by their paths in it, without those of adapters."""
     by_path, modules = layers_by_path(model), {}
     for path, module in model.named_modules(remove_duplicate=False):
-        parts = path.split(".")
-        above = (".".join(parts[:depth]) for depth in range(len(parts)))
-        of_adapters = (
-            layer in by_path and own != "base_layer"
-            for layer, own in zip(above, parts, strict=True)
-        )
-        if not any(of_adapters):
+        if not _belongs_to_adapters(path, by_path):
             modules[in_base_model(path, by_path)] = module
     return modules
 
 
+def _belongs_to_adapters(path: str, layers: Container[str]) -> bool:
+    """Whether it lies in one of our layers and not below that layer's base layer."""
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        if part != "base_layer" and ".".join(parts[:depth]) in layers:
+            return True
+    return False
+
+
 def _target_modules(modules: Iterable[str], linear: Sequence[str]) -> list[str] | str:
     """What PEFT matches with these modules and no other: their last names, or an expression."""
-    names = sorted({at.rpartition(".")[2] for at in linear})
-    ends = tuple(f".{name}" for name in names)
-    if {at for at in modules if f".{at}".endswith(ends)} == set(linear):
-        return names
-    return "|".join(re.escape(at) for at in linear)
+    last_names = sorted({name.rpartition(".")[2] for name in linear})
+    ends = tuple(f".{name}" for name in last_names)
+    if {name for name in modules if f".{name}".endswith(ends)} == set(linear):
+        return last_names
+    return "|".join(re.escape(name) for name in linear)
 
 
 def _target_parameters(model: nn.Module, layers: Mapping[str, RandLoraLinear]) -> list[str]:
     """What PEFT matches with these parameters and no other: the names of their modules and their
     own, or whole names. Of each module the innermost layer's first, as PEFT nests them."""
-    stacks = _stacks(layers)
-    whole = [at for its in stacks.values() for at in reversed(its)]
-    short = [*dict.fromkeys(".".join(at.split(".")[-2:]) for at in whole)]
+    stacks = [[*reversed(names)] for names in _stacks(layers).values()]  # innermost first
+    whole = [name for names in stacks for name in names]
+    short = [*dict.fromkeys(_last_two(name) for name in whole)]
     ends = tuple(f".{name}" for name in short)
     by_path = layers_by_path(model)
-    known = (in_base_model(name, by_path) for name, _ in model.named_parameters())
-    is_exact = {name for name in known if f".{name}".endswith(ends)} == set(whole)
-    orders = [[".".join(at.split(".")[-2:]) for at in reversed(its)] for its in stacks.values()]
-    in_order = all(order == [name for name in short if name in order] for order in orders)
-    return short if is_exact and in_order else whole
+    known = (in_base_model(path, by_path) for path, _ in model.named_parameters())
+    if {name for name in known if f".{name}".endswith(ends)} != set(whole):
+        return whole
+    for names in stacks:
+        order = [_last_two(name) for name in names]
+        if order != [name for name in short if name in order]:
+            return whole
+    return short
+
+
+def _last_two(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
 
 
 def _whole_modules(
@@ -324,20 +389,20 @@ def _whole_modules(
         for parameter in module.parameters(recurse=False)
     )
     found: list[str] = []
-    for at, module in modules.items():
-        inside = f"{at}."
-        if not at or inside.startswith(tuple(f"{name}." for name in found)):
+    for name, module in modules.items():
+        inside = f"{name}."
+        if not name or inside.startswith(tuple(f"{other}." for other in found)):
             continue
-        if isinstance(module, _CONTAINERS) or any(f"{own}.".startswith(inside) for own in layers):
+        if isinstance(module, _CONTAINERS) or any(f"{o}.".startswith(inside) for o in layers):
             continue
-        own = {name.removeprefix(inside) for name in trained if name.startswith(inside)}
+        own = {other.removeprefix(inside) for other in trained if other.startswith(inside)}
         is_whole = own and own == {in_base_model(key, ()) for key in module.state_dict()}
         # PEFT trains a copy, which would be tied to nothing.
         if is_whole and all(uses[id(parameter)] == 1 for parameter in module.parameters()):
-            found.append(at)
+            found.append(name)
     # PEFT takes every module whose path ends like a name, those of adapters, too.
     others = (*modules, *_OF_PEFT)
-    return [at for at in found if not any(o.endswith(at) and o != at for o in others)]
+    return [name for name in found if not any(o.endswith(name) and o != name for o in others)]
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -353,39 +418,42 @@ def _misfits(
     saved: SavedAdapter,
     adapter_name: str,
     names: Mapping[str, str],
-    made: Mapping[str, Any],
-    adapted: Mapping[str, Any],
+    layers: Mapping[str, RandLoraLinear],
+    adapted_before: Container[str],
 ) -> Iterator[str]:
-    """Why the adapter does not fit the layers just made or adapted before, by their names in the
-    base model; `names` has these by the paths in the file."""
-    first: dict[Any, str] = {}
-    for path, at in names.items():
-        if (layer := made.get(at) or adapted.get(at)) is None:
+    """Why the adapter does not fit these layers, by their names in the base model; `names` has
+    these by the paths in the file."""
+    first: dict[nn.Module, str] = {}
+    for path, name in names.items():
+        layer = layers.get(name)
+        if layer is None:
             yield (
-                f"{at}: there is no such module or parameter (load before torch.compile and other "
-                "wrappers), or it has no adapter and other layers of the file have one"
+                f"{name}: there is no such module or parameter (load before torch.compile and "
+                "other wrappers), or it has no adapter and other layers of the file have one"
             )
             continue
-        if at in adapted and adapter_name in layer.bases:
-            yield f"{at}: it has an adapter {adapter_name!r} already; choose another adapter_name"
+        if name in adapted_before and adapter_name in layer.bases:
+            yield f"{name}: it has an adapter {adapter_name!r} already; choose another adapter_name"
         weight = layer._base_weight()
         if is_dtensor(weight) or not _is_here(weight):
-            yield f"{at}: its weight is not whole here (fully_shard, meta device, DeepSpeed ZeRO-3)"
+            yield (
+                f"{name}: its weight is not whole here (fully_shard, meta device, DeepSpeed ZeRO-3)"
+            )
         basis = Basis(layer.in_features, layer.out_features, saved.r, **vars(saved.basis))
         yield from saved.misfits(path, basis, layer.experts)
         other = first.setdefault(layer, path)
         if not saved.have_equal_tensors(path, other):
-            yield f"{at}: it is tied to {names[other]}, whose tensors differ in the file"
+            yield f"{name}: it is tied to {names[other]}, whose tensors differ in the file"
 
 
 def _misfits_of_others(
     saved: SavedAdapter, others: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    for at, tensor in saved.others.items():
-        if at in others:
-            yield misfit(at, tensor, others[at])
+    for name, tensor in saved.others.items():
+        if name in others:
+            yield misfit(name, tensor, others[name])
         else:
-            yield f"{at}: there is no such parameter, or the model's other adapters use it, too"
+            yield f"{name}: there is no such parameter, or the model's other adapters use it, too"
     yield saved.first_missing(state, others) or ""
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..files import read_safetensors
 from .adapter_config import SPARSE, description_of, fields_of
 from .adapter_record import RECORD_KEY, check_records, read_record, record_of
 from .paths import in_base_model, nesting
-from .state_dict import DIAGONALS, INPUT_SCALE, misfit, misfit_of_scale, missing_scale
+from .state_dict import DIAGONALS, INPUT_SCALE, misfit, misfit_of_input_scale, missing_input_scale
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in front of every path of the base model
@@ -68,80 +69,82 @@ class SavedAdapter:
     def _sort(self, tensors: dict[str, Tensor]) -> None:
         rest = {}
         for key, tensor in tensors.items():
-            part = next((part for part in _OF_LAYERS if key.endswith(f".{part}")), None)
-            if part is None:
+            name = next((name for name in _OF_LAYERS if key.endswith(f".{name}")), None)
+            if name is None:
                 rest[key] = tensor
             else:
-                at = key[1:].removesuffix(part).removesuffix(".")
-                self.layers.setdefault(at, {})[part] = tensor
+                path = key[1:].removesuffix(name).removesuffix(".")
+                self.layers.setdefault(path, {})[name] = tensor
         self._check_complete()
         for key, tensor in rest.items():
-            above, _, last = key[1:].rpartition(".")
+            path, _, last = key[1:].rpartition(".")
             if last in BASIS_NAMES:  # PEFT up to 0.21.2 saves them again under every layer
                 self.bases.setdefault(last, tensor)
-            elif above in self.layers:
+            elif path in self.layers:
                 raise ValueError(f"it has {key[1:]}, which an adapted layer does not have")
             else:
-                name = in_base_model(key[1:], self.layers)
-                self.others[name] = tensor
+                in_model = in_base_model(key[1:], self.layers)
+                self.others[in_model] = tensor
                 if key.endswith(".base_layer.weight"):
-                    self.base_weights.add(name)
+                    self.base_weights.add(in_model)
 
     def _check_complete(self) -> None:
         if not self.layers:
             raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
-        takes_scale = self.basis is not None and self.basis.kind == "hadamard"
-        for at, own in self.layers.items():
-            for part in DIAGONALS:
-                if part not in own:
-                    raise ValueError(f"{PREFIX}{at}.{part} is missing")
-            if takes_scale and INPUT_SCALE not in own:
-                raise ValueError(missing_scale(f"{PREFIX}{at}.{INPUT_SCALE}"))
+        on_hadamard = self.basis is not None and self.basis.kind == "hadamard"
+        for path, tensors in self.layers.items():
+            for name in DIAGONALS:
+                if name not in tensors:
+                    raise ValueError(f"{PREFIX}{path}.{name} is missing")
+            if on_hadamard and INPUT_SCALE not in tensors:
+                raise ValueError(missing_input_scale(f"{PREFIX}{path}.{INPUT_SCALE}"))
 
     def digest(self) -> str:
         """The same for the same adapter in any folder: SHA-256 of what it computes with."""
         fields = "r", "randlora_alpha", "projection_prng_key", *SPARSE
         found = hashlib.sha256(json.dumps([self.fields[name] for name in fields]).encode())
         tensors = dict(self.others)
-        for at, own in self.layers.items():
-            tensors |= {f"{at}.{part}": tensor for part, tensor in own.items()}
+        for path, of_layer in self.layers.items():
+            tensors |= {f"{path}.{name}": tensor for name, tensor in of_layer.items()}
         for name in sorted(tensors):
             tensor = tensors[name].contiguous()
             found.update(json.dumps([name, str(tensor.dtype), *tensor.shape]).encode())
             found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
 
-    def experts(self, at: str) -> tuple[int, ...]:
+    def experts(self, path: str) -> tuple[int, ...]:
         """How many experts the layer has; () if it is a linear layer."""
-        return tuple(self.layers[at][DIAGONALS[0]].shape[:-2])
+        return tuple(self.layers[path][DIAGONALS[0]].shape[:-2])
 
-    def sizes(self, at: str) -> tuple[int, int] | None:
+    def sizes(self, path: str) -> tuple[int, int] | None:
         """(in_features, out_features) of the layer; None on PEFT's bases, which do not say."""
         if self.basis is None:
             return None
-        record = read_record(f"{at}.{RECORD_KEY}", self.layers[at][RECORD_KEY])
+        record = read_record(f"{path}.{RECORD_KEY}", self.layers[path][RECORD_KEY])
         return record["in_features"], record["out_features"]
 
-    def misfits(self, at: str, basis: Basis, experts: Sequence[int]) -> Iterator[str]:
+    def misfits(self, path: str, basis: Basis, experts: Sequence[int]) -> Iterator[str]:
         """Why the tensors of a layer do not fit one of these sizes."""
-        own, sizes = self.layers[at], (basis.in_features, basis.out_features)
-        if (saved := self.sizes(at)) not in (None, sizes):
-            yield f"{at} is of in_features and out_features {saved}, and must be of {sizes}"
-        for part, shape in zip(DIAGONALS, basis.of_diagonals, strict=True):
+        tensors, sizes = self.layers[path], (basis.in_features, basis.out_features)
+        saved_sizes = self.sizes(path)
+        if saved_sizes not in (None, sizes):
+            yield f"{path} is of in_features and out_features {saved_sizes}, and must be of {sizes}"
+        for name, shape in zip(DIAGONALS, (basis.lam_shape, basis.gam_shape), strict=True):
             like = torch.empty(*experts, *shape, device="meta")
-            yield misfit(f"{at}.{part}", own[part], like)
-        key = f"{at}.{INPUT_SCALE}"
+            yield misfit(f"{path}.{name}", tensors[name], like)
+        key = f"{path}.{INPUT_SCALE}"
         if basis.kind == "hadamard":
             like = torch.empty(*experts, basis.in_features, device="meta")
-            yield misfit_of_scale(key, own[INPUT_SCALE], like)
-        elif INPUT_SCALE in own:
+            yield misfit_of_input_scale(key, tensors[INPUT_SCALE], like)
+        elif INPUT_SCALE in tensors:
             yield f"{key} goes with Hadamard bases, and these are {basis.kind}"
 
-    def have_equal_tensors(self, at: str, other: str) -> bool:
+    def have_equal_tensors(self, path: str, other_path: str) -> bool:
         """Whether two layers do, as they must if they are one, tied, module."""
-        one, two = self.layers[at], self.layers[other]
-        return one.keys() == two.keys() and all(
-            one[part].dtype == two[part].dtype and torch.equal(one[part], two[part]) for part in one
+        one, other = self.layers[path], self.layers[other_path]
+        return one.keys() == other.keys() and all(
+            one[name].dtype == other[name].dtype and torch.equal(one[name], other[name])
+            for name in one
         )
 
     def names(self, known: Container[str] = ()) -> dict[str, str]:
@@ -151,27 +154,32 @@ class SavedAdapter:
         The layers of several parameters of one module are nested in the order of
         ``target_parameters``, the first one innermost. ValueError if these do not say which.
         """
-        paths = {at: in_base_model(at, self.layers) for at in self.layers}
-        counts: dict[str, int] = {}
-        for path in paths.values():
-            counts[path] = counts.get(path, 0) + 1
+        modules = {path: in_base_model(path, self.layers) for path in self.layers}
+        counts = Counter(modules.values())
         names = {}
-        for at, path in paths.items():
-            if not self.experts(at):
-                names[at] = path
+        for path, module in modules.items():
+            if not self.experts(path):
+                names[path] = module
                 continue
-            ends = {target: f"{path}.{target.rpartition('.')[2]}" for target in self.targets}
-            found = [name for target, name in ends.items() if f".{name}".endswith(f".{target}")]
-            found = [*dict.fromkeys(found)]
-            if len(found) != counts[path]:
-                found = [name for name in found if name in known]
-            if len(found) != counts[path]:
+            parameters = self._targets_in(module)
+            if len(parameters) != counts[module]:
+                parameters = [name for name in parameters if name in known]
+            if len(parameters) != counts[module]:
                 raise ValueError(
-                    f"{self.place}: {path} has {counts[path]} layers of parameters, and "
-                    f"target_parameters {self.targets} name {found} of them"
+                    f"{self.place}: {module} has {counts[module]} layers of parameters, and "
+                    f"target_parameters {self.targets} name {parameters} of them"
                 )
-            names[at] = found[-1 - nesting(at, self.layers)]
+            names[path] = parameters[-1 - nesting(path, self.layers)]
         return names
+
+    def _targets_in(self, module: str) -> list[str]:
+        """The parameters of a module of that path that ``target_parameters`` may name."""
+        found = []
+        for target in self.targets:
+            name = f"{module}.{target.rpartition('.')[2]}"
+            if f".{name}".endswith(f".{target}") and name not in found:
+                found.append(name)
+        return found
 
     def first_missing(self, names: Iterable[str], others: Container[str]) -> str | None:
         """In words, the first parameter that the adapter should hold and does not; None if it holds

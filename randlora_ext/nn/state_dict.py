@@ -20,7 +20,7 @@ def guard(model: nn.Module) -> None:
     """Registers `refuse_misfit` once on a model with RandLoRA layers: all are checked before the
     first one is loaded. Removes it from a model without such layers."""
     # An attribute, so that a copy of the model has the handle of its own hook.
-    handle: Any = vars(model).pop(_GUARD, None)
+    handle = vars(model).pop(_GUARD, None)
     if handle is not None:
         handle.remove()
     if any(isinstance(module, KeepsWeight) for module in model.modules()):
@@ -43,12 +43,14 @@ def refuse_misfit(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
     first: dict[nn.Module, str] = {}
     for path, layer in module.named_modules(remove_duplicate=False):
         if isinstance(layer, KeepsWeight):
-            at = f"{prefix}{path}." if path else prefix
-            problems += _misfits(layer, state_dict, at)
-            problems += _untied(layer, state_dict, first.setdefault(layer, at), at)
+            layer_prefix = f"{prefix}{path}." if path else prefix
+            first_prefix = first.setdefault(layer, layer_prefix)
+            problems += _misfits(layer, state_dict, layer_prefix)
+            problems += _untied(layer, state_dict, first_prefix, layer_prefix)
         if isinstance(layer, AdapterRecord):
             key = f"{prefix}{path}._extra_state"
-            if key in state_dict and (found := layer.misfits(key, state_dict[key])):
+            found = layer.misfits(key, state_dict[key]) if key in state_dict else []
+            if found:
                 problems += found
                 advice.append(layer.advice())
     refuse(problems, "the state dict", f"the {type(module).__name__}", RuntimeError, advice)
@@ -73,40 +75,54 @@ def refuse(
     raise error(f"{what} does not fit {place}, which is unchanged:\n\t" + "\n\t".join(told))
 
 
-def _misfits(layer: Any, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
-    merged, base = layer.merged_adapters, layer.base_layer
-    own: dict[str, Tensor] = {}
-    for name in layer.randlora_lambda:
-        own |= {f"{prefix}{part}.{name}": getattr(layer, part)[name] for part in DIAGONALS}
-    for name in layer.randlora_input_scale:
-        key, scale = f"{prefix}{INPUT_SCALE}.{name}", layer.randlora_input_scale[name]
+def _misfits(layer: KeepsWeight, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
+    expected: dict[str, Tensor] = {}
+    for name, lam in layer.randlora_lambda.items():
+        lam_key, gam_key = (f"{prefix}{diagonal}.{name}" for diagonal in DIAGONALS)
+        expected[lam_key], expected[gam_key] = lam, layer.randlora_gamma[name]
+        if name not in layer.randlora_input_scale:
+            continue
+        key = f"{prefix}{INPUT_SCALE}.{name}"
         if key in state_dict:
-            yield misfit_of_scale(key, state_dict[key], scale)
-        elif any(f"{prefix}{part}.{name}" in state_dict for part in DIAGONALS):
-            yield missing_scale(key)
-    parts = *DIAGONALS, INPUT_SCALE
-    forbidden = {f"{prefix}{part}.{name}" for part in parts for name in merged}
-    based = f"{prefix}base_layer."
-    # Below an outer layer of experts lie the adapters of an inner one.
-    bases = [key for key in state_dict if key.startswith(based) and ".randlora_" not in key]
-    if merged and (bases or forbidden & state_dict.keys()):
-        at = prefix.removesuffix(".") or "the layer"
-        yield f"{at} has merged {merged} into its weight; call unmerge() first"
+            own = layer.randlora_input_scale[name]
+            yield misfit_of_input_scale(key, state_dict[key], own)
+        elif lam_key in state_dict or gam_key in state_dict:
+            yield missing_input_scale(key)
+    yield from _merged_misfit(layer, state_dict, prefix)
+    base = layer.base_layer
     if type(base) is nn.Linear or is_conv1d(base):  # others may have a format of their own
-        own |= {f"{based}{name}": value for name, value in base.named_parameters()}
-    for key, parameter in own.items():
+        parameters = base.named_parameters()
+        expected |= {f"{prefix}base_layer.{name}": value for name, value in parameters}
+    for key, own in expected.items():
         if key in state_dict:
-            yield misfit(key, state_dict[key], parameter)
+            yield misfit(key, state_dict[key], own)
 
 
-def _untied(layer: Any, state_dict: dict[str, Tensor], first: str, prefix: str) -> Iterator[str]:
+def _merged_misfit(layer: KeepsWeight, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
+    """Entries of the weight into which adapters are merged, or of these adapters."""
+    if not layer.merged:
+        return
+    attributes = *DIAGONALS, INPUT_SCALE
+    adapters = [f"{prefix}{each}.{name}" for each in attributes for name in layer.merged_adapters]
+    # Below an outer layer of experts lie the adapters of an inner one.
+    in_base = [key for key in state_dict if key.startswith(f"{prefix}base_layer.")]
+    of_base = [key for key in in_base if ".randlora_" not in key]
+    if of_base or any(key in state_dict for key in adapters):
+        path = prefix.removesuffix(".") or "the layer"
+        yield f"{path} has merged {layer.merged_adapters} into its weight; call unmerge() first"
+
+
+def _untied(
+    layer: KeepsWeight, state_dict: dict[str, Tensor], first: str, prefix: str
+) -> Iterator[str]:
     """Input scales that differ at two paths of one layer, of which torch would keep the last."""
     for name in layer.randlora_input_scale:
-        keys = [f"{at}{INPUT_SCALE}.{name}" for at in (first, prefix)]
-        one, other = (state_dict.get(key) for key in keys)
-        there = all(isinstance(scale, Tensor) and not scale.is_meta for scale in (one, other))
-        if there and one is not other and not torch.equal(one, other):  # type: ignore[arg-type]
-            yield f"{keys[1]} differs from {keys[0]}, and both are of one tied layer"
+        first_key, key = f"{first}{INPUT_SCALE}.{name}", f"{prefix}{INPUT_SCALE}.{name}"
+        one, other = state_dict.get(first_key), state_dict.get(key)
+        if one is other or not isinstance(one, Tensor) or not isinstance(other, Tensor):
+            continue
+        if not one.is_meta and not other.is_meta and not torch.equal(one, other):
+            yield f"{key} differs from {first_key}, and both are of one tied layer"
 
 
 def misfit(key: str, saved: Any, own: Tensor) -> str:
@@ -121,17 +137,18 @@ def misfit(key: str, saved: Any, own: Tensor) -> str:
     return f"{key} is {saved.dtype}, and must be {wanted}"
 
 
-def misfit_of_scale(key: str, saved: Any, own: Tensor) -> str:
+def misfit_of_input_scale(key: str, saved: Any, own: Tensor) -> str:
     """As `misfit`, of an input scale, whose numbers must be positive and finite."""
-    if error := misfit(key, saved, own):
+    error = misfit(key, saved, own)
+    if error:
         return error
     if saved.is_meta:
         return f"{key} has no numbers (meta device)"
-    scale = saved.float()
-    if bool(((scale > 0) & scale.isfinite()).all()):
+    numbers = saved.float()
+    if bool(((numbers > 0) & numbers.isfinite()).all()):
         return ""
     return f"{key} must be positive and finite in every feature"
 
 
-def missing_scale(key: str) -> str:
+def missing_input_scale(key: str) -> str:
     return f"{key} is missing: adapters on Hadamard bases have one, of ones if not calibrated"

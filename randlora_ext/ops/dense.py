@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..basis import Basis
+from ..basis.packed import DensePair
 from ..checks import check_diagonals, check_dimensions, check_linear, check_operand
 from ..reference import scaled_basis_reference
 from .registration import Operator, entry, fake, gradients, linear_entry, plain
@@ -71,7 +72,8 @@ plain("scaled_basis_backward", _plain_scaled_basis_backward)
 
 
 def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> dict[str, Any]:
-    packed: Any = basis.packed(device, dtype)
+    packed = basis.packed(device, dtype)
+    assert isinstance(packed, DensePair)
     return {"A": packed.A, "B": packed.B, "expand": basis.expand, "scale": float(scaling)}
 
 

@@ -34,11 +34,11 @@ def _check(
     if not (type(lam) in _USUAL and type(gam) in _USUAL):
         _check_tensor("lam", lam)
         _check_tensor("gam", gam)
-    given, floating = (lam.shape, gam.shape), lam.is_floating_point() and gam.is_floating_point()
-    if given != basis.of_diagonals or not floating:
-        (r, n), (_, d) = basis.of_diagonals
+    fit = lam.shape == basis.lam_shape and gam.shape == basis.gam_shape
+    if not (fit and lam.is_floating_point() and gam.is_floating_point()):
         raise ValueError(
-            f"lam must be (r, n) = ({r}, {n}) and gam (n, d) = ({n}, {d}), of floating dtypes, got "
+            f"lam must be (r, n) = {basis.lam_shape} and gam (n, d) = {basis.gam_shape}, of "
+            "floating dtypes, got "
             f"{tuple(lam.shape)} {lam.dtype} and {tuple(gam.shape)} {gam.dtype}"
         )
     # A tensor would be broadcast. (Compiled code cannot ask math.isfinite.)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..basis.hadamard import sylvester
+from ..basis.packed import PackedSigns
 from ..checks import check_diagonals, check_dimensions, check_linear, check_operand
 from .registration import Operator, entry, fake, gradients, linear_entry, plain
 
@@ -29,7 +30,8 @@ def operands(
     basis: Basis, device, scaling: float = 1.0, dtype=None, input_scale: Tensor | None = None
 ) -> dict[str, Any]:
     """The operators' arguments that describe the bases, in their order."""
-    packed: Any = basis.packed(device)
+    packed = basis.packed(device)
+    assert isinstance(packed, PackedSigns)
     s, row = packed.s, packed.row
     if input_scale is not None:  # (in,), or (experts, in)
         if basis.expand:

@@ -4,26 +4,32 @@ those that make packed bases (basis_ops.cpp). They need our kernels."""
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..basis import Basis
+from ..basis.packed import PackedLists, PackedPlanes
 from .registration import fake, linear_entry
 
 _ops = torch.ops.randlora
+# B is given as planes or as lists; the arguments of the other format are None.
+_B = "b_planes", "b_row_offset", "b_row_index", "b_col_offset", "b_col_index"
 
 
 def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> dict[str, Any]:
     """The operators' arguments that describe the bases, in their order."""
-    packed: Any = basis.packed(device)
-    is_planes = basis.format == "planes"
+    packed = basis.packed(device)
+    assert isinstance(packed, (PackedLists, PackedPlanes))
+    b: dict[str, Tensor | None] = dict.fromkeys(_B)
+    if isinstance(packed, PackedPlanes):
+        b["b_planes"] = packed.b_planes
+    else:
+        b["b_row_offset"], b["b_row_index"] = packed.b_row_offset, packed.b_row_index
+        b["b_col_offset"], b["b_col_index"] = packed.b_col_offset, packed.b_col_index
     return {
         "a_offset": packed.a_offset,
         "a_index": packed.a_index,
         "a_tables": packed.a_tables if packed.a_tables.numel() else None,  # CUDA's alone
-        "b_planes": packed.b_planes if is_planes else None,
-        "b_row_offset": None if is_planes else packed.b_row_offset,
-        "b_row_index": None if is_planes else packed.b_row_index,
-        "b_col_offset": None if is_planes else packed.b_col_offset,
-        "b_col_index": None if is_planes else packed.b_col_index,
+        **b,
         "expand": basis.expand,
         "scale": float(scaling * basis.scale),
     }

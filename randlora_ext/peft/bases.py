@@ -13,8 +13,8 @@ from peft.tuners.randlora.model import RandLoraModel
 from torch import Tensor, nn
 
 from ..basis import Basis, BasisDescription
-from ..basis.basis import DenseMatrices
 from ..basis.cache import ordinary_tensors, share
+from ..basis.dense import DenseMatrices
 from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices, pack_dense
 from ..nn.saved_adapter import BASIS_NAMES
@@ -272,7 +272,6 @@ def layer_basis(
 
 def _dense(A: Tensor, B: Tensor) -> DenseMatrices:
     # Packed ones lie on the CPU, wherever the model is.
-    both = (t.to("cpu").dense() if isinstance(t, PackedBasis) else t for t in (A, B))
-    matrices: Any = DenseMatrices(*(t.detach().flatten(1) for t in both))
-    matrices.of = A, B  # kept alive, because their identities are the key
-    return matrices
+    a, b = (t.to("cpu").dense() if isinstance(t, PackedBasis) else t for t in (A, B))
+    # Their identities are the key under which these matrices are found.
+    return DenseMatrices(a.detach().flatten(1), b.detach().flatten(1), made_from=(A, B))

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from ..nn.adapter_record import RECORD_KEY
 from ..nn.saved_adapter import CONFIG, WEIGHTS, SavedAdapter, read_adapter
-from ..nn.state_dict import INPUT_SCALE, misfit, misfit_of_scale, refuse
+from ..nn.state_dict import INPUT_SCALE, misfit, misfit_of_input_scale, refuse
 from .bases import BASIS_NAMES
 from .config import other_bases
 from .layer import layers_with
@@ -83,7 +83,7 @@ def _hotswap_errors(model: PeftModel, adapter_name: str, adapter: SavedAdapter) 
         if key.endswith(RECORD_KEY):
             continue
         if key in saved:
-            check = misfit_of_scale if key.endswith(INPUT_SCALE) else misfit
+            check = misfit_of_input_scale if key.endswith(INPUT_SCALE) else misfit
             yield check(key, saved[key], own[key])
         elif not key.endswith(free):
             yield f"{key} is missing"

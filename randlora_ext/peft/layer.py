@@ -76,7 +76,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
         self.cast_like_base(adapter_name)
         made = generator_of(self.randlora_A[adapter_name])  # None: PEFT drew them
-        self._reset_input_scale(adapter_name, "peft" if made is None else made.kind)
+        self._reset_input_scale(adapter_name, made is not None and made.kind == "hadamard")
         if made is not None:  # files do not hold the bases
             self.randlora_record[adapter_name] = AdapterRecord(
                 config, self.in_features, self.out_features
@@ -140,8 +140,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         for name in (name for name in self.randlora_lambda if name in adapter_names):
             rows = [row for row, other in enumerate(adapter_names) if other == name]
             at = torch.tensor(rows, device=x.device)
-            part = self._part(name, self._cast(name, x[at]))
-            result = result.index_add(0, at, part.to(result.dtype))
+            added = self._output(name, self._cast(name, x[at]))
+            result = result.index_add(0, at, added.to(result.dtype))
         return result
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:

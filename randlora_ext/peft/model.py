@@ -26,7 +26,7 @@ from ..nn.base_layer import (
 )
 from ..nn.experts import matching_parameters, sizes_of
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
-from ..nn.shared import check_mergeable, warn_of_shared
+from ..nn.merging import check_mergeable, warn_of_shared
 from ..nn.state_dict import guard, misfit, refuse
 from ..nn.uncalibrated import warn_when_trained
 from . import quantized
@@ -240,19 +240,23 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the ``target_parameters`` by their names."""
         targets = matching_parameters(self.model, _target_parameters(config))
-        for key, (path, _) in targets.items():  # PEFT would look for it in the wrong place
-            if ".base_layer" in key:  # the user's own, since `key` is of the base model
+        found = {}
+        for name, place in targets.items():  # PEFT would look for it in the wrong place
+            if ".base_layer" in name:  # the user's own, since `name` is of the base model
                 raise ValueError(
-                    f"target_parameters: {key!r} lies in a module called 'base_layer', a name that "
-                    "PEFT takes for its own and leaves out; apply_randlora takes it"
+                    f"target_parameters: {name!r} lies in a module called 'base_layer', a name "
+                    "that PEFT takes for its own and leaves out; apply_randlora takes it"
                 )
-            if above := [other for other, _ in targets.values() if path.startswith(f"{other}.")]:
+            modules = [other.module for other in targets.values()]
+            above = [module for module in modules if place.module.startswith(f"{module}.")]
+            if above:
                 raise ValueError(
-                    f"target_parameters: {key!r} lies inside {above[0]!r}, of which a parameter is "
-                    "a target, too; apply_randlora takes both"
+                    f"target_parameters: {name!r} lies inside {above[0]!r}, of which a parameter "
+                    "is a target, too; apply_randlora takes both"
                 )
-        get = self.model.get_submodule
-        return {key: sizes_of(get(path), own)[:2] for key, (path, own) in targets.items()}
+            sizes = sizes_of(self.model.get_submodule(place.module), place.name)
+            found[name] = sizes.in_features, sizes.out_features
+        return found
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

@@ -42,9 +42,9 @@ def test_bases_are_those_of_the_cpu_bit_for_bit(device, density):
         basis, on_cpu = (Basis(*shape, density, seed=2**64 - 1) for _ in range(2))
         with cpu_kernels():
             # Not by the cache, which would share what the card makes.
-            want = on_cpu._source.pack(on_cpu, torch.device("cpu"))
+            want = on_cpu._matrices.pack(on_cpu, torch.device("cpu"))
             dense = [on_cpu.dense(dtype=dtype) for dtype in ALL_TYPES]
-        got = moved(basis._source.pack(basis, device), "cpu")
+        got = moved(basis._matrices.pack(basis, device), "cpu")
         # Only kernels on a card need the tables.
         assert got.a_tables.dtype == torch.int32 and want.a_tables.numel() == 0, shape
         assert same(got._replace(a_tables=want.a_tables), want), shape
