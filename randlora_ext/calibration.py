@@ -5,7 +5,7 @@ import re
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -99,7 +99,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         raise ValueError("batches must hold at least one batch, got none")
     scales = _scales({name: sums[layer] for layer, (name, _) in layers.items()})
     for layer, (name, adapters) in layers.items():
-        for adapter in adapters if name in scales else ():
+        if name not in scales:  # it has seen nothing
+            continue
+        for adapter in adapters:
             layer.set_input_scale(adapter, scales[name].view(*layer.experts, -1))
 
 
@@ -191,8 +193,8 @@ def _scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
 def _check_batches(batches: Any) -> None:
     """Raises TypeError unless they can be several batches."""
     if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        told = "one tensor or mapping" if isinstance(batches, (Tensor, Mapping)) else repr(batches)
-        raise TypeError(f"batches must be several, such as [batch], got {told}")
+        got = "one tensor or mapping" if isinstance(batches, (Tensor, Mapping)) else repr(batches)
+        raise TypeError(f"batches must be several, such as [batch], got {got}")
 
 
 def _check_batch(batch: Any) -> None:
@@ -230,13 +232,11 @@ def layers_to_calibrate(model: nn.Module) -> dict[AdaptedLayer, tuple[str, list[
 def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
     """The layer's active adapters on Hadamard bases; ValueError if one cannot be calibrated."""
     active = [] if layer.disabled else layer.active_adapters
-    lambdas = layer.randlora_lambda
-    own = [adapter for adapter in active if adapter in lambdas]
-    chosen = [adapter for adapter in own if adapter in layer.randlora_input_scale]
+    chosen = [adapter for adapter in active if adapter in layer.randlora_input_scale]
     for adapter in chosen:
         if adapter in layer.merged_adapters:
             raise ValueError(f"adapter {adapter!r} of layer {name!r} is merged; unmerge it first")
-        if bool(full_tensor((lambdas[adapter] != 0).any())):
+        if bool(full_tensor((layer.randlora_lambda[adapter] != 0).any())):
             raise ValueError(
                 f"adapter {adapter!r} of layer {name!r} has trained (its lambda is not zero), and "
                 "another scale would change what it has learned; calibrate before training"
@@ -247,7 +247,26 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
 def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, _Sums]) -> None:
     """Calls the model in eval mode, and adds what its layers take and give to `sums`."""
     device = next(model.parameters()).device
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    with _watched(model, mask, sums):
+        if isinstance(batch, Mapping):
+            model(**{name: moved(value) for name, value in batch.items()})
+        elif isinstance(batch, (tuple, list)):
+            model(*map(moved, batch))
+        else:
+            model(moved(batch))
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, mask: Tensor | None, sums: Mapping[AdaptedLayer, _Sums]
+) -> Iterator[None]:
+    """In eval mode, in which layers add what they take and give to `sums`, but where `mask`
+    (batch, tokens) is zero."""
 
     def add(layer, args, kwargs, y) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -257,13 +276,11 @@ def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, _Sums]) -
             x, y = x[kept], y[kept]
         sums[layer].add(x, y)
 
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
+    of_parameters = {at: sums[at] for at in sums if isinstance(at, AdaptedParameter)}
     with ExitStack() as held:
         held.enter_context(torch.compiler.set_stance("force_eager"))
-        if (products := _Products(sums)).sums:  # a mode slows every call of torch
-            held.enter_context(products)
+        if of_parameters:  # a mode slows every call of torch
+            held.enter_context(_ExpertProducts(of_parameters))
         for module in model.modules():
             held.callback(setattr, module, "training", module.training)
         for layer in sums:
@@ -275,10 +292,7 @@ def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, _Sums]) -
         model.eval()
         for module in _of_four_bits(model):
             module.training = True
-        if isinstance(batch, Mapping):
-            model(**{name: moved(value) for name, value in batch.items()})
-        else:
-            model(*map(moved, batch if isinstance(batch, (tuple, list)) else [batch]))
+        yield
 
 
 def _of_four_bits(model: nn.Module) -> Iterator[nn.Module]:
@@ -289,13 +303,13 @@ def _of_four_bits(model: nn.Module) -> Iterator[nn.Module]:
         yield from (m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
 
 
-class _Products(TorchFunctionMode):
+class _ExpertProducts(TorchFunctionMode):
     """Adds up what experts multiply and get: the first factor and the result of each product whose
     second factor lies in the memory of an adapted parameter."""
 
-    def __init__(self, sums: Mapping[AdaptedLayer, _Sums]) -> None:
+    def __init__(self, sums: Mapping[AdaptedParameter, _Sums]) -> None:
         super().__init__()
-        self.sums = {at: sums[at] for at in sums if isinstance(at, AdaptedParameter)}
+        self.sums = sums
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -303,38 +317,46 @@ class _Products(TorchFunctionMode):
         if re.search("linear|matmul|mm", getattr(func, "__name__", "")):
             given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
             ends = next((t for t in given if not t.is_floating_point()), None)
-            is_linear = func is F.linear  # by w (out, in)
-            for x, w in pairwise(given[:2] if is_linear else given):
+            is_linear = func is F.linear  # by a matrix (out, in)
+            for x, matrix in pairwise(given[:2] if is_linear else given):
                 for layer in self.sums:
-                    if _lies_in(w, layer._base_weight()):
-                        self._add(layer, x, w.mT if is_linear else w, y, ends)
+                    if _lies_in(matrix, layer._base_weight()):
+                        self._add(layer, x, matrix.mT if is_linear else matrix, y, ends)
         return y
 
     def _add(
-        self, layer: AdaptedParameter, x: Tensor, w: Tensor, y: Tensor, ends: Tensor | None = None
+        self, layer: AdaptedParameter, x: Tensor, matrix: Tensor, y: Tensor, ends: Tensor | None
     ) -> None:
-        """The product y of x (..., in) and w (in, out), or a stack of these."""
-        if w.dim() == 3:
-            parts: Sequence[Tensor] = [x] * len(w)
-            results: Sequence[Tensor]
-            if ends is not None:  # where the rows of each expert end
-                cuts = ends.cpu().long()
-                parts, results = x.tensor_split(cuts), y.tensor_split(cuts)
-            else:
-                results = y.unbind(-3)
-                if x.dim() >= 3 and x.shape[-3] == len(w):
-                    parts = x.unbind(-3)
-            for part, own, result in zip(parts, w, results, strict=False):
-                self._add(layer, part, own, result)
+        """The product y of x (..., in) and a matrix (in, out), or a stack of these; `ends` says
+        where the rows of each expert end, if x has them one after the other."""
+        if matrix.dim() != 3:
+            self._add_one(layer, x, matrix, y)
             return
+        xs: Sequence[Tensor] = [x] * len(matrix)
+        ys: Sequence[Tensor]
+        if ends is not None:
+            cuts = ends.cpu().long()
+            xs, ys = x.tensor_split(cuts), y.tensor_split(cuts)
+        else:
+            ys = y.unbind(-3)
+            if x.dim() >= 3 and x.shape[-3] == len(matrix):
+                xs = x.unbind(-3)
+        for x_of_one, matrix_of_one, y_of_one in zip(xs, matrix, ys, strict=False):
+            self._add_one(layer, x_of_one, matrix_of_one, y_of_one)
+
+    def _add_one(self, layer: AdaptedParameter, x: Tensor, matrix: Tensor, y: Tensor) -> None:
+        """Unless it is by another part of the parameter than the whole matrix of an expert, or
+        some of its columns."""
         W, (experts,) = layer._base_weight(), layer.experts
-        along = W.stride(-2 if layer.transposed else -1)  # the input side
-        at = w.data_ptr() - W.data_ptr()
-        if w.shape[:-1] == (layer.in_features,) and w.stride(0) == along and at < W.nbytes:
+        along_inputs = W.stride(-2 if layer.transposed else -1)
+        offset = matrix.data_ptr() - W.data_ptr()
+        if matrix.shape[:-1] != (layer.in_features,) or matrix.stride(0) != along_inputs:
+            return
+        if offset < W.nbytes:
             x, y = x.reshape(-1, layer.in_features), y.reshape(-1, y.shape[-1])
             # Llama 4 gives every expert all tokens, zero where they belong to another.
             kept = (x != 0).any(1)
-            self.sums[layer].add(x[kept], y[kept], at * experts // W.nbytes)
+            self.sums[layer].add(x[kept], y[kept], offset * experts // W.nbytes)
 
 
 def _lies_in(part: Tensor, whole: Tensor) -> bool:

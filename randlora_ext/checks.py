@@ -19,13 +19,15 @@ def check_model(model: Any) -> None:
 
 def warn_user(message: str) -> None:
     """Warns at the line that called this package, perhaps through PEFT or a module of torch."""
-    files = [__file__, torch.__file__]
-    if (peft := sys.modules.get("peft")) is not None:
-        files.append(str(peft.__file__))
-    inside = (contextlib.__file__, *(os.path.dirname(file) + os.sep for file in files))
+    packages = [__file__, torch.__file__]
+    if "peft" in sys.modules:
+        packages.append(str(sys.modules["peft"].__file__))
+    folders = [os.path.dirname(file) + os.sep for file in packages]
+    not_users = (contextlib.__file__, *folders)
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(not_users):
+        frame = frame.f_back
+        level += 1
     warnings.warn(message, stacklevel=level)
 
 
@@ -39,14 +41,14 @@ def warn_of_unmatched(argument: str, targets: Any, names: Iterable[str], what: s
     ends = set()
     for name in names:
         parts = name.split(".")
-        ends |= {".".join(parts[at:]) for at in range(len(parts))}
-    told = []
+        ends |= {".".join(parts[begin:]) for begin in range(len(parts))}
+    unmatched = []
     for target in sorted(set(targets) - ends):
         as_long = sorted(end for end in ends if end.count(".") == target.count("."))
         near = difflib.get_close_matches(target, as_long, n=1)
-        told.append(f"{target!r} (did you mean {near[0]!r}?)" if near else repr(target))
-    if told:
-        warn_user(f"{argument} that match no {what}: {', '.join(told)}")
+        unmatched.append(f"{target!r} (did you mean {near[0]!r}?)" if near else repr(target))
+    if unmatched:
+        warn_user(f"{argument} that match no {what}: {', '.join(unmatched)}")
 
 
 def meant_targets(targets: Any, names: Iterable[str]) -> str:

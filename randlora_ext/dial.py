@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -77,18 +78,19 @@ def dial_curve(
     for factor in factors:
         check_number("factors", factor, "finite numbers from 0 on", lambda v: 0 <= v < math.inf)
     layers = _layers(model, adapter_name)
-    for path, layer in layers.items():
+    for name, layer in layers.items():
         if layer.disabled or adapter_name not in layer.active_adapters:
             raise ValueError(
-                f"adapter_name {adapter_name!r} is not active in layer {path!r}, so no factor "
+                f"adapter_name {adapter_name!r} is not active in layer {name!r}, so no factor "
                 "would change anything"
             )
     first = 1 if _predicts_next(model) else 0
-    measures = [_measure(name, given, first) for name, given in (("task", task), ("text", text))]
+    loss_on_task, loss_on_text = _measure("task", task, first), _measure("text", text, first)
     points = []
     for factor in factors:
         with _as_measured(model, set(layers.values()), adapter_name, factor):
-            points.append(DialPoint(float(factor), *(measure(model) for measure in measures)))
+            losses = float(loss_on_task(model)), float(loss_on_text(model))
+            points.append(DialPoint(float(factor), *losses))
     distributed = dist.is_available() and dist.is_initialized()
     if not distributed or dist.get_rank() == 0:
         print(table(points))
@@ -133,10 +135,12 @@ def set_dial(model: nn.Module, factor: float, adapter_name: str = "default") -> 
 def table(points: Sequence[DialPoint]) -> str:
     """The points as lines of text, and the rise of the text's loss if one of them is without dW."""
     without = [point.text for point in points if point.factor == 0]
-    lines = ["factor of dW  loss on the task  loss on the text" + "    rise" * bool(without)]
-    for factor, task, text in points:
-        rise = f"{text - without[0]:+8.3f}" if without else ""
-        lines.append(f"{factor:12g}  {task:16.3f}  {text:16.3f}{rise}")
+    lines = ["factor of dW  loss on the task  loss on the text"]
+    lines += [f"{factor:12g}  {task:16.3f}  {text:16.3f}" for factor, task, text in points]
+    if without:
+        lines[0] += "    rise"
+        for i, point in enumerate(points, start=1):
+            lines[i] += f"{point.text - without[0]:+8.3f}"
     return "\n".join(lines)
 
 
@@ -161,15 +165,15 @@ def _write_plot(points: Sequence[DialPoint], path: str | os.PathLike) -> None:
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
-    """Those with the adapter, by their paths; ValueError if there are none, or one is merged."""
+    """Those with the adapter, by their names; ValueError if there are none, or one is merged."""
     found = layers_by_name(model)
-    known = {name for layer in found.values() for name in layer.randlora_lambda}
+    known = {adapter for layer in found.values() for adapter in layer.randlora_lambda}
     check_one_of("adapter_name", adapter_name, known)
-    layers = {at: layer for at, layer in found.items() if adapter_name in layer.randlora_lambda}
-    for path, layer in layers.items():
+    layers = {n: layer for n, layer in found.items() if adapter_name in layer.randlora_lambda}
+    for name, layer in layers.items():
         if adapter_name in layer.merged_adapters:
             raise ValueError(
-                f"adapter {adapter_name!r} of layer {path!r} is merged; unmerge it first"
+                f"adapter {adapter_name!r} of layer {name!r} is merged; unmerge it first"
             )
     return layers
 
@@ -179,19 +183,19 @@ def _as_measured(
     model: nn.Module, layers: set[AdaptedLayer], adapter_name: str, factor: float
 ) -> Iterator[None]:
     """In eval mode, with a factor in `scaling`, which comes back bit for bit."""
-    modes = [(module, module.training) for module in model.modules()]
-    scalings = [(layer.scaling, layer.scaling[adapter_name]) for layer in layers]
+    was_training = {module: module.training for module in model.modules()}
+    old_scaling = {layer: layer.scaling[adapter_name] for layer in layers}
     with torch.compiler.set_stance("force_eager"):
         try:
-            for scaling, value in scalings:
-                scaling[adapter_name] = factor * value
+            for layer, scaling in old_scaling.items():
+                layer.scaling[adapter_name] = factor * scaling
             model.eval()
             yield
         finally:
-            for scaling, value in scalings:
-                scaling[adapter_name] = value
-            for module, mode in modes:
-                module.training = mode
+            for layer, scaling in old_scaling.items():
+                layer.scaling[adapter_name] = scaling
+            for module, training in was_training.items():
+                module.training = training
 
 
 def _predicts_next(model: nn.Module) -> bool:
@@ -206,7 +210,7 @@ def _predicts_next(model: nn.Module) -> bool:
 def _measure(name: str, given: Measured, first: int) -> Callable[[nn.Module], float]:
     """A function of the model, whose loss counts labels from position `first` on."""
     if callable(given):
-        return lambda model: float(given(model))
+        return given
     if isinstance(given, (Tensor, Mapping, str)):
         raise TypeError(f"{name} must be several batches, such as [batch], got one {type(given)}")
     batches = list(given)  # which may be an iterator, and is read for every factor
@@ -217,7 +221,7 @@ def _measure(name: str, given: Measured, first: int) -> Callable[[nn.Module], fl
     counts = [_labels_in(batch, first) for batch in batches]
     if not any(counts):
         raise ValueError(f"{name} must have labels other than {NO_LABEL} to predict, got none")
-    return lambda model: _mean_loss(model, batches, counts)
+    return partial(_mean_loss, batches=batches, counts=counts)
 
 
 def _check_batch(name: str, batch: Any) -> None:

@@ -26,7 +26,8 @@ def fields_of(saved: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises TypeError or ValueError, naming the field, for a value that is not allowed.
     """
-    if (peft_type := saved.get("peft_type")) not in PEFT_TYPES:
+    peft_type = saved.get("peft_type")
+    if peft_type not in PEFT_TYPES:
         raise ValueError(f"peft_type must be RANDLORA, got {peft_type!r}")
     fields = {name: saved.get(name, default) for name, default in _DEFAULTS.items()}
     check_r(fields["r"])
@@ -50,27 +51,29 @@ def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
 
     A text in ``projection_prng_key`` is complete; the other fields may only agree with it.
     """
-    kind, density = fields.get("basis", "peft"), fields.get("density")
-    key, flags = fields["projection_prng_key"], [n for n in SPARSE if fields.get(n)]
-    check_one_of("basis", kind, ("peft", *SPECIFICATIONS))
+    basis, density = fields.get("basis", "peft"), fields.get("density")
+    seed_or_key = fields["projection_prng_key"]
+    flags = [name for name in SPARSE if fields.get(name)]
+    check_one_of("basis", basis, ("peft", *SPECIFICATIONS))
     BasisDescription("independent", density, 0)  # whether it is a density
-    if isinstance(key, str):
+    if isinstance(seed_or_key, str):
         try:
-            made = BasisDescription.parse(key)
+            description = BasisDescription.parse(seed_or_key)
         except ValueError as error:
             raise ValueError(f"projection_prng_key: {error}") from error
-        if kind not in ("peft", made.kind) or density not in (None, made.density) or flags:
+        agrees = basis in ("peft", description.kind) and density in (None, description.density)
+        if not agrees or flags:
             raise ValueError(
-                f"projection_prng_key={key!r} contradicts basis={kind!r}, density={density}, "
-                f"flags {flags}; the text says all, give it alone"
+                f"projection_prng_key={seed_or_key!r} contradicts basis={basis!r}, "
+                f"density={density}, flags {flags}; the text says all, give it alone"
             )
-        return made
-    if kind != "peft" or density is not None:
-        kind = "independent" if kind == "peft" else kind
-        if flags:
-            raise ValueError(f"{flags[0]} is of PEFT's own bases; basis={kind!r} takes a density")
-        check_seed("projection_prng_key", key)
-        return BasisDescription(kind, density, key)
-    # As torch takes it.
-    check_integer("projection_prng_key", key, -(2**63), 2**64 - 1, "[-2**63, 2**64)")
-    return None
+        return description
+    if basis == "peft" and density is None:
+        # As torch takes it.
+        check_integer("projection_prng_key", seed_or_key, -(2**63), 2**64 - 1, "[-2**63, 2**64)")
+        return None
+    kind = "independent" if basis == "peft" else basis
+    if flags:
+        raise ValueError(f"{flags[0]} is of PEFT's own bases; basis={kind!r} takes a density")
+    check_seed("projection_prng_key", seed_or_key)
+    return BasisDescription(kind, density, seed_or_key)

@@ -88,7 +88,7 @@ def delta(basis: Basis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
     return (product if basis.expand else product.T).to(lam.dtype)
 
 
-class _Products:
+class _DenseProducts:
     """The products of one call, on x and dy as matrices (T, features)."""
 
     def __init__(self, x, weight, bias, lam, gam, A, B, expand, scale, dy=None):
@@ -103,83 +103,96 @@ class _Products:
         self.lam, self.gam, self.A, self.B = lam, gam, A.to(x.dtype), B
         self.weight, self.scale, self.expand = weight, scale, expand
         self.x = x.reshape(-1, x.shape[-1])
-        # W + dW, unless 16 bits would lose small changes.
-        self.merges = weight is not None and x.dtype.itemsize > 2
+        # Whether W + dW is formed, not dW alone: 16 bits would lose small changes.
+        self.adds_to_weight = weight is not None and x.dtype.itemsize > 2
         # dW is formed if that saves multiply-adds: large GEMMs take the time of 2 to 2.7 T for the
         # 3 T that forming it counts. Below 256 tokens the overhead of more calls hides the saving.
-        factored = 3 * K / D + (2 if expand else 3) * K / d
-        T, saved = len(self.x), factored - (1 if self.merges else 3)
-        self.forms = T >= 256 and T * saved >= 2.5 * K
+        T = len(self.x)
+        in_factors = 3 * K / D + (2 if expand else 3) * K / d
+        in_delta = 1 if self.adds_to_weight else 3
+        self.forms_delta = T >= 256 and T * (in_factors - in_delta) >= 2.5 * K
         # Powers of two: of A', of x A'^T (a sum of d terms, of which small ones should not be
         # subnormal, nor large ones infinite), and of the gradient of A'.
-        half = x.dtype == torch.float16
-        self.factor = 2.0 ** round(math.log2(max(gam.shape))) if half else 1.0
-        self.inner = self.factor * 2.0 ** -math.ceil(math.log2(d) / 2) if half else 1.0
-        self.gradient = 2.0 ** -math.ceil(math.log2(D) / 2) if half else 1.0
+        self.scaled_factor = self.inner_factor = self.gradient_factor = 1.0
+        if x.dtype == torch.float16:
+            self.scaled_factor = 2.0 ** round(math.log2(max(gam.shape)))
+            self.inner_factor = self.scaled_factor * 2.0 ** -math.ceil(math.log2(d) / 2)
+            self.gradient_factor = 2.0 ** -math.ceil(math.log2(D) / 2)
 
     def scaled(self) -> Tensor:
-        """factor * A' (K, d)."""
+        """scaled_factor * A' (K, d)."""
         wide = self.lam.to(torch.promote_types(self.lam.dtype, torch.float32))
-        return _ops.scaled_basis(self.A, wide * self.factor, self.gam)
+        return _ops.scaled_basis(self.A, wide * self.scaled_factor, self.gam)
 
-    def formed(self) -> Tensor:
-        """W + dW if it merges, or dW: (out, in)."""
+    def delta(self) -> Tensor:
+        """dW, or W + dW if it adds to the weight: (out, in)."""
         left, right = self.B, self.scaled()
         if not self.expand:
             left, right = right.T, self.B.T
-        base = self.weight if self.merges else None
-        return _product(left, right, self.scale / self.factor, base)
+        base = self.weight if self.adds_to_weight else None
+        return _product(left, right, self.scale / self.scaled_factor, base)
+
+    def oriented(self, weight: Tensor, up: bool) -> Tensor:
+        """A matrix (out, in) as F.linear takes it for a product `up` or down."""
+        return weight if up == self.expand else weight.T
 
     def times(
         self, v: Tensor, up: bool, bias: Tensor | None = None, U: Tensor | None = None
     ) -> Tensor:
         """The product of v and W + dW, `up` from d features to D or down, so y of x or dx of dy.
         U = v B if that is known."""
-        turned = (lambda M: M) if up == self.expand else torch.t
-        if self.forms and self.merges:
-            return F.linear(v, turned(self.formed()), bias)
-        added = None if self.weight is None else F.linear(v, turned(self.weight), bias)
-        if self.forms:
-            return _product(v, turned(self.formed()).T, 1.0, added)
+        if self.forms_delta and self.adds_to_weight:
+            return F.linear(v, self.oriented(self.delta(), up), bias)
+        added = None
+        if self.weight is not None:
+            added = F.linear(v, self.oriented(self.weight, up), bias)
+        if self.forms_delta:
+            return _product(v, self.oriented(self.delta(), up).T, 1.0, added)
         if up:
-            V = _product(v, self.scaled().T, self.inner / self.factor)
-            return _product(V, self.B.T, self.scale / self.inner, added)
+            V = _product(v, self.scaled().T, self.inner_factor / self.scaled_factor)
+            return _product(V, self.B.T, self.scale / self.inner_factor, added)
         U = v @ self.B if U is None else U
-        return _product(U, self.scaled(), self.scale / self.factor, added)
+        return _product(U, self.scaled(), self.scale / self.scaled_factor, added)
 
     def of_diagonals(self, dy: Tensor, U: Tensor | None) -> tuple[Tensor, Tensor]:
         """dlam and dgam from the gradient of A' (K, d): from U, or from dy^T x if that takes fewer
         operations."""
         small, large = (self.x, dy) if self.expand else (dy, self.x)
         T, (D, K), d = len(small), self.B.shape, small.shape[1]
-        if self.forms and T * K * (D + d) > (T + K) * D * d:
-            P = self.B.T @ _product(large.T, small, self.gradient)
+        if self.forms_delta and T * K * (D + d) > (T + K) * D * d:
+            P = self.B.T @ _product(large.T, small, self.gradient_factor)
         else:
-            P = _product((large @ self.B if U is None else U).T, small, self.gradient)
+            U = large @ self.B if U is None else U
+            P = _product(U.T, small, self.gradient_factor)
         dlam, dgam = _ops.scaled_basis_backward(P, self.A, self.lam, self.gam)
-        scale = self.scale / self.gradient
+        scale = self.scale / self.gradient_factor
         return dlam * scale, dgam * scale
 
 
-def _product(left: Tensor, right: Tensor, alpha: float, added: Tensor | None = None) -> Tensor:
-    """added + alpha * left @ right, rounded once."""
+def _product(left: Tensor, right: Tensor, factor: float, added: Tensor | None = None) -> Tensor:
+    """added + factor * left @ right, rounded once."""
     if added is None:
-        return torch.addmm(left.new_zeros(1, 1), left, right, beta=0, alpha=alpha)
-    return torch.addmm(added, left, right, alpha=alpha)
+        return torch.addmm(left.new_zeros(1, 1), left, right, beta=0, alpha=factor)
+    return torch.addmm(added, left, right, alpha=factor)
 
 
 def _dense_linear(x, weight, bias, lam, gam, A, B, expand, scale):
-    p = _Products(x, weight, bias, lam, gam, A, B, expand, scale)
-    y = p.times(p.x, expand, bias)
+    products = _DenseProducts(x, weight, bias, lam, gam, A, B, expand, scale)
+    y = products.times(products.x, expand, bias)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _dense_linear_backward(dy, x, weight, lam, gam, A, B, expand, scale, need_x, need_diagonals):
-    p = _Products(x, weight, None, lam, gam, A, B, expand, scale, dy)
+    products = _DenseProducts(x, weight, None, lam, gam, A, B, expand, scale, dy)
     flat = dy.reshape(-1, dy.shape[-1])
-    U = flat @ B if expand and not p.forms else None
-    dx = p.times(flat, not expand, U=U).view(x.shape) if need_x else None
-    return dx, *(p.of_diagonals(flat, U) if need_diagonals else (None, None))
+    # Both gradients need it.
+    U = flat @ B if expand and not products.forms_delta else None
+    dx, dlam, dgam = None, None, None
+    if need_x:
+        dx = products.times(flat, not expand, U=U).view(x.shape)
+    if need_diagonals:
+        dlam, dgam = products.of_diagonals(flat, U)
+    return dx, dlam, dgam
 
 
 _BASIS = "Tensor lam, Tensor gam, Tensor A, Tensor B, bool expand, float scale"

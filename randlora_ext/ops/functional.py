@@ -53,12 +53,13 @@ def _check_input_scale(basis: Basis, input_scale: Any) -> None:
         raise ValueError(f"input_scale goes with Hadamard bases, got kind={basis.kind!r}")
     if type(input_scale) not in _USUAL:
         _check_tensor("input_scale", input_scale)
-    trained, is_float32 = input_scale.requires_grad, input_scale.dtype is torch.float32
-    if input_scale.shape != (basis.in_features,) or not is_float32 or trained:
-        told = f"{tuple(input_scale.shape)} {input_scale.dtype}"
+    fits = input_scale.shape == (basis.in_features,) and input_scale.dtype is torch.float32
+    if not fits or input_scale.requires_grad:
+        got = f"{tuple(input_scale.shape)} {input_scale.dtype}"
+        if input_scale.requires_grad:
+            got += " that requires a gradient"
         raise ValueError(
-            f"input_scale must be (in,) = {(basis.in_features,)}, float32 and a constant, got "
-            f"{told}{' that requires a gradient' if trained else ''}"
+            f"input_scale must be (in,) = {(basis.in_features,)}, float32 and a constant, got {got}"
         )
 
 
@@ -195,14 +196,15 @@ def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype) -> str
     """What multiplies by the basis there, as the end of "computed by"."""
     if device.type == "meta":
         return "nothing on the meta device"
-    kernels = fits = serve(device)
     if basis.kind == "dense":
         return "torch's GEMMs"
-    if cuda_serves(device) and basis.kind == "hadamard":  # in the card's shared memory
+    kernels = f"{_C.isa() if device.type == 'cpu' else device.type} kernels"
+    if basis.kind != "hadamard":
+        if serve(device):
+            return kernels
+        return f"nothing: these bases need kernels, which are {cuda_refusal(device)}"
+    if cuda_serves(device):  # as far as the card's shared memory is large enough
         sizes = basis.D, basis.d, basis.r, basis.n
         fits = _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)
-    if basis.kind == "hadamard" and not fits:
-        return "plain torch"
-    if not kernels:
-        return f"nothing: these bases need kernels, which are {cuda_refusal(device)}"
-    return f"{_C.isa() if device.type == 'cpu' else device.type} kernels"
+        return kernels if fits else "plain torch"
+    return kernels if serve(device) else "plain torch"

@@ -89,11 +89,13 @@ def _plain_linear_backward(
     dy, x, weight, lam, gam, s, row, col, expand, scale, need_x, need_diagonals
 ):
     _check(x, weight, None, lam, gam, s, row, col, expand, dy)
-    flat, other = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    other = other if need_diagonals else None
-    dx, *of_diagonals = _plain_product(flat, other, not expand, lam, gam, s, row, col, scale)
+    flat = dy.reshape(-1, dy.shape[-1])
+    other = x.reshape(-1, x.shape[-1]) if need_diagonals else None
+    dx, dlam, dgam = _plain_product(flat, other, not expand, lam, gam, s, row, col, scale)
+    if not need_x:
+        return None, dlam, dgam
     dx = dx if weight is None else dx + flat @ weight
-    return dx.to(x.dtype).contiguous().view(x.shape) if need_x else None, *of_diagonals
+    return dx.to(x.dtype).contiguous().view(x.shape), dlam, dgam
 
 
 def _check_basis(lam, gam, s, row, col) -> tuple[int, int]:
@@ -117,51 +119,56 @@ def _plain_product(given, other, up, lam, gam, s, row, col, scale):
     """
     wide = torch.promote_types(given.dtype, torch.float32)
     # As ClassOf in csrc/core/hadamard.h: the range of float16 is too small.
-    of_classes = wide if given.dtype == torch.float16 else given.dtype
-    (r, n), d = lam.shape, len(s)
-    classes, N = -(-d // n), 1 << (r * n - 1).bit_length()
-    j, m, o = (torch.arange(size, device=s.device) for size in (r, classes, len(row)))
-    H, rows = sylvester(j, m).to(wide), o % N
+    class_dtype = wide if given.dtype == torch.float16 else given.dtype
+    (r, n), d, D = lam.shape, len(s), len(row)
+    classes = -(-d // n)
+    N = 1 << (r * n - 1).bit_length()
+    j, m, o = (torch.arange(size, device=s.device) for size in (r, classes, D))
+    H = sylvester(j, m).to(wide)
+    row_in_transform = o % N
     s, row, col = (t.to(wide) for t in (s, row, col))
 
     def by_class(t: Tensor) -> Tensor:
         """(T, d) as (T, classes, n); columns that are missing are zero."""
-        return F.pad(t.to(of_classes), (0, classes * n - d)).unflatten(1, (classes, n))
+        return F.pad(t.to(class_dtype), (0, classes * n - d)).unflatten(1, (classes, n))
 
     def by_column(t: Tensor) -> Tensor:
         """The inverse, in the compute type."""
         return F.pad(t.flatten(1), (0, d - classes * n)).to(wide)
 
     # Lambda and gamma have these factors, and so their gradients.
-    of_lam, of_gam = col.view(r, n) * scale, s
-    factors, blocks = lam.to(wide) * of_lam, by_class(gam.to(wide) * of_gam)
+    lam_factor, gam_factor = col.view(r, n) * scale, s
+    factors = lam.to(wide) * lam_factor
+    blocks = by_class(gam.to(wide) * gam_factor)
     small, large = (given, other) if up else (other, given)
     if small is not None:
         z = torch.einsum("tmk,imk->tmi", by_class(small), blocks).to(wide)
         z = torch.einsum("jm,tmi->tji", H, z)
     if large is not None:
-        sums = row.new_zeros(len(large), N).index_add(1, rows, large * row)
+        sums = row.new_zeros(len(large), N).index_add(1, row_in_transform, large * row)
         u = _transform(sums)[:, : r * n].view(-1, r, n)
-        w = torch.einsum("jm,tji->tmi", H, u * factors).to(of_classes)
+        w = torch.einsum("jm,tji->tmi", H, u * factors).to(class_dtype)
     if up:
         v = F.pad((z * factors).flatten(1), (0, N - r * n))
-        product = _transform(v)[:, rows] * row
+        product = _transform(v)[:, row_in_transform] * row
     else:
         product = by_column(torch.einsum("tmi,imk->tmk", w, blocks))
     if other is None:
         return product, None, None
     P = torch.einsum("tmi,tmk->imk", w, by_class(small))
-    dlam, dgam = (u * z).sum(0) * of_lam, by_column(P) * of_gam
+    dlam = (u * z).sum(0) * lam_factor
+    dgam = by_column(P) * gam_factor
     return product, dlam.to(lam.dtype), dgam.to(gam.dtype)
 
 
 def _transform(v: Tensor) -> Tensor:
     """v (T, N) @ H, as two small products."""
     N = v.shape[1]
-    low = 1 << (N.bit_length() - 1) // 2
-    one, other = (torch.arange(size, device=v.device) for size in (N // low, low))
-    left, right = (sylvester(i, i).to(v.dtype) for i in (one, other))
-    return (left @ v.unflatten(1, (N // low, low)) @ right).flatten(1)
+    columns = 1 << (N.bit_length() - 1) // 2
+    rows = N // columns
+    i, k = torch.arange(rows, device=v.device), torch.arange(columns, device=v.device)
+    left, right = sylvester(i, i).to(v.dtype), sylvester(k, k).to(v.dtype)
+    return (left @ v.unflatten(1, (rows, columns)) @ right).flatten(1)
 
 
 def _each(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:
@@ -189,19 +196,24 @@ def _plain_weight(weight, lam, gam, s, row, col, expand, scale):
     # Row k is column k of B (lambda * A * gamma).
     delta = _plain_linear(_identity(like, s), None, None, lam, gam, s, row, col, True, scale)
     delta = delta.T if expand else delta
-    return (delta if weight is None else weight.to(delta) + delta).to(like.dtype).contiguous()
+    total = delta if weight is None else weight.to(delta) + delta
+    return total.to(like.dtype).contiguous()
 
 
 def _plain_weight_backward(grad, lam, gam, s, row, col, expand, scale):
     if lam.dim() == 3:
         parts = _each(lam, grad, lam, gam, s, row)
         results = [_plain_weight_backward(*part, col, expand, scale) for part in parts]
-        return tuple(map(torch.stack, zip(*results, strict=True)))
+        dlams, dgams = zip(*results, strict=True)
+        return torch.stack(dlams), torch.stack(dgams)
     d, D = _check_basis(lam, gam, s, row, col)
     check_operand("grad", grad, (D, d) if expand else (d, D), lam.device)
-    one = _identity(grad, s)
-    inputs = (grad.T if expand else grad).to(one), one, None, lam, gam, s, row, col, True, scale
-    return _plain_linear_backward(*inputs, need_x=False, need_diagonals=True)[1:]
+    x = _identity(grad, s)
+    dy = (grad.T if expand else grad).to(x)
+    _, dlam, dgam = _plain_linear_backward(
+        dy, x, None, lam, gam, s, row, col, True, scale, need_x=False, need_diagonals=True
+    )
+    return dlam, dgam
 
 
 def _identity(like: Tensor, s: Tensor) -> Tensor:

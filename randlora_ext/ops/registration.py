@@ -80,10 +80,13 @@ def autocast_is_on(device_type: str) -> bool:
 def autocast(device_type: str, *values: Tensor | None) -> list[Tensor | None]:
     """Casts floating tensors other than float64 to autocast's dtype."""
     dtype = torch.get_autocast_dtype(device_type)
-    return [
-        v if v is None or v.dtype is torch.float64 or not v.is_floating_point() else v.to(dtype)
-        for v in values
-    ]
+
+    def cast(value: Tensor | None) -> Tensor | None:
+        if value is None or value.dtype is torch.float64 or not value.is_floating_point():
+            return value
+        return value.to(dtype)
+
+    return [cast(value) for value in values]
 
 
 def _register_autocast(name: str, cast: Collection[str]) -> None:
@@ -154,7 +157,9 @@ def _below_autograd(op, *inputs):
 
 def _differentiable(function: type[Function], *inputs):
     # Off in compiled code, and in backward unless create_graph=True or torch.func turn it on.
-    return (function.apply if torch.is_grad_enabled() else function.forward)(*inputs)
+    if torch.is_grad_enabled():
+        return function.apply(*inputs)
+    return function.forward(*inputs)
 
 
 class _Backward(Operator):
@@ -184,11 +189,12 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
     function.forward = staticmethod(forward)  # type: ignore[method-assign]
     torch.library.impl(f"randlora::{name}", "Autograd", partial(_differentiable, function))
     fake(_fake_backward, f"{name}_backward")
-    # Backward keeps the dtypes of forward.
-    for each, its_cast in ((name, cast), (f"{name}_backward", ())):
+    backward = f"{name}_backward"
+    for each in (name, backward):
         rule = partial(_vmap, getattr(_ops, each).default)
         torch.library.register_vmap(f"randlora::{each}", rule)
-        _register_autocast(each, its_cast)
+    _register_autocast(name, cast)
+    _register_autocast(backward, ())  # which keeps the dtypes of forward
     # Function.apply binds default arguments by inspect.signature if there is a setup_context: 50 us
     # a call, a tenth of a training step of 16 tokens. This is the C++ method under it.
     apply_eager = super(Function, function).apply  # type: ignore[misc]
@@ -225,13 +231,14 @@ def linear_entry(name: str, rows_of_B: Callable) -> Callable:
 
     fake(fake_linear, name)
     backward_op = getattr(_ops, f"{name}_backward").default
-    of_basis = [None] * (len(_argument_names(name)) - 5)  # their gradients
+    before_basis = "x", "weight", "bias", "lam", "gam"
+    no_gradients = [None] * (len(_argument_names(name)) - len(before_basis))  # of the bases
 
     class Linear(Operator):
         @staticmethod
         def setup_context(ctx, inputs, output):
-            ctx.basis = inputs[5:]
-            ctx.save_for_backward(inputs[0], inputs[1], inputs[3], inputs[4])
+            x, weight, _, lam, gam, *ctx.basis = inputs
+            ctx.save_for_backward(x, weight, lam, gam)
 
         @staticmethod
         def backward(ctx, dy):
@@ -243,6 +250,6 @@ def linear_entry(name: str, rows_of_B: Callable) -> Callable:
             tokens = [*range(dy.dim() - 1)]
             dweight = torch.tensordot(dy, x, (tokens, tokens)) if need_weight else None
             dbias = dy.unsqueeze(0).flatten(0, -2).sum(0) if need_bias else None
-            return dx, dweight, dbias, dlam, dgam, *of_basis
+            return dx, dweight, dbias, dlam, dgam, *no_gradients
 
     return entry(name, Linear, cast=("x", "weight", "bias", "B"))

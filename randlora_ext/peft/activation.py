@@ -20,7 +20,7 @@ from ..nn.adapter_config import NEEDS_OURS, PEFT_TYPES
 from ..nn.base_layer import check_no_plan
 from ..nn.merging import KEEP_WEIGHT, remember_merged
 from ..nn.state_dict import guard
-from .bases import BASIS_NAMES, PackedBufferDict
+from .bases import PackedBufferDict
 from .config import RandLoraConfig
 from .layer import AcceleratedLinear
 from .model import AcceleratedRandLoraModel, layer_class
@@ -82,7 +82,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, RandLoraLayer)]
     if not layers:
         raise ValueError(f"model holds no RandLoRA layer of PEFT: {type(model).__qualname__}")
-    merged = [each for each in layers if each.merged and not isinstance(each, AcceleratedLinear)]
+    stock = [layer for layer in layers if not isinstance(layer, AcceleratedLinear)]
+    merged = [layer for layer in stock if layer.merged]
     if any(backend_of(layer.get_base_layer()) for layer in merged):
         raise ValueError(
             "model has quantized layers merged by stock PEFT; call unmerge_adapter() first"
@@ -92,11 +93,7 @@ def accelerate(model: nn.Module) -> nn.Module:
         for name, module in tuner.model.named_modules():
             if isinstance(module, RandLoraLayer):
                 check_no_plan(tuner.model, name, f"layer {name!r}")
-    held = [(one, name, getattr(one, name)) for one in tuners + layers for name in BASIS_NAMES]
-    stock_bases = {id(b): b for *_, b in held if not isinstance(b, PackedBufferDict)}
-    packed = {key: PackedBufferDict(b, b.persistent) for key, b in stock_bases.items()}
-    for one, name, bases in held:
-        setattr(one, name, packed.get(id(bases), bases))
+    _pack_bases(tuners + layers)
     for layer in layers:
         _accelerate_layer(layer)
     for tuner in tuners:
@@ -104,6 +101,20 @@ def accelerate(model: nn.Module) -> nn.Module:
         guard(tuner.model)
     refuse_lora_files(model)
     return model
+
+
+def _pack_bases(modules: list[Any]) -> None:
+    """Gives modules of PEFT packed bases, shared as those that they have are."""
+    held = {bases for module in modules for bases in (module.randlora_A, module.randlora_B)}
+    # All of them before anything changes, because those on the meta device are refused.
+    packed = {
+        bases: PackedBufferDict(bases, bases.persistent)
+        for bases in held
+        if not isinstance(bases, PackedBufferDict)
+    }
+    for module in modules:
+        module.randlora_A = packed.get(module.randlora_A, module.randlora_A)
+        module.randlora_B = packed.get(module.randlora_B, module.randlora_B)
 
 
 def _accelerate_layer(layer: Any) -> None:

@@ -1,7 +1,7 @@
 """PEFT's bases A and B: how they are drawn, what stands for them, and one layer's basis."""
 
 import secrets
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -52,16 +52,18 @@ def new_bases(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tens
 
     Raises ValueError if PEFT leaves no non-zero in one of them.
     """
-    if (description := description_in(config)) is not None:
-        shapes = (config.r, 1, d), (D, -(-d // config.r), config.r)
-        A, B = (PackedBasis(description, 1.0, shape, torch.float32, "cpu") for shape in shapes)
+    description = description_in(config)
+    if description is not None:
+        n = -(-d // config.r)
+        A = PackedBasis(description, 1.0, (config.r, 1, d), torch.float32, "cpu")
+        B = PackedBasis(description, 1.0, (D, n, config.r), torch.float32, "cpu")
         return A, B
     drawn: Any = _DrawnByPeft(config, D, d)
-    A, B = (getattr(drawn, each)["default"] for each in BASIS_NAMES)
-    for each, matrix in zip(BASIS_NAMES, (A, B), strict=True):
+    A, B = drawn.randlora_A["default"], drawn.randlora_B["default"]
+    for name, matrix in zip(BASIS_NAMES, (A, B), strict=True):
         if not bool(matrix.isfinite().all()):  # PEFT divides by the standard deviation, 0
             raise ValueError(
-                f"PEFT's sparse bases leave no non-zero in {each} {tuple(matrix.shape)}; the "
+                f"PEFT's sparse bases leave no non-zero in {name} {tuple(matrix.shape)}; the "
                 "layers are too small for them"
             )
     return A, B
@@ -86,8 +88,16 @@ class PackedBasis(Tensor):
     content: Tensor | BasisDescription
     value: float
 
-    def __new__(cls, content, value: float, shape, dtype, device) -> "PackedBasis":
-        self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)
+    def __new__(
+        cls,
+        content: Tensor | BasisDescription,
+        value: float,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> "PackedBasis":
+        place = torch.device(device)
+        self = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=place)
         self.content, self.value = content, value
         return self
 
@@ -97,8 +107,8 @@ class PackedBasis(Tensor):
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedBasis":
         # As nn.Module.to reads its arguments. A tensor as a probe could not leave the meta device.
-        parsed: Any = torch._C._nn._parse_to(*args, **kwargs)
-        device, dtype = parsed[0] or self.device, parsed[1] or self.dtype
+        given: Any = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype = given[0] or self.device, given[1] or self.dtype
         if (device, dtype) == (self.device, self.dtype):
             return self  # as a tensor does; adapters of one key share a basis
         # A narrower dtype rounds the value, as it rounds the elements of a dense tensor.
@@ -164,8 +174,8 @@ class PackedBufferDict(MutableMapping, BufferDict):
         return {prefix + key: each for key, each in bases.items() if generator_of(each) is None}
 
     def _changed(self) -> None:
-        # A plain value of this content, since torch.compile cannot guard on the tensors.
-        self.__dict__["token"] = secrets.randbits(60)
+        # A plain number for this content, since torch.compile cannot guard on the tensors.
+        self.__dict__["version"] = secrets.randbits(60)
 
     # In PEFT's dictionary buffers are attributes; transformers loads adapters through them.
 
@@ -188,8 +198,10 @@ class PackedBufferDict(MutableMapping, BufferDict):
                     return
                 raise ValueError(f"the basis of adapter {key!r} is on the meta device: no values")
             # One that is not ternary stays dense.
-            if packed := pack_dense(basis.detach().reshape(len(basis), -1)):
-                basis = PackedBasis(*packed, basis.shape, basis.dtype, basis.device)
+            packed = pack_dense(basis.detach().reshape(len(basis), -1))
+            if packed is not None:
+                planes, value = packed
+                basis = PackedBasis(planes, value, basis.shape, basis.dtype, basis.device)
         self._bases[key] = basis
         self._changed()
 
@@ -227,7 +239,8 @@ class PackedBufferDict(MutableMapping, BufferDict):
         own = self.saved(prefix)
         for key in own.keys() & state_dict.keys():
             saved, basis = state_dict[key], own[key]
-            if error := misfit(key, saved, basis):
+            error = misfit(key, saved, basis)
+            if error:
                 error_msgs.append(error)
             else:
                 moved = saved.to(dtype=basis.dtype, device=basis.device, copy=True)
@@ -249,29 +262,41 @@ def layer_basis(
     sizes = in_features, out_features, r
     shape = Shape(*sizes)
     d, D, n = shape.d, shape.D, shape.n
-    if A.shape[0] != r or A.shape[-1] < d or B.shape[0] < D or B.shape[1] < n or B.shape[2] != r:
+    a_fits = A.shape[0] == r and A.shape[-1] >= d
+    b_fits = B.shape[0] >= D and B.shape[1] >= n and B.shape[2] == r
+    if not (a_fits and b_fits):
         raise ValueError(
             f"randlora_A {tuple(A.shape)} and randlora_B {tuple(B.shape)} do not serve a layer of "
             f"{in_features} -> {out_features} features at r={r}, which needs ({r}, 1, >= {d}) and "
             f"(>= {D}, >= {n}, {r})"
         )
-    if (made := generator_of(A)) is not None:
-        basis = Basis(*sizes, **vars(made))
+    description = generator_of(A)
+    if description is not None:
+        basis = Basis(*sizes, **vars(description))
     elif served and isinstance(A, PackedBasis) and isinstance(B, PackedBasis):
-        a: Any = A.content
-        b: Any = B.content
-        values = A.value, B.value
-        # The matrices keep what the key names alive.
-        made_of = "imported", id(a), id(b), *values
-        matrices = share(made_of, lambda: ImportedMatrices(a, b, B.shape[1:].numel(), *values))
-        basis = Basis.of(*sizes, matrices)
+        basis = Basis.of(*sizes, _ternary(A, B))
     else:
-        basis = Basis.of(*sizes, share(("dense", id(A), id(B)), lambda: _dense(A, B)))
+        basis = Basis.of(*sizes, _dense(A, B))
     return basis.canonical()
 
 
+# Layers share matrices made of the same tensors, which the matrices keep alive: so nothing else can
+# have the identity by which they are found.
+
+
+def _ternary(A: PackedBasis, B: PackedBasis) -> ImportedMatrices:
+    a_planes, b_planes = A.content, B.content
+    assert isinstance(a_planes, Tensor) and isinstance(b_planes, Tensor)
+    columns = B.shape[1:].numel()
+    key = "imported", id(a_planes), id(b_planes), A.value, B.value
+    return share(key, lambda: ImportedMatrices(a_planes, b_planes, columns, A.value, B.value))
+
+
 def _dense(A: Tensor, B: Tensor) -> DenseMatrices:
+    return share(("dense", id(A), id(B)), lambda: _made_dense(A, B))
+
+
+def _made_dense(A: Tensor, B: Tensor) -> DenseMatrices:
     # Packed ones lie on the CPU, wherever the model is.
     a, b = (t.to("cpu").dense() if isinstance(t, PackedBasis) else t for t in (A, B))
-    # Their identities are the key under which these matrices are found.
     return DenseMatrices(a.detach().flatten(1), b.detach().flatten(1), made_from=(A, B))

@@ -106,38 +106,49 @@ def description_in(config: peft.RandLoraConfig) -> BasisDescription | None:
 
 def _check_types(config: RandLoraConfig) -> None:
     """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
-    none, several = type(None), (list, tuple, set)
-    for names, allowed, types, of in (
-        (_FLAGS, "True or False", (bool,), object),
-        (_TEXTS, "a text, a list of texts or None", (str, none, *several), str),
-        (_LISTS, "a list of texts or None", (none, *several), str),
-        (["layers_to_transform"], "an integer, several or None", (int, none, *several), int),
-    ):
-        for name in names:
-            value: Any = getattr(config, name)
-            parts = value if isinstance(value, several) else ()
-            is_bool = isinstance(value, bool) and bool not in types  # an int, but no index
-            if is_bool or not isinstance(value, types) or not all(isinstance(p, of) for p in parts):
-                raise TypeError(f"{name} must be {allowed}, got {value!r}")
+    for name in _FLAGS:
+        value = getattr(config, name)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    for name in _TEXTS:
+        value = getattr(config, name)
+        if not isinstance(value, str) and not _is_list_or_none(value, str):
+            raise TypeError(f"{name} must be a text, a list of texts or None, got {value!r}")
+    for name in _LISTS:
+        value = getattr(config, name)
+        if not _is_list_or_none(value, str):
+            raise TypeError(f"{name} must be a list of texts or None, got {value!r}")
+    value = config.layers_to_transform
+    is_index = isinstance(value, int) and not isinstance(value, bool)
+    if not is_index and not _is_list_or_none(value, int):
+        raise TypeError(f"layers_to_transform must be an integer, several or None, got {value!r}")
     check_dropout(config.randlora_dropout)
     check_one_of("bias", config.bias, ("none", "all", "randlora_only"))
+
+
+def _is_list_or_none(value: Any, element: type) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, (list, tuple, set)) and all(isinstance(e, element) for e in value)
 
 
 def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """In words, how the bases and ``target_parameters`` of the configuration `saved` differ from
     those of `own`. Files do not name these parameters: their layers are told apart by order."""
-    bases = [_bases_in_words(fields) for fields in (own, saved)]
-    names = [sorted(fields.get("target_parameters") or ()) for fields in (own, saved)]
-    return [
-        f"its {what} are {theirs}, not {mine}"
-        for what, (mine, theirs) in (("bases", bases), ("target_parameters", names))
-        if mine != theirs
-    ]
+    different = []
+    own_bases, saved_bases = _bases_in_words(own), _bases_in_words(saved)
+    if saved_bases != own_bases:
+        different.append(f"its bases are {saved_bases}, not {own_bases}")
+    own_names, saved_names = (sorted(f.get("target_parameters") or ()) for f in (own, saved))
+    if saved_names != own_names:
+        different.append(f"its target_parameters are {saved_names}, not {own_names}")
+    return different
 
 
 def _bases_in_words(fields: Mapping[str, Any]) -> str:
-    if (made := description_of(fields)) is not None:
-        return made.key()
+    description = description_of(fields)
+    if description is not None:
+        return description.key()
     # very_sparse overrules the other flag
     flag = next((name for name in reversed(SPARSE) if fields.get(name)), "uniform")
     return f"PEFT's, {flag}, of projection_prng_key={fields['projection_prng_key']}"

@@ -34,7 +34,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
-    _found: tuple | None  # what `bases` are made of
+    _bases_from: tuple | None  # the device and the contents from which `bases` are made
     disabled = Linear.disable_adapters
     # Of these PEFT deletes an adapter's entries with it.
     other_param_names = (*Linear.other_param_names, "bases", "randlora_input_scale", RECORD)
@@ -65,7 +65,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     def add_our_own(self) -> None:
         """Makes the attributes that PEFT's layers do not have, still empty."""
         self.bases = {}
-        self._found = None
+        self._bases_from = None
         self.randlora_input_scale = InputScales()
         self.randlora_record = nn.ModuleDict()
         force_module_call(self)
@@ -85,19 +85,19 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """As PEFT's, but lambda and gamma keep their dtype: ``low_cpu_mem_usage=True`` calls this
         after it has loaded them, and 16 bits would lose what the file holds."""
-        each = self.randlora_lambda, self.randlora_gamma
-        loaded = [diagonals[adapter_name] for diagonals in each]
+        both = self.randlora_lambda, self.randlora_gamma
+        loaded = [diagonals[adapter_name] for diagonals in both]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for diagonals, old in zip(each, loaded, strict=True):
-            place = diagonals[adapter_name].device
-            if old.device != place:
-                old = nn.Parameter(old.detach().to(place), old.requires_grad)
-            diagonals[adapter_name] = old
-        # PEFT moves only what is in its own kinds of dictionaries.
-        scales = self.randlora_input_scale
-        if adapter_name in scales and not scales[adapter_name].is_meta:
-            device = self.randlora_lambda[adapter_name].device
-            scales[adapter_name] = scales[adapter_name].to(device)
+        for diagonals, parameter in zip(both, loaded, strict=True):
+            to = diagonals[adapter_name].device
+            if parameter.device != to:
+                parameter = nn.Parameter(parameter.detach().to(to), parameter.requires_grad)
+            diagonals[adapter_name] = parameter
+        # PEFT moves only what is in dictionaries of its own classes.
+        input_scales = self.randlora_input_scale
+        if adapter_name in input_scales and not input_scales[adapter_name].is_meta:
+            to = self.randlora_lambda[adapter_name].device
+            input_scales[adapter_name] = input_scales[adapter_name].to(to)
 
     def cast_like_base(self, adapter_name: str) -> None:
         """Gives lambda and gamma the dtype of the base layer, as PEFT does; the model then casts
@@ -125,8 +125,10 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         """The adapters to add now."""
         if self.disable_adapters and self.merged_adapters:
             self.unmerge()
-        off, own = self.disable_adapters or self.merged_adapters, self._modules["randlora_lambda"]
-        return [] if off else [name for name in self.active_adapters if name in own]
+        if self.disable_adapters or self.merged_adapters:
+            return []
+        own = self._modules["randlora_lambda"]
+        return [name for name in self.active_adapters if name in own]
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
         """Row b of the batch through adapter ``adapter_names[b]``."""
@@ -137,25 +139,33 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         if self.merged:
             raise ValueError("adapter_names needs unmerged adapters; call unmerge_adapter() first")
         result = self.base_layer(x, *args, **kwargs)
-        for name in (name for name in self.randlora_lambda if name in adapter_names):
-            rows = [row for row, other in enumerate(adapter_names) if other == name]
-            at = torch.tensor(rows, device=x.device)
-            added = self._output(name, self._cast(name, x[at]))
-            result = result.index_add(0, at, added.to(result.dtype))
+        for name in self.randlora_lambda:
+            of_name = [row for row, other in enumerate(adapter_names) if other == name]
+            if not of_name:
+                continue
+            rows = torch.tensor(of_name, device=x.device)
+            added = self._output(name, self._cast(name, x[rows]))
+            result = result.index_add(0, rows, added.to(result.dtype))
         return result
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
-        # The tokens are of the contents: plain numbers on which compiled code guards.
+        # Versions of the contents are plain numbers, on which compiled code guards.
         held = self._modules
-        key = device, held["randlora_A"].token, held["randlora_B"].token
+        a_version, b_version = held["randlora_A"].version, held["randlora_B"].version
         if torch.compiler.is_dynamo_compiling():
-            self._find_while_tracing(*key)
+            self._make_bases_while_tracing(device, a_version, b_version)
             return self.bases[adapter]
-        found = self.bases.get(adapter)
-        return found if found and self._found == key else self._find(adapter, key)
+        origin = device, a_version, b_version
+        if self._bases_from == origin and adapter in self.bases:
+            return self.bases[adapter]
+        basis = self._make_basis(adapter, device)
+        if self._bases_from != origin:
+            self.bases.clear()
+        self._bases_from, self.bases[adapter] = origin, basis
+        return basis
 
-    def _find(self, adapter: str, key: tuple) -> Basis:
-        A, B, device = self.randlora_A[adapter], self.randlora_B[adapter], key[0]
+    def _make_basis(self, adapter: str, device: torch.device) -> Basis:
+        A, B = self.randlora_A[adapter], self.randlora_B[adapter]
         served = device.type == "meta" or serve(device)
         basis = layer_basis(A, B, self.in_features, self.out_features, self.r[adapter], served)
         if not served and basis.kind == "dense" and isinstance(A, PackedBasis):
@@ -164,13 +174,10 @@ class AcceleratedLinear(AdaptedLayer, Linear):
                 f"{cuda_refusal(device)}",
                 stacklevel=2,
             )
-        if self._found != key:
-            self.bases.clear()
-        self._found, self.bases[adapter] = key, basis
         return basis
 
     @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
-    def _find_while_tracing(self, device: torch.device, *tokens: int) -> None:
+    def _make_bases_while_tracing(self, device: torch.device, *versions: int) -> None:
         for adapter in self.randlora_lambda:  # all, since Dynamo looks into `bases` only once
             self.basis_of(adapter, device)
 
@@ -181,8 +188,9 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return self.float32_products and self._is_dense_in_16_bits(name, x)
 
     def _cast(self, name: str, x: Tensor) -> Tensor:
-        keeps = not self.float32_products and self._is_dense_in_16_bits(name, x)
-        return x if keeps else x.to(self._dtype_of(name))
+        if not self.float32_products and self._is_dense_in_16_bits(name, x):
+            return x
+        return x.to(self._dtype_of(name))
 
     def _is_dense_in_16_bits(self, name: str, x: Tensor) -> bool:
         return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
@@ -190,8 +198,9 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     def _dtype_of(self, adapter: str) -> torch.dtype:
         lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
         dtype = torch.promote_types(lam.dtype, gam.dtype)
-        # As PEFT, since a CPU is slow in 16 bits.
-        return torch.float32 if lam.device.type == "cpu" and dtype.itemsize == 2 else dtype
+        if lam.device.type == "cpu" and dtype.itemsize == 2:
+            return torch.float32  # as PEFT, since a CPU is slow in 16 bits
+        return dtype
 
     @torch.no_grad()
     def merge(
@@ -204,7 +213,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         `RandLoraLinear.merge` and, for None, as `enable` was told; if quantized on its own device.
         """
         chosen = check_adapters_to_merge(self, adapter_names) or []
-        if names := [name for name in dict.fromkeys(chosen) if name in self.randlora_lambda]:
+        names = [name for name in dict.fromkeys(chosen) if name in self.randlora_lambda]
+        if names:
             self._merge(names, safe_merge, keep_weight or self.keep_weight)
 
     def unload_and_optionally_merge_module(
@@ -251,32 +261,35 @@ def kernel_summary(model: nn.Module) -> str:
     """One line: the shapes and bases of the RandLoRA layers in `model`, of PEFT or
     `RandLoraLinear`, and what computes them."""
     check_model(model)
-    told: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for layer in model.modules():
         if isinstance(layer, AdaptedLayer):
             shape = f"{layer.in_features}->{layer.out_features}"
             names = [name for name in layer.active_adapters if name in layer.randlora_lambda]
-            told.update(f"{shape} {layer.describe(name)}" for name in names)
+            counts.update(f"{shape} {layer.describe(name)}" for name in names)
         elif isinstance(layer, RandLoraLayer):
-            told["on PEFT's own code: made without randlora_ext.peft.enable() or accelerate()"] += 1
-    listed = ", ".join(f"{count}x {what}" for what, count in sorted(told.items()))
-    return f"{told.total()} RandLoRA layers: {listed}" if told else "no RandLoRA layers"
+            without = "made without randlora_ext.peft.enable() or accelerate()"
+            counts[f"on PEFT's own code: {without}"] += 1
+    if not counts:
+        return "no RandLoRA layers"
+    listed = ", ".join(f"{count}x {what}" for what, count in sorted(counts.items()))
+    return f"{counts.total()} RandLoRA layers: {listed}"
 
 
 def warn_of_misfits(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Warns if tensors, by their names in `model`, fit an adapter only in part. PEFT returns such
     names, and few look at them."""
-    ends = tuple(f".{part}.{adapter_name}" for part in DIAGONALS)
+    ends = tuple(f".{diagonal}.{adapter_name}" for diagonal in DIAGONALS)
     names = (name for name, _ in model.named_parameters(remove_duplicate=False))
     own = {name.replace("_fsdp_wrapped_module.", "") for name in names if name.endswith(ends)}
-    given = {key for key in state_dict if any(f".{part}" in key for part in DIAGONALS)}
-    for keys, told in (
+    given = {key for key in state_dict if any(f".{diagonal}" in key for diagonal in DIAGONALS)}
+    for keys, what in (
         (given - own, "tensors have no place in the model and are not used"),
         (own - given, "tensors of the adapter are missing and stay as they were"),
     ):
         if keys:
             warn_user(
-                f"the tensors fit adapter {adapter_name!r} only in part: {len(keys)} {told}: "
+                f"the tensors fit adapter {adapter_name!r} only in part: {len(keys)} {what}: "
                 f"{first(sorted(keys))}"
             )
 
