@@ -6,6 +6,7 @@ files and one tensor at a time (checkpoint.py).
 
 import sys
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -21,29 +22,31 @@ def run(command: str, **options: Any) -> int:
     try:
         return getattr(import_module(place, __package__), command)(**options)
     except ImportError as error:
-        told = f'{one_line(error)}; pip install "randlora-ext[peft]" brings what is needed'
+        message = f'{one_line(error)}; pip install "randlora-ext[peft]" brings what is needed'
     except (CliError, OSError) as error:
-        told = one_line(error)
+        message = one_line(error)
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
     except Exception as error:  # our bug: a report needs the traceback
         traceback.print_exc()
-        told = f"unexpected {type(error).__name__}; please report it"
-    print(f"error: {told}", file=sys.stderr)
+        message = f"unexpected {type(error).__name__}; please report it"
+    print(f"error: {message}", file=sys.stderr)
     return 2
 
 
 def one_line(error: BaseException) -> str:
-    told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-    return " ".join(told.split()) or type(error).__name__
+    message = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return " ".join(message.split()) or type(error).__name__
 
 
 @contextmanager
-def told_of(what: object, errors: Any):
+def errors_about(what: object, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     """Raises the block's error as a CliError that names `what`."""
     try:
         yield
     except errors as error:
-        told = one_line(error)
-        raise CliError(told if str(what) in told else f"{what}: {told}") from error
+        message = one_line(error)
+        if str(what) not in message:
+            message = f"{what}: {message}"
+        raise CliError(message) from error

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..nn.experts import TRANSPOSED, stacked_weight
 from ..nn.saved_adapter import BASIS_NAMES, SavedAdapter, read_adapter
 from ..nn.state_dict import DIAGONALS, INPUT_SCALE
 from ..ops.functional import merged_weight
-from . import CliError, told_of
+from . import CliError, errors_about
 from .checkpoint import Checkpoint, locate
 
 # Of transformers, whose linear layers are Conv1D, except heads, which are not square.
@@ -33,33 +33,47 @@ def read_changes(source: Path, checkpoint: Checkpoint) -> Changes:
     """Reads an adapter as PEFT or `load_adapter` would; CliError if it does not fit the model."""
     if "quantization_config" in checkpoint.config:
         raise CliError(f"{checkpoint.folder} is quantized; its 16 or 32 bit original is needed")
-    with told_of(source, (OSError, TypeError, ValueError)):
+    with errors_about(source, (OSError, TypeError, ValueError)):
         return _changes(read_adapter(source), checkpoint)
 
 
+class _Layout(NamedTuple):
+    """How a checkpoint has the weight of a layer."""
+
+    in_features: int
+    out_features: int
+    transposed: bool  # whether it, or that of each expert, is (in, out)
+
+
 def _changes(saved: SavedAdapter, checkpoint: Checkpoint) -> Changes:
-    names = {
-        path: at if saved.experts(path) else f"{at}.weight" for path, at in saved.names().items()
-    }
+    names = saved.names()
+    for path in names:
+        if not saved.experts(path):
+            names[path] += ".weight"
     name_in = locate([*names.values()], checkpoint)
     names = {path: name_in(name) for path, name in names.items()}
     layouts = {path: _layout(saved, path, checkpoint, name) for path, name in names.items()}
     if saved.basis is None:
         dtype = checkpoint.parameters[next(iter(names.values()))].dtype
-        basis_of = _bases_of_peft(saved, [sizes for sizes, _ in layouts.values()], dtype)
+        sizes = [(layout.in_features, layout.out_features) for layout in layouts.values()]
+        basis_of = _bases_of_peft(saved, sizes, dtype)
     else:
         basis_of = partial(Basis, r=saved.r, **vars(saved.basis))
     added = {}
-    for path, (sizes, transposed) in layouts.items():
-        basis = basis_of(*sizes)
-        if misfit := next(filter(None, saved.misfits(path, basis, saved.experts(path))), None):
-            raise ValueError(misfit)
-        own = saved.layers[path]
-        lam, gam = (own[part] for part in DIAGONALS)
-        operands = basis, lam, gam, own.get(INPUT_SCALE), saved.scaling, transposed
-        added[names[path]] = partial(_plus_delta, *operands)
+    for path, layout in layouts.items():
+        basis = basis_of(layout.in_features, layout.out_features)
+        for misfit in saved.misfits(path, basis, saved.experts(path)):
+            if misfit:
+                raise ValueError(misfit)
+        tensors = saved.layers[path]
+        lam, gam = (tensors[name] for name in DIAGONALS)
+        input_scale, scaling = tensors.get(INPUT_SCALE), saved.scaling
+        added[names[path]] = partial(
+            _plus_delta, basis, lam, gam, input_scale, scaling, layout.transposed
+        )
     others = {name_in(name): tensor for name, tensor in saved.others.items()}
-    if missing := saved.first_missing(checkpoint.parameters, others):
+    missing = saved.first_missing(checkpoint.parameters, others)
+    if missing:
         raise ValueError(missing)
     return Changes(added, others, saved.digest())
 
@@ -78,13 +92,15 @@ def _plus_delta(
     # As a model holds them after loading.
     dtype = torch.promote_types(weight.dtype, torch.float32)
     lam, gam = lam.to(dtype), gam.to(dtype)
-    scale = None if input_scale is None else input_scale.float()
+    if input_scale is not None:
+        input_scale = input_scale.float()
     if lam.dim() == 3:
         stack = weight.view(len(lam), *weight.shape[-2:])
-        merged = stacked_weight(stack, basis, lam, gam, scale, scaling, transposed)
+        merged = stacked_weight(stack, basis, lam, gam, input_scale, scaling, transposed)
         return merged.view(weight.shape)
-    W = weight.T.contiguous() if transposed else weight
-    merged = merged_weight(basis, W, lam, gam, scaling, scale)
+    if transposed:
+        weight = weight.T.contiguous()
+    merged = merged_weight(basis, weight, lam, gam, scaling, input_scale)
     return merged.T.contiguous() if transposed else merged
 
 
@@ -96,22 +112,20 @@ def _bases_of_peft(
 
     from ..peft.bases import PackedBufferDict, largest, layer_basis, new_bases
 
-    bases: Any = saved.bases
-    if bases.keys() != set(BASIS_NAMES) or not saved.fields["save_projection"]:
+    if saved.bases.keys() == set(BASIS_NAMES) and saved.fields["save_projection"]:
+        A, B = saved.bases["randlora_A"], saved.bases["randlora_B"]
+    else:
         drawn_by = ("projection_prng_key", "sparse", "very_sparse")
         fields = {name: saved.fields[name] for name in drawn_by}
         config = peft.RandLoraConfig(r=saved.r, save_projection=True, **fields)
-        bases = dict(zip(BASIS_NAMES, new_bases(config, *largest(sizes)), strict=True))
-    packed = PackedBufferDict(bases).to(dtype)  # as PEFT does, in the dtype of the weights
-    A, B = (packed[name] for name in BASIS_NAMES)
-    return partial(layer_basis, A, B, r=saved.r)
+        A, B = new_bases(config, *largest(sizes))
+    # As PEFT does, in the dtype of the weights.
+    packed = PackedBufferDict({"A": A, "B": B}).to(dtype)
+    return partial(layer_basis, packed["A"], packed["B"], r=saved.r)
 
 
-def _layout(
-    saved: SavedAdapter, path: str, checkpoint: Checkpoint, name: str
-) -> tuple[tuple[int, int], bool]:
-    """(in_features, out_features) of a layer, and whether the checkpoint has its weight, or each
-    of its experts, as (in, out)."""
+def _layout(saved: SavedAdapter, path: str, checkpoint: Checkpoint, name: str) -> _Layout:
+    """That of the layer's weight, which the checkpoint calls `name`."""
     experts = saved.experts(path)
     dtype, shape, places = checkpoint.parameters[name]
     if dtype is None or len(shape) < 2 or math.prod(shape[:-2]) != math.prod(experts):
@@ -129,19 +143,22 @@ def _layout(
         transposed = len(shape) == 3 and _are_transposed(checkpoint)
     else:
         transposed = _checked_fan_in_fan_out(saved, checkpoint, name)
-    return ((rows, columns), True) if transposed else ((columns, rows), False)
+    if transposed:
+        return _Layout(rows, columns, True)
+    return _Layout(columns, rows, False)
 
 
 def _checked_fan_in_fan_out(saved: SavedAdapter, checkpoint: Checkpoint, name: str) -> bool:
-    says_so = saved.fields["fan_in_fan_out"]
-    conv1d = {each in _CONV1D_MODELS for each in checkpoint.types}
-    is_square = len({*checkpoint.parameters[name].shape}) == 1
-    if is_square and True in conv1d and conv1d != {says_so}:
+    fan_in_fan_out = saved.fields["fan_in_fan_out"]
+    has_conv1d = any(each in _CONV1D_MODELS for each in checkpoint.types)
+    has_linear = any(each not in _CONV1D_MODELS for each in checkpoint.types)
+    is_square = len(set(checkpoint.parameters[name].shape)) == 1
+    if is_square and has_conv1d and (has_linear or not fan_in_fan_out):
         raise ValueError(
             f"{name} may be a Conv1D's or an nn.Linear's, since PEFT saved the fan_in_fan_out of "
-            f"one layer only, {says_so}; merge by merge_and_unload()"
+            f"one layer only, {fan_in_fan_out}; merge by merge_and_unload()"
         )
-    return says_so
+    return fan_in_fan_out
 
 
 def _are_transposed(checkpoint: Checkpoint) -> bool:

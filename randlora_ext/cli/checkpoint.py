@@ -4,19 +4,28 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import CliError, told_of
+from . import CliError, errors_about
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Experts that lie one by one: path, number, and whether it is a part of gate_up_proj.
 _EXPERT = re.compile(r"(.+)\.(\d+)\.(?:(gate_proj|up_proj|w1|w3)|down_proj|w2)\.weight")
+
+
+class Place(NamedTuple):
+    """Of a tensor in a file, in bytes."""
+
+    file: Path
+    start: int
+    size: int
 
 
 class Parameter(NamedTuple):
@@ -24,7 +33,7 @@ class Parameter(NamedTuple):
 
     dtype: torch.dtype | None  # None unless it is in _DTYPES
     shape: tuple[int, ...]
-    places: list[tuple[Path, int, int]]  # of the parts: file, first byte, number of bytes
+    places: list[Place]  # of the whole tensor, or of the parts of a stack in their order
 
 
 @dataclass(frozen=True)
@@ -35,21 +44,21 @@ class Checkpoint:
 
     @property
     def files(self) -> set[Path]:
-        return {file for each in self.parameters.values() for file, *_ in each.places}
+        return {place.file for each in self.parameters.values() for place in each.places}
 
     def read(self, name: str) -> Tensor:
         dtype, shape, places = self.parameters[name]
-        parts = [np.fromfile(file, np.uint8, size, offset=start) for file, start, size in places]
-        values: Any = torch.from_numpy(np.concatenate(parts))
-        return values.view(dtype).view(shape)
+        assert dtype is not None
+        parts = [np.fromfile(at.file, np.uint8, at.size, offset=at.start) for at in places]
+        return torch.from_numpy(np.concatenate(parts)).view(dtype).view(shape)
 
     def write(self, folder: Path, name: str, value: Tensor) -> None:
         """Into copies of the files."""
         places = self.parameters[name].places
-        parts = value.reshape(-1).view(torch.uint8).split([size for *_, size in places])
-        for (file, start, _), part in zip(places, parts, strict=True):
-            with open(folder / file.name, "r+b") as stream:
-                stream.seek(start)
+        parts = value.reshape(-1).view(torch.uint8).split([place.size for place in places])
+        for place, part in zip(places, parts, strict=True):
+            with open(folder / place.file.name, "r+b") as stream:
+                stream.seek(place.start)
                 stream.write(part.numpy().data)
 
     def configs(self) -> Iterator[dict]:
@@ -67,14 +76,16 @@ class Checkpoint:
         """Whether the model may use this tensor for its embeddings and for its head."""
         rows = self.parameters[name].shape[:1]
         owners = [config for config in self.configs() if rows == (config.get("vocab_size"),)]
+        if not owners:
+            return False
         # transformers 4 leaves a True out; a nested model may follow the outer one.
-        told = [c.get("tie_word_embeddings") for c in (self.config, *owners)]
-        return bool(owners) and (True in told or False not in told)
+        said = [config.get("tie_word_embeddings") for config in (self.config, *owners)]
+        return True in said or False not in said
 
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file."""
-    with told_of(path, (OSError, ValueError, RecursionError)):
+    with errors_about(path, (OSError, ValueError, RecursionError)):
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"must hold a JSON object, got {type(values).__name__}")
@@ -86,7 +97,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.is_file():
-        with told_of(index, (LookupError, AttributeError, TypeError)):
+        with errors_about(index, (LookupError, AttributeError, TypeError)):
             files = {Path(name).name for name in read_json(index)["weight_map"].values()}
     tensors: dict[str, Parameter] = {}
     for name in sorted(files):
@@ -96,7 +107,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 def _tensors(file: Path) -> dict[str, Parameter]:
     needed = f"{file} must be a sound safetensors file, as transformers' save_pretrained writes it"
-    with told_of(needed, (SafetensorError, OSError)), safe_open(file, framework="pt"):
+    with errors_about(needed, (SafetensorError, OSError)), safe_open(file, framework="pt"):
         pass  # it has checked header, offsets and length
     # The library does not give offsets. Eight bytes of length, a JSON header, then the data.
     with open(file, "rb") as stream:
@@ -104,10 +115,10 @@ def _tensors(file: Path) -> dict[str, Parameter]:
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     found = {}
-    for name, its in header.items():
-        start, end = its["data_offsets"]
-        place = file, 8 + length + start, end - start
-        found[name] = Parameter(_DTYPES.get(its["dtype"]), tuple(its["shape"]), [place])
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        place = Place(file, 8 + length + start, end - start)
+        found[name] = Parameter(_DTYPES.get(entry["dtype"]), tuple(entry["shape"]), [place])
     return found
 
 
@@ -117,15 +128,18 @@ def _experts(tensors: dict[str, Parameter]) -> dict[str, Parameter]:
     stacks: dict[str, list[re.Match]] = {}
     for match in sorted(matches, key=lambda match: (int(match[2]), match[0])):
         path = match[1].replace(".block_sparse_moe.", ".mlp.")  # Mixtral's
-        own = "gate_up_proj" if match[3] else "down_proj"
-        stacks.setdefault(f"{path}.{own}", []).append(match)
+        name = "gate_up_proj" if match[3] else "down_proj"
+        stacks.setdefault(f"{path}.{name}", []).append(match)
     found = {}
-    for name, its in stacks.items():
-        parts, count = [tensors[match[0]] for match in its], len({match[2] for match in its})
-        (dtype, shape), *others = {part[:2] for part in parts}
-        if not others and len(shape) == 2 and len(parts) % count == 0:
-            rows, places = len(parts) // count * shape[0], [part.places[0] for part in parts]
-            found[name] = Parameter(dtype, (count, rows, shape[1]), places)
+    for name, matches in stacks.items():
+        parts = [tensors[match[0]] for match in matches]
+        experts = len({match[2] for match in matches})
+        dtype, shape = parts[0].dtype, parts[0].shape
+        are_alike = all((part.dtype, part.shape) == (dtype, shape) for part in parts)
+        if are_alike and len(shape) == 2 and len(parts) % experts == 0:
+            rows, columns = len(parts) // experts * shape[0], shape[1]
+            places = [part.places[0] for part in parts]
+            found[name] = Parameter(dtype, (experts, rows, columns), places)
     return found
 
 
@@ -136,11 +150,15 @@ def locate(names: list[str], checkpoint: Checkpoint) -> Callable[[str], str]:
     "model.layers.0...", and the reverse: one prefix may be added to all names, or removed.
     """
     known, first = checkpoint.parameters, names[0]
+
+    def in_checkpoint(name: str, to_add: str, to_remove: str) -> str:
+        return to_add + name.removeprefix(to_remove)
+
     for name in sorted(known, key=lambda name: abs(len(name) - len(first))):
         if f".{name}".endswith(f".{first}") or f".{first}".endswith(f".{name}"):
-            add, take = name[: -len(first)], first[: -len(name)]
-            if all(add + name.removeprefix(take) in known for name in names):
-                return lambda name: add + name.removeprefix(take)
+            prefixes = {"to_add": name[: -len(first)], "to_remove": first[: -len(name)]}
+            if all(in_checkpoint(name, **prefixes) in known for name in names):
+                return partial(in_checkpoint, **prefixes)
     missing = next((name for name in names if name not in known), first)
     raise CliError(
         f"{checkpoint.folder} has no tensor {missing}, nor what it is made of: the adapter is of "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dial import FACTORS, NO_LABEL, dial_curve, set_dial
-from . import CliError, told_of
+from . import CliError, errors_about
 
 ROWS, COLUMNS = 8, 512  # of a batch, at most
 
@@ -54,7 +54,7 @@ def _measure(
         raise CliError(f"--tokens must be at least 1, got {tokens}")
     import transformers
 
-    with told_of(model, (OSError, ValueError)):
+    with errors_about(model, (OSError, ValueError)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
         of_task, of_text = (_batches(file, tokenizer, tokens) for file in (task, text))
     adapted = _opened(model, source)
@@ -83,10 +83,10 @@ def _opened(model: Path, source: Path) -> Any:
 
     import randlora_ext.peft
 
-    with told_of(model, (OSError, ValueError)):
+    with errors_about(model, (OSError, ValueError)):
         base = transformers.AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
     randlora_ext.peft.enable()
-    with told_of(source, (OSError, ValueError, TypeError, RuntimeError)):
+    with errors_about(source, (OSError, ValueError, TypeError, RuntimeError)):
         adapted = peft.PeftModel.from_pretrained(base, source)
     if not isinstance(adapted.peft_config["default"], peft.RandLoraConfig):
         raise CliError(f"{source} must be a RandLoRA adapter")
@@ -95,7 +95,7 @@ def _opened(model: Path, source: Path) -> Any:
 
 def _batches(file: Path, tokenizer: Any, tokens: int) -> list[dict[str, Tensor]]:
     """At most that many tokens of the file, and a row more."""
-    with told_of(file, (OSError, ValueError)):
+    with errors_about(file, (OSError, ValueError)):
         written = file.read_text(encoding="utf-8")
         rows, count = [], 0
         for ids, prompt in _rows(file, written, tokenizer, tokens):

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ..files import appear
 from ..nn.saved_adapter import NOT_HERE
-from . import CliError, told_of
+from . import CliError, errors_about
 from .adapter import read_changes
 from .checkpoint import Checkpoint, read_checkpoint, read_json
 
 MERGED = "randlora_merged.json"  # which adapters are in the weights
-_TOLD = "adapter", "sha256"
 # Weights in other formats would be those of the unmerged model.
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
@@ -64,9 +63,10 @@ def _merged_before(model: Path, source: Path, digest: str) -> list[dict]:
     """What the folder says of adapters in its weights; CliError if this one is among them."""
     if not (model / MERGED).exists():
         return []
-    with told_of(model / MERGED, (AttributeError, KeyError, TypeError)):
+    with errors_about(model / MERGED, (AttributeError, KeyError, TypeError)):
         merged = [
-            {name: each[name] for name in _TOLD} for each in read_json(model / MERGED)["merged"]
+            {"adapter": each["adapter"], "sha256": each["sha256"]}
+            for each in read_json(model / MERGED)["merged"]
         ]
     for each in merged:
         if each["sha256"] == digest:
@@ -79,14 +79,18 @@ def _merged_before(model: Path, source: Path, digest: str) -> list[dict]:
 
 def _check_names(checkpoint: Checkpoint, replaced: dict[str, Tensor], written: list[str]) -> None:
     for name, tensor in replaced.items():
-        its = checkpoint.parameters.get(name)
-        if its is None or its.shape != tuple(tensor.shape) or its.dtype is None:
+        parameter = checkpoint.parameters.get(name)
+        shape = tuple(tensor.shape)
+        if parameter is None or parameter.shape != shape or parameter.dtype is None:
             raise CliError(
-                f"the adapter holds {name} {tuple(tensor.shape)}, which {checkpoint.folder} does "
+                f"the adapter holds {name} {shape}, which {checkpoint.folder} does "
                 "not hold in that shape; merge by merge_and_unload"
             )
-    if tied := next((name for name in written if checkpoint.is_tied(name)), None):
-        raise CliError(f"{tied} is tied to another weight of the model; merge by merge_and_unload")
+    for name in written:
+        if checkpoint.is_tied(name):
+            raise CliError(
+                f"{name} is tied to another weight of the model; merge by merge_and_unload"
+            )
 
 
 def _copy(checkpoint: Checkpoint, folder: Path) -> list[str]:

@@ -51,18 +51,19 @@ def hotswap_adapter(
         )
     layers = layers_with(model, adapter_name).values()
     saved = read_adapter(_folder_of(os.fspath(model_name_or_path), **kwargs))
-    alpha, config = saved.randlora_alpha, model.peft_config[adapter_name]
     errors = _hotswap_errors(model, adapter_name, saved)
     refuse(errors, f"the adapter of {saved.place!r}", repr(adapter_name))
     tensors = {key: tensor.to(torch_device or "cpu") for key, tensor in saved.tensors.items()}
-    old, config.randlora_alpha = config.randlora_alpha, alpha  # what the file's records have
+    config = model.peft_config[adapter_name]
+    old_alpha = config.randlora_alpha
+    config.randlora_alpha = saved.randlora_alpha  # as in the records of the file
     try:
         peft.set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
     except BaseException:
-        config.randlora_alpha = old
+        config.randlora_alpha = old_alpha
         raise
     for layer in layers:
-        layer.scaling[adapter_name] = alpha / config.r
+        layer.scaling[adapter_name] = saved.scaling
 
 
 def _hotswap_errors(model: PeftModel, adapter_name: str, adapter: SavedAdapter) -> Iterator[str]:
@@ -77,20 +78,20 @@ def _hotswap_errors(model: PeftModel, adapter_name: str, adapter: SavedAdapter) 
     saves_bases = adapter_name in model.base_model.randlora_A.saved()
     if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
         yield from other_bases(vars(config), fields)
-    # What a file may lack, or bring.
-    free = *BASIS_NAMES, RECORD_KEY
-    for key in own:
+    may_lack = *BASIS_NAMES, RECORD_KEY
+    for key, tensor in own.items():
         if key.endswith(RECORD_KEY):
             continue
         if key in saved:
             check = misfit_of_input_scale if key.endswith(INPUT_SCALE) else misfit
-            yield check(key, saved[key], own[key])
-        elif not key.endswith(free):
+            yield check(key, saved[key], tensor)
+        elif not key.endswith(may_lack):
             yield f"{key} is missing"
-    # PEFT saves the base weights of a targeted lm_head, too.
-    is_base = lambda key: ".base_layer." in key and ".randlora_" not in key  # noqa: E731
-    passed = (key for key in saved if not key.endswith(free) and not is_base(key))
-    yield from (f"{key} is not part of the adapter" for key in passed if key not in own)
+    for key in saved:
+        # PEFT saves the base weights of a targeted lm_head, too.
+        of_base = ".base_layer." in key and ".randlora_" not in key
+        if key not in own and not key.endswith(may_lack) and not of_base:
+            yield f"{key} is not part of the adapter"
 
 
 def _folder_of(folder: str, subfolder: str | None = None, **hub: Any) -> Path:

@@ -1,6 +1,7 @@
 """PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import check_alpha, check_r, meant_targets, warn_of_unmatched, warn_user
 from ..nn.adapter_record import RECORD
@@ -79,32 +80,32 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 f"{scaling:g}; examples train with at most {DEFAULT_SCALING:g}, which is "
                 f"randlora_alpha={DEFAULT_SCALING * config.r:g}"
             )
-        wanted = _target_parameters(config)
+        parameters = _target_parameters(config)
         for name, other in self.peft_config.items():
-            if wanted and (others := _target_parameters(other)) not in ([], wanted):
+            others = _target_parameters(other)
+            if parameters and others and others != parameters:
                 raise ValueError(
-                    f"target_parameters must be {others}, those of adapter {name!r}, got {wanted}: "
-                    "the names of saved tensors depend on the order of nested layers"
+                    f"target_parameters must be {others}, those of adapter {name!r}, got "
+                    f"{parameters}: the names of saved tensors depend on the order of nested layers"
                 )
         BaseTuner._check_new_adapter_config(self, config)
         if description_in(config) is None:
-            everything = self.peft_config
+            configs = self.peft_config
             try:  # PEFT compares all adapters that it sees
-                self.peft_config = {n: c for n, c in everything.items() if not description_in(c)}
+                self.peft_config = {n: c for n, c in configs.items() if not description_in(c)}
                 super()._check_new_adapter_config(config)
             finally:
-                self.peft_config = everything
+                self.peft_config = configs
 
     def inject_adapter(self, model, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # The adapter gets bases of its own; if it fails, an older one of its name keeps its bases.
-        both = self.randlora_A, self.randlora_B
-        old = [bases.pop(adapter_name, None) for bases in both]
+        old_A = self.randlora_A.pop(adapter_name, None)
+        old_B = self.randlora_B.pop(adapter_name, None)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            for bases, basis in zip(both, old, strict=True):
-                if basis is not None:
-                    bases[adapter_name] = basis
+            if old_A is not None and old_B is not None:
+                self.randlora_A[adapter_name], self.randlora_B[adapter_name] = old_A, old_B
             raise
         guard(self.model)
         warn_when_trained(self.model, adapter_name)
@@ -119,8 +120,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
         reference would silently be the base model (docs/trl.md). Here every parameter and buffer
         of the adapter is copied. If a mended version copies them, too, they are the same.
         """
-        by_trl = "trl" in sys.modules and "default" in self.peft_config
-        if not by_trl or self.peft_config["ref"] is not self.peft_config["default"]:
+        if "trl" not in sys.modules:
+            return
+        if self.peft_config["ref"] is not self.peft_config.get("default"):
             return
         with torch.no_grad():
             for layer in self.model.modules():
@@ -151,28 +153,35 @@ class AcceleratedRandLoraModel(RandLoraModel):
             self._add_bases(config, adapter_name, *self._sizes)
             self._sizes = None
             refuse_lora_files(self.model)
-        A, B = self.randlora_A, self.randlora_B
-        if parameter_name is None:
+        if parameter_name is not None:
+            self._adapt_parameter(config, adapter_name, target, target_name, parent, parameter_name)
+        else:
             try:
                 check_is_called(self.model, current_key, f"module {current_key!r}")
             except ValueError as error:  # not raised: files of stock PEFT must load
                 warn_user(str(error))
-            place = target_name, parent, current_key
-            super()._create_and_replace(config, adapter_name, target, *place)
+            super()._create_and_replace(
+                config, adapter_name, target, target_name, parent, current_key
+            )
             disable_nested_tensors(self.model, current_key)
-        elif isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+        getattr(parent, target_name).path = current_key
+
+    def _adapt_parameter(
+        self, config, adapter_name, target, target_name, parent, parameter_name
+    ) -> None:
+        A, B = self.randlora_A, self.randlora_B
+        if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
             target.update_layer(adapter_name, A, B, config.r, config=config)
-            return
         else:
             wrapper = ParamWrapper(target, parameter_name, A, B, adapter_name, config)
             setattr(parent, target_name, wrapper)
-        getattr(parent, target_name).path = current_key
 
     def _prepare_adapter_config(self, config, model_config):
         # As PEFT's LoRA: the model's usual modules, or none of a model that PEFT does not know.
-        known = model_config.get("model_type") in self.target_module_mapping
-        only_parameters = config.target_modules is None and _target_parameters(config) and not known
-        return config if only_parameters else super()._prepare_adapter_config(config, model_config)
+        if config.target_modules is None and _target_parameters(config):
+            if model_config.get("model_type") not in self.target_module_mapping:
+                return config
+        return super()._prepare_adapter_config(config, model_config)
 
     def _prepare_model(self, config, model) -> None:
         """Checks the targets before anything is drawn or replaced."""
@@ -191,25 +200,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 f"{type(model).__name__}{meant_targets(config.target_modules, linear)}; its linear "
                 f"layers are called {first(linear)}"
             )
-        module_of = f"module of {type(model).__name__}"
-        parameter_of = f"parameter of {type(model).__name__}"
-        modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-        warn_of_unmatched("target_modules", config.target_modules, modules, module_of)
-        named = _target_parameters(config)
-        warn_of_unmatched("target_parameters", named, parameters, parameter_of)
-        saved = set(config.modules_to_save or ()) - _SAVED_ANYWAY
-        # PEFT looks for these without a dot before them.
-        saved = {name for name in saved if not any(path.endswith(name) for path in modules)}
-        warn_of_unmatched("modules_to_save", saved, modules, module_of)
-        if parameters:  # in the order of nesting, innermost first, which `randlora merge` reads
-
-            def first_match(target: str) -> int:
-                matches = [f".{name}".endswith(f".{target}") for name in parameters]
-                return matches.index(True) if True in matches else len(matches)
-
-            config.target_parameters = sorted(
-                dict.fromkeys(config.target_parameters), key=first_match
-            )
+        _warn_of_unmatched(config, model, parameters)
+        if parameters:
+            config.target_parameters = _in_order_of(parameters, config.target_parameters)
         for name, module in targets.items():
             check_no_plan(model, name, f"target {name!r}")
             if not isinstance(module, RandLoraLayer):
@@ -218,24 +211,34 @@ class AcceleratedRandLoraModel(RandLoraModel):
             if isinstance(model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
                 check_not_nested(model, name, f"target {name!r}")
         self._sizes = largest([*map(features, targets.values()), *parameters.values()])
-        if config.r > (d := self._sizes[1]):
+        _, d = self._sizes
+        if config.r > d:
             warn_user(more_than_d(config.r, d))
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int) -> None:
-        """Takes another adapter's, whatever their flags, as stock PEFT does, or makes new ones."""
-        known = [name for name in self.randlora_A if name in self.peft_config]
-        for i, name in enumerate(known):
-            other, A, B = self.peft_config[name], self.randlora_A[name], self.randlora_B[name]
-            same = (other.r, other.projection_prng_key) == (config.r, config.projection_prng_key)
-            sizes = A.shape[-1], B.shape[0]
-            if same and (sizes == (d, D) or (i == 0 and sizes[0] >= d and sizes[1] >= D)):
-                break
-        else:
-            A, B = new_bases(config, D, d)
+        """Takes another adapter's, as stock PEFT does, or makes new ones."""
+        A, B = self._bases_to_share(config, D, d) or new_bases(config, D, d)
         for bases, matrix in ((self.randlora_A, A), (self.randlora_B, B)):
             bases[adapter_name] = matrix
             if generator_of(matrix) is None:  # PEFT's check wants the same for all
                 bases.persistent = config.save_projection
+
+    def _bases_to_share(
+        self, config: peft.RandLoraConfig, D: int, d: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Those of an adapter of the same r and key, whatever its flags: of the same sizes or, as
+        PEFT takes them of the first adapter, larger ones."""
+        known = [name for name in self.randlora_A if name in self.peft_config]
+        for name in known:
+            other, A, B = self.peft_config[name], self.randlora_A[name], self.randlora_B[name]
+            if other.r != config.r or other.projection_prng_key != config.projection_prng_key:
+                continue
+            fits = A.shape[-1] == d and B.shape[0] == D
+            if name == known[0]:
+                fits = A.shape[-1] >= d and B.shape[0] >= D
+            if fits:
+                return A, B
+        return None
 
     def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the ``target_parameters`` by their names."""
@@ -284,14 +287,15 @@ class AcceleratedRandLoraModel(RandLoraModel):
         if self.training:
             raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
         take_names = AcceleratedLinear, AuxiliaryTrainingWrapper
-        modules = [m for m in self.modules() if isinstance(m, take_names)]
+        modules = [module for module in self.modules() if isinstance(module, take_names)]
         if any(isinstance(m, ParamWrapper) for m in modules):
             raise ValueError(
                 "adapter_names cannot choose among adapters of target_parameters: one W + dW "
                 "serves the whole batch"
             )
         known = {name for m in modules for name in getattr(m, "randlora_lambda", ())}
-        if unknown := sorted(set(adapter_names) - known - {"__base__"}):
+        unknown = sorted(set(adapter_names) - known - {"__base__"})
+        if unknown:
             raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
         config = call.get("generation_config")
         counted = "num_beams", "num_return_sequences"
@@ -332,8 +336,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
         # What DeepSpeed's ZeRO-3 gathers from its ranks has parameters and buffers, but no records.
         found, name = super()._get_adapter_state_dict(**kwargs), kwargs["adapter_name"]
         for path, layer in kwargs["model"].named_modules():
-            has_record = isinstance(layer, AcceleratedLinear) and name in layer.randlora_record
-            if has_record and f"{path}.randlora_lambda.{name}" in found:
+            if not isinstance(layer, AcceleratedLinear) or name not in layer.randlora_record:
+                continue
+            if f"{path}.randlora_lambda.{name}" in found:
                 record = layer.randlora_record[name].get_extra_state()
                 found.setdefault(f"{path}.{RECORD}.{name}._extra_state", record)
         return found
@@ -342,8 +347,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _remap_adapter_state_dict_for_load(cls, **kwargs) -> dict:
         # PEFT adds the adapter's name only to entries that the model would write itself. A file may
         # hold bases elsewhere, also under every layer.
-        name, entries = kwargs["adapter_name"], super()._remap_adapter_state_dict_for_load(**kwargs)
-        named = {f"{k}.{name}" if k.endswith(BASIS_NAMES) else k: v for k, v in entries.items()}
+        name, named = kwargs["adapter_name"], {}
+        for key, tensor in super()._remap_adapter_state_dict_for_load(**kwargs).items():
+            if key.endswith(BASIS_NAMES):
+                key = f"{key}.{name}"
+            named[key] = tensor
         warn_of_misfits(kwargs["model"], name, named)
         return named
 
@@ -355,6 +363,33 @@ def layer_class(base_layer: nn.Module) -> type[AcceleratedLinear]:
 
 def _target_parameters(config: peft.RandLoraConfig) -> list[str]:
     return sorted(getattr(config, "target_parameters", None) or ())  # stock's have none
+
+
+def _warn_of_unmatched(
+    config: peft.RandLoraConfig, model: nn.Module, parameters: Iterable[str]
+) -> None:
+    """Warns of names in the configuration that match nothing in the model."""
+    module_of = f"module of {type(model).__name__}"
+    parameter_of = f"parameter of {type(model).__name__}"
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    warn_of_unmatched("target_modules", config.target_modules, modules, module_of)
+    named = _target_parameters(config)
+    warn_of_unmatched("target_parameters", named, parameters, parameter_of)
+    saved = set(config.modules_to_save or ()) - _SAVED_ANYWAY
+    # PEFT looks for these without a dot before them.
+    saved = {name for name in saved if not any(path.endswith(name) for path in modules)}
+    warn_of_unmatched("modules_to_save", saved, modules, module_of)
+
+
+def _in_order_of(parameters: Iterable[str], targets: Iterable[str]) -> list[str]:
+    """``target_parameters`` in the order of what they match, which is that of nesting, innermost
+    first: `randlora merge` reads it. What matches nothing comes last."""
+    names, ordered = dict.fromkeys(targets), []
+    for parameter in parameters:
+        for name in names:
+            if f".{parameter}".endswith(f".{name}") and name not in ordered:
+                ordered.append(name)
+    return ordered + [name for name in names if name not in ordered]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -25,11 +25,12 @@ from .layer import AcceleratedLinear
 def backend_of(base: nn.Module) -> Any:
     """PEFT's backend for a quantized layer; None for others, also an nn.Linear of torchao."""
     bnb = sys.modules.get("bitsandbytes")  # without it nothing can be its layer
-    of_bnb = bnb and isinstance(base, (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit))
+    if bnb is not None and isinstance(base, (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)):
+        return resolve_quantization_backend(base)
     # PEFT 0.20 fails on any other layer beside a newer torchao, so it is not asked needlessly.
-    others = nn.Linear, RandLoraLayer, ModulesToSaveWrapper
-    other = isinstance(base, others) or is_conv1d(base) or not hasattr(base, "in_features")
-    return resolve_quantization_backend(base) if of_bnb or not other else None
+    if isinstance(base, (nn.Linear, RandLoraLayer, ModulesToSaveWrapper)) or is_conv1d(base):
+        return None
+    return resolve_quantization_backend(base) if hasattr(base, "in_features") else None
 
 
 class QuantizedLinear(AcceleratedLinear):

@@ -19,7 +19,7 @@ from ..basis import Basis
 from ..files import appear_together
 from ..nn.adapter_config import NEEDS_OURS
 from ..nn.state_dict import INPUT_SCALE
-from .bases import BASIS_NAMES, PackedBasis, dense_of, largest
+from .bases import PackedBasis, dense_of, largest
 from .config import description_in
 from .layer import layers_with
 
@@ -45,32 +45,46 @@ def save_together(stock: Callable, model: peft.PeftModel, save_directory, *args,
         stock(model, save_directory, *args, **kwargs)
         return
     with appear_together(save_directory) as folder:
-        if (old := Path(save_directory, "README.md")).exists():
-            shutil.copy(old, folder)  # PEFT updates it and keeps its text
+        old_card = Path(save_directory, "README.md")
+        if old_card.exists():
+            shutil.copy(old_card, folder)  # PEFT updates it and keeps its text
         stock(model, str(folder), *args, **kwargs)
-        if (file := folder / "README.md").exists():
-            card, configs = ModelCard.load(file), sorted(folder.rglob(CONFIG_NAME))
-            text = _IS_CALIBRATED.sub("", card.text.replace(_OPENS, "")).lstrip("\n")
-            if any(NEEDS_OURS in config.read_text() for config in configs):
-                places = [config.parent for config in configs]
-                names = ["default" if place == folder else place.name for place in places]
-                text = _OPENS + _calibration(model, names) + text
-            card.text = text
-            card.save(file)
+        if (folder / "README.md").exists():
+            _complete_card(folder, model)
+
+
+def _complete_card(folder: Path, model: peft.PeftModel) -> None:
+    """Says in README.md how to open the adapters, if PEFT alone cannot."""
+    card = ModelCard.load(folder / "README.md")
+    text = _IS_CALIBRATED.sub("", card.text.replace(_OPENS, "")).lstrip("\n")
+    configs = sorted(folder.rglob(CONFIG_NAME))
+    if any(NEEDS_OURS in config.read_text() for config in configs):
+        places = [config.parent for config in configs]
+        names = ["default" if place == folder else place.name for place in places]
+        text = _OPENS + _calibration(model, names) + text
+    card.text = text
+    card.save(folder / "README.md")
 
 
 def _calibration(model: peft.PeftModel, names: list[str]) -> str:
     """Of adapters on Hadamard bases a line that `_IS_CALIBRATED` finds again."""
-    told = []
+    answers = {}
     for name in names:
-        own = [layer for layer in layers_with(model, name).values() if _can_scale(layer, name)]
-        if own:
-            answer = "yes" if any(layer.is_calibrated(name) for layer in own) else "no"
-            told.append(answer if len(names) == 1 else f"{name} {answer}")
-    return f"Calibrated by `randlora_ext.calibrate`: {', '.join(told)}.\n\n" if told else ""
+        layers = [layer for layer in layers_with(model, name).values() if _on_hadamard(layer, name)]
+        if layers:
+            is_calibrated = any(layer.is_calibrated(name) for layer in layers)
+            answers[name] = "yes" if is_calibrated else "no"
+    if not answers:
+        return ""
+    if len(names) == 1:
+        listed = answers[names[0]]
+    else:
+        listed = ", ".join(f"{name} {answer}" for name, answer in answers.items())
+    return f"Calibrated by `randlora_ext.calibrate`: {listed}.\n\n"
 
 
-def _can_scale(layer: Any, name: str) -> bool:
+def _on_hadamard(layer: Any, name: str) -> bool:
+    """Whether the adapter has an input scale there. Stock PEFT's layers have none."""
     return name in getattr(layer, "randlora_input_scale", ())
 
 
@@ -92,11 +106,12 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
     state = model.state_dict()
     for name, config in configs.items():
         layers = layers_with(model, name)
-        _fold_scales(state, name, layers)
-        A, B = (getattr(model.base_model, bases)[name] for bases in BASIS_NAMES)
+        _fold_input_scales(state, name, layers)
+        A, B = model.base_model.randlora_A[name], model.base_model.randlora_B[name]
         stock[name] = _stock_config(config, isinstance(A, PackedBasis))
-        for bases, dense in zip(BASIS_NAMES, _dense_bases(config, A, B, layers), strict=True):
-            state[f"base_model.{bases}.{name}"] = dense.detach()
+        A, B = _dense_bases(config, A, B, layers)
+        state[f"base_model.randlora_A.{name}"] = A.detach()
+        state[f"base_model.randlora_B.{name}"] = B.detach()
     try:
         model.peft_config.update(stock)
         model.save_pretrained(os.fspath(folder), state_dict=state)
@@ -104,11 +119,10 @@ def export_to_peft(model: peft.PeftModel, folder: str | os.PathLike) -> None:
         model.peft_config.update(configs)
 
 
-def _fold_scales(state: dict[str, Tensor], name: str, layers: Mapping[str, Any]) -> None:
+def _fold_input_scales(state: dict[str, Tensor], name: str, layers: Mapping[str, Any]) -> None:
     """Multiplies input scales into the gammas of `state`, and takes them out of it."""
     for path, layer in layers.items():
-        scales: Any = getattr(layer, "randlora_input_scale", ())
-        if name not in scales:
+        if not _on_hadamard(layer, name):
             continue
         if layer.is_calibrated(name) and layer.in_features > layer.out_features:
             raise ValueError(
@@ -119,7 +133,8 @@ def _fold_scales(state: dict[str, Tensor], name: str, layers: Mapping[str, Any])
         del state[f"{key}.{INPUT_SCALE}.{name}"]
         gamma = f"{key}.randlora_gamma.{name}"
         if layer.is_calibrated(name):
-            state[gamma] = state[gamma] * scales[name].to(state[gamma])
+            input_scale = layer.randlora_input_scale[name]
+            state[gamma] = state[gamma] * input_scale.to(state[gamma])
 
 
 def _dense_bases(
@@ -133,19 +148,22 @@ def _dense_bases(
     description = description_in(config)
     if description is None:
         return dense_of(A), dense_of(B)
-    sizes = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
-    (D, d), r = largest(sizes.values()), config.r
-    own_d = d
+    D, d = largest((layer.in_features, layer.out_features) for layer in layers.values())
+    r = config.r
+    drawn_d = d
     if description.kind == "hadamard":
-        layer_of = {min(its): path for path, its in reversed(sizes.items())}
-        if len(layer_of) > 1:
+        layer_with: dict[int, str] = {}  # the first one, by min(in, out)
+        for path, layer in layers.items():
+            layer_with.setdefault(min(layer.in_features, layer.out_features), path)
+        if len(layer_with) > 1:
             raise ValueError(
                 "stock PEFT has one pair of bases for all layers, and A of Hadamard bases depends "
-                f"on min(in, out), which differs (layers by it: {layer_of}); {_MERGE}"
+                f"on min(in, out), which differs (layers by it: {layer_with}); {_MERGE}"
             )
-        (own_d,) = layer_of
-    A, B = Basis(own_d, D, r, **vars(description)).dense()
-    A, B = F.pad(A, (0, d - own_d)), F.pad(B, (0, -(-d // r) * r - B.shape[1]))
+        drawn_d = next(iter(layer_with))
+    A, B = Basis(drawn_d, D, r, **vars(description)).dense()
+    # Stock PEFT has a base for every r of the d features.
+    A, B = F.pad(A, (0, d - drawn_d)), F.pad(B, (0, -(-d // r) * r - B.shape[1]))
     return A.unsqueeze(1), B.unflatten(1, (-1, r))
 
 
