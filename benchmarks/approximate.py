@@ -114,18 +114,18 @@ def run(
 ) -> list[dict]:
     cases = [(t, r, b) for t in targets for r in ranks for b in bases]
     rows = []
-    for name, r, kind in tqdm(cases, unit="fit"):
+    for name, r, bases in tqdm(cases, unit="fit"):
         target = targets[name]
         errors = []
         for seed in range(seeds):
-            error, parameters = randlora_error(target, r, kind, steps, seed)
+            error, parameters = randlora_error(target, r, bases, steps, seed)
             errors.append(error)
         rows.append(
             {
                 "target": name,
                 "shape": "x".join(map(str, target.shape)),
                 "r": r,
-                "bases": kind,
+                "bases": bases,
                 "parameters": parameters,
                 "share": parameters / target.numel(),
                 "randlora": sum(errors) / seeds,

@@ -86,7 +86,7 @@ def adapted(base, method: str, seed: int, scaling: float, r: int, targets: list[
     stock, bases = method.startswith("peft"), method.split()[-1]
     randlora_ext.peft.disable() if stock else randlora_ext.peft.enable()
     config = peft.RandLoraConfig if stock else randlora_ext.peft.RandLoraConfig
-    kinds = {
+    options = {
         "hadamard": {"basis": "hadamard"},
         "1/3": {"sparse": True},
         "very_sparse": {"very_sparse": True},
@@ -94,7 +94,7 @@ def adapted(base, method: str, seed: int, scaling: float, r: int, targets: list[
         "0.07": {"basis": "independent", "density": 0.07},
     }
     common |= {"r": r, "randlora_alpha": scaling * r, "projection_prng_key": seed}
-    return peft.get_peft_model(base, config(save_projection=False, **kinds[bases], **common))
+    return peft.get_peft_model(base, config(save_projection=False, **options[bases], **common))
 
 
 # ---- the scale of the inputs ---------------------------------------------------------------------
@@ -293,13 +293,13 @@ def common_responses(tuned) -> Iterator[dict[str, list[float]]]:
 
     found: dict[str, list[float]] = {}
 
-    def watch(kind: str):
+    def watch(target: str):
         def hook(layer, inputs, y):
             with torch.no_grad():
                 response = (y - layer.get_base_layer()(inputs[0])).float().flatten(0, -2)
             energy = response.square().sum(1).mean()
             if energy > 0:
-                found.setdefault(kind, []).append(float(response.mean(0).square().sum() / energy))
+                found.setdefault(target, []).append(float(response.mean(0).square().sum() / energy))
 
         return hook
 
@@ -334,7 +334,7 @@ def inputs_of_layers(dtype: str) -> dict[str, dict[str, dict[str, float]]]:
     for text, content in texts.items():
         seen: dict[str, list[dict[str, float]]] = {}
 
-        def watch(layer, inputs, kind: str, seen=seen):
+        def watch(layer, inputs, target: str, seen=seen):
             x = inputs[0].flatten(0, -2)
             energy = x.square().mean(0)
             few = energy.sort(descending=True).values[: max(1, round(0.02 * len(energy)))]
@@ -343,10 +343,10 @@ def inputs_of_layers(dtype: str) -> dict[str, dict[str, dict[str, float]]]:
             for name, scale in zip(("mean", "scaled", "calibrated"), scales, strict=True):
                 y = x * scale
                 shares[name] = float(y.mean(0).square().sum() / y.square().mean(0).sum())
-            seen.setdefault(kind, []).append(shares)
+            seen.setdefault(target, []).append(shares)
 
         hooks = [
-            layer.register_forward_pre_hook(partial(watch, kind=path.rpartition(".")[2]))
+            layer.register_forward_pre_hook(partial(watch, target=path.rpartition(".")[2]))
             for path, layer in tuned.named_modules()
             if layer in by_p[0]
         ]
@@ -355,8 +355,10 @@ def inputs_of_layers(dtype: str) -> dict[str, dict[str, dict[str, float]]]:
         for hook in hooks:
             hook.remove()
         found[text] = {
-            kind: {name: round(statistics.fmean(s[name] for s in shares), 3) for name in shares[0]}
-            for kind, shares in seen.items()
+            target: {
+                name: round(statistics.fmean(s[name] for s in shares), 3) for name in shares[0]
+            }
+            for target, shares in seen.items()
         }
     return found
 
@@ -364,11 +366,11 @@ def inputs_of_layers(dtype: str) -> dict[str, dict[str, dict[str, float]]]:
 def inputs_table(found: dict) -> str:
     """By kind of layer and text: shares of energy of 2% of the features, and of the mean."""
     lines = [f"| layers | {' | '.join(found)} |\n|{'---|' * (len(found) + 1)}"]
-    for kind in TARGETS["all"]:
+    for target in TARGETS["all"]:
         cells = (
-            f"{found[text][kind]['few']:.0%}, {found[text][kind]['mean']:.0%}" for text in found
+            f"{found[text][target]['few']:.0%}, {found[text][target]['mean']:.0%}" for text in found
         )
-        lines.append(f"| {kind} | {' | '.join(cells)} |")
+        lines.append(f"| {target} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -388,8 +390,8 @@ def run_one(
     training, held_out = finetune_tasks.TASKS[task]()
     held_out = held_out[:64] if model == "gemma" else held_out  # its vocabulary is large
     tokenizer, base, before = loaded(model)
-    kind, _, on = method.partition(" scaled")
-    tuned = adapted(copy.deepcopy(base), kind, seed, scaling, r, TARGETS[targets])
+    plain, _, on = method.partition(" scaled")
+    tuned = adapted(copy.deepcopy(base), plain, seed, scaling, r, TARGETS[targets])
     trained = [p for p in tuned.parameters() if p.requires_grad]
     if nudge:
         with torch.no_grad():
@@ -397,8 +399,8 @@ def run_one(
                 1 + 1e-6
             )
     batches = spelling.plan_batches(training, steps, BATCH, seed)
-    if method != kind:
-        scale_inputs(tuned, base, kind, on.strip(":"), batches, tokenizer, TARGETS[targets])
+    if method != plain:
+        scale_inputs(tuned, base, plain, on.strip(":"), batches, tokenizer, TARGETS[targets])
     values = task, method, lr, seed, steps, scaling, r, targets, model
     result = dict(zip(KEY, values, strict=True))
     result |= {"parameters": sum(p.numel() for p in trained)}
@@ -417,9 +419,9 @@ def run_one(
     result |= {
         "forgetting": {name: after[name] - before[name] for name in after},
         "kl": divergence(tuned, task, model),
-        "common": {kind: round(statistics.fmean(shares), 3) for kind, shares in common.items()},
+        "common": {target: round(statistics.fmean(shares), 3) for target, shares in common.items()},
     }
-    for factor in FACTORS if kind != "full" else ():
+    for factor in FACTORS if plain != "full" else ():
         with scaled_update(tuned, factor):
             result[f"x {factor}"] = {
                 "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
@@ -517,22 +519,24 @@ def parity(steps: int, lr: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 
-    def of(kind):
-        return lambda text: [kind(value) for value in text.split(",")]
+    def list_of(convert):
+        return lambda text: [convert(value) for value in text.split(",")]
 
     known = [*OTHERS, *RANDLORA, "peft 1/3"]
-    parser.add_argument("--task", type=of(str), default=["spelling"], help="roman, dates, ...")
+    parser.add_argument("--task", type=list_of(str), default=["spelling"], help="roman, dates, ...")
     parser.add_argument(
         "--methods",
-        type=of(str),
+        type=list_of(str),
         default=["lora", "hadamard scaled"],
         help=f"{known} [scaled[:on=N|:p=0 ...]]",
     )
-    parser.add_argument("--rates", type=of(float), default=[5e-4], help="learning rates")
-    parser.add_argument("--scalings", type=of(float), default=[SCALING], help="RandLoRA's alpha/r")
-    parser.add_argument("--r", type=of(int), default=[32])
-    parser.add_argument("--targets", type=of(str), default=["four"], help=f"of {[*TARGETS]}")
-    parser.add_argument("--model", type=of(str), default=["fp32"], help=f"of {MODELS}")
+    parser.add_argument("--rates", type=list_of(float), default=[5e-4], help="learning rates")
+    parser.add_argument(
+        "--scalings", type=list_of(float), default=[SCALING], help="RandLoRA's alpha/r"
+    )
+    parser.add_argument("--r", type=list_of(int), default=[32])
+    parser.add_argument("--targets", type=list_of(str), default=["four"], help=f"of {[*TARGETS]}")
+    parser.add_argument("--model", type=list_of(str), default=["fp32"], help=f"of {MODELS}")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("finetune"), help="write OUT.jsonl")

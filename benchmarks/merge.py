@@ -39,14 +39,14 @@ def adapted(way: str, size: int, layers: int, rank: int) -> peft.PeftModel:
         keep_weight, _, bases = way.partition(" ")
         if way != "peft":
             randlora_ext.peft.enable(keep_weight=keep_weight)
-        kinds: dict[str, dict] = {
+        options: dict[str, dict] = {
             "": {"sparse": True},
             "0.07": {"density": 0.07},
             "hadamard": {"basis": "hadamard"},
         }
         make = randlora_ext.peft.RandLoraConfig if bases else peft.RandLoraConfig
         scaled = {"r": rank, "randlora_alpha": 20 * rank}
-        config = make(**scaled, target_modules=targets, **kinds[bases])
+        config = make(**scaled, target_modules=targets, **options[bases])
     model = peft.get_peft_model(base, config)
     learn(model, 1e-3)
     return model

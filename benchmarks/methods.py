@@ -81,13 +81,13 @@ def _of_peft(method: str, base: nn.Linear, rank: int, density: str) -> nn.Module
     import peft  # here, because it takes seconds and not every program compares with PEFT
 
     targets = {"target_modules": ["1"]}
-    kind = {"dense": {}, "very_sparse": {"very_sparse": True}}.get(density, {"sparse": True})
+    flags = {"dense": {}, "very_sparse": {"very_sparse": True}}.get(density, {"sparse": True})
     configs = {
         "lora": lambda: peft.LoraConfig(r=rank, **targets),
         "dora": lambda: peft.LoraConfig(r=rank, use_dora=True, **targets),
         "vera": lambda: peft.VeraConfig(save_projection=False, **targets),
         "peft": lambda: peft.RandLoraConfig(
-            r=rank, randlora_alpha=SCALING * rank, save_projection=False, **kind, **targets
+            r=rank, randlora_alpha=SCALING * rank, save_projection=False, **flags, **targets
         ),
     }
     with warnings.catch_warnings():

@@ -199,28 +199,28 @@ def by_forgetting(rows: list[dict]):
 
 def by_inputs(inputs: dict, rows: list[dict]):
     """The mean's share of the inputs' energy, and of dW's response: before and after."""
-    kinds = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
     usual = {"model": "fp32", "task": "spelling", "targets": "four", "steps": 40, "r": 32}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     looks = [("0.6", "as they are"), ("tab:orange", "divided by their size alone")]
     looks.append(("tab:red", "and weighed by what varies"))
     shares = [
-        [inputs["manual"][k][name] for k in kinds] for name in ("mean", "scaled", "calibrated")
+        [inputs["manual"][k][name] for k in targets] for name in ("mean", "scaled", "calibrated")
     ]
     methods = ("hadamard", "hadamard scaled:p=0", "hadamard scaled")
     responses = []
     for method in methods:
         mine = [r["common"] for r in rows if usual.items() <= r.items() and r["method"] == method]
-        responses.append([sum(c[kind] for c in mine) / len(mine) for kind in kinds])
+        responses.append([sum(c[layer] for c in mine) / len(mine) for layer in targets])
     titles = (
         "the mean's share of the inputs' energy",
         "the mean's share of the energy of dW's response",
     )
     for axis, title, values in zip(axes, titles, (shares, responses), strict=True):
         for i, ((color, label), heights) in enumerate(zip(looks, values, strict=True)):
-            places = [k + 0.27 * (i - 1) for k in range(len(kinds))]
+            places = [k + 0.27 * (i - 1) for k in range(len(targets))]
             axis.bar(places, heights, 0.25, color=color, label=label)
-        axis.set_xticks(range(len(kinds)), kinds)
+        axis.set_xticks(range(len(targets)), targets)
         axis.set_title(title, fontsize=9)
         axis.grid(axis="y", alpha=0.3)
     lines, labels = axes[0].get_legend_handles_labels()
@@ -236,8 +236,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, kind, draw in (("tokens", "layer", by_tokens), ("density", "density", by_density)):
-        path = ROOT / "results" / f"{kind}-{args.name}.json"
+    for name, measured, draw in (
+        ("tokens", "layer", by_tokens),
+        ("density", "density", by_density),
+    ):
+        path = ROOT / "results" / f"{measured}-{args.name}.json"
         if not path.exists():
             print(f"no {path.name}: bench-{name}.png stays as it is")
             continue

@@ -223,10 +223,11 @@ for path, layer in tqdm(layers.items(), desc="singular values", unit="layer"):
     with torch.no_grad():
         values = torch.linalg.svdvals(layer.get_delta_weight("default").float()).cpu()
     kept, whole = kept + values[:LORA].square().sum(), whole + values.square().sum()
-    kind = path.rpartition(".")[2]
-    color = f"C{common['target_modules'].index(kind)}"
-    axis.semilogy(values / values[0], lw=0.8, color=color, label=None if kind in ranks else kind)
-    ranks.setdefault(kind, []).append((spelling.effective_rank(values), len(values)))
+    target = path.rpartition(".")[2]
+    color = f"C{common['target_modules'].index(target)}"
+    label = None if target in ranks else target
+    axis.semilogy(values / values[0], lw=0.8, color=color, label=label)
+    ranks.setdefault(target, []).append((spelling.effective_rank(values), len(values)))
 ends = f"where LoRA of as many parameters ends (r = {LORA_OF_AS_MANY})"
 axis.axvline(LORA_OF_AS_MANY, color="k", ls=":", label=ends)
 axis.set(title=f"SmolLM2-135M: singular values of every dW\n{name}, rate {options.lr:g}")
@@ -235,8 +236,8 @@ axis.title.set_fontsize("medium")
 axis.legend(fontsize="small", loc="upper right")
 figure.savefig(out / "spectra.png", dpi=120)
 effective = {k: [statistics.fmean(each) for each in zip(*v, strict=True)] for k, v in ranks.items()}
-for kind, (rank, full) in effective.items():
-    print(f"{kind}: effective rank of dW {rank:.0f} of {full:.0f}, mean over layers")
+for target, (rank, full) in effective.items():
+    print(f"{target}: effective rank of dW {rank:.0f} of {full:.0f}, mean over layers")
 print(f"a LoRA of rank {LORA} keeps {kept / whole:.2f} of |dW|^2")
 
 # %% Merge into a folder that any program opens, which knows nothing of randlora_ext

@@ -7,14 +7,14 @@
 # it is. Python and torch are not instrumented, so the sanitizer's library is loaded before them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-kind=${1:-address,undefined}
+sanitizers=${1:-address,undefined}
 [ $# -eq 0 ] || shift
-copy=$PWD/build/sanitized-${kind//,/-}
+copy=$PWD/build/sanitized-${sanitizers//,/-}
 mkdir -p "$copy"
 rm -rf "$copy"/{csrc,tests,randlora_ext}  # files that are gone since
 git ls-files -z | xargs -0 cp --parents -pt "$copy"
 cd "$copy"
-RANDLORA_CUDA=0 RANDLORA_SANITIZE=$kind python setup.py -q build_ext --inplace >build.log 2>&1 ||
+RANDLORA_CUDA=0 RANDLORA_SANITIZE=$sanitizers python setup.py -q build_ext --inplace >build.log 2>&1 ||
   { tail -30 build.log; exit 1; }
 
 # Leaks are Python's and torch's own; soak.py looks for ours. TSan cannot see into libgomp, whose
@@ -24,7 +24,7 @@ export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:detect_stack_use_after
 export UBSAN_OPTIONS=print_stacktrace=1
 export TSAN_OPTIONS=ignore_noninstrumented_modules=1:report_signal_unsafe=0
 export PYTHONPATH=$copy PYTHONDONTWRITEBYTECODE=1
-case $kind in
+case $sanitizers in
   *thread*)
     libraries=libtsan tests="tests/ops/test_concurrency.py"
     choice="(bits or drop) and not -4]"

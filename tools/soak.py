@@ -55,8 +55,8 @@ def visit(number: int) -> None:
     """A layer that lives for one step."""
     n_in, n_out, r, density = SHAPES[number // 5 % len(SHAPES)]
     layer = RandLoraLinear(nn.Linear(n_in, n_out), r, density=density, basis="independent")
-    kind = {"density": 0.2, "basis": "independent"} if number % 2 else {"basis": "hadamard"}
-    layer.update_layer("two", 3, seed=number % 7, **kind)
+    bases = {"density": 0.2, "basis": "independent"} if number % 2 else {"basis": "hadamard"}
+    layer.update_layer("two", 3, seed=number % 7, **bases)
     layer.set_adapter(["default", "two"])
     with torch.autocast("cpu", torch.bfloat16, enabled=number % 2 == 0):
         layer(torch.randn(9, n_in, requires_grad=True)).float().sum().backward()

@@ -45,16 +45,16 @@ def base_model(card: Card) -> nn.Module:
 
 def adapted(base: nn.Module, method: str, rank: int) -> nn.Module:
     """`base` with the adapters of `method` in place; `unload` of the result takes them out."""
-    name, _, kind = method.partition(", ")
+    name, _, bases = method.partition(", ")
     (randlora_ext.peft.enable if name == "ours" else randlora_ext.peft.disable)()
     common = {"r": rank, "target_modules": TARGETS}
     randlora = {"randlora_alpha": int(SCALING * rank), "save_projection": False, **common}
     if name == "LoRA":
         config = peft.LoraConfig(lora_alpha=rank, **common)
     elif name == "ours":
-        drawn = kind not in (DENSE, "hadamard")
-        density = density_of(kind, base.config.hidden_size) if drawn else None
-        basis = kind if kind == "hadamard" else "peft"
+        drawn = bases not in (DENSE, "hadamard")
+        density = density_of(bases, base.config.hidden_size) if drawn else None
+        basis = bases if bases == "hadamard" else "peft"
         config = RandLoraConfig(basis=basis, density=density, **randlora)
     else:
         config = peft.RandLoraConfig(sparse=True, **randlora)

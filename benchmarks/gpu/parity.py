@@ -24,10 +24,10 @@ def main() -> None:
     sizes, rank = ([(64, 72)], 8) if card.dry else (SIZES, RANK)
     for size in sizes:
         dtypes = [torch.bfloat16, torch.float32, torch.float16][: 3 if size == sizes[0] else 1]
-        for kind in [*BASES[:3], DENSE]:  # the most telling first
-            basis = basis_of(kind, size, rank)
+        for bases in [*BASES[:3], DENSE]:  # the most telling first
+            basis = basis_of(bases, size, rank)
             for dtype in dtypes:
-                about = {"bases": kind, "dtype": str(dtype), "size": size}
+                about = {"bases": bases, "dtype": str(dtype), "size": size}
                 if rows.seconds_left() < 10:
                     rows.skipped(str(about))
                     continue

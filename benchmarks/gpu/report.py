@@ -103,8 +103,8 @@ def of_stage(stage: str, rows: list[Row]) -> str:
     if errors := [row["error"] for row in mine if "error" in row]:
         parts.append(f"{len(errors)} checks against float64, largest error {max(errors):.1e}.\n")
     parts.append(flat([r for r in mine if "command" in r], "command", "verdict", "seconds", "said"))
-    for kind in ("failed", "skipped"):
-        parts += [f"- {kind}: {row[kind]}: {row['why']}" for row in mine if kind in row]
+    for ending in ("failed", "skipped"):
+        parts += [f"- {ending}: {row[ending]}: {row['why']}" for row in mine if ending in row]
     return "\n".join(parts) + "\n"
 
 
