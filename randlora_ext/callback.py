@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 
 from .calibration import calibrate, layers_to_calibrate
@@ -60,20 +60,21 @@ class CalibrateCallback(TrainerCallback):
     def on_train_begin(
         self, args, state, control, model=None, train_dataloader=None, **kwargs
     ) -> None:
-        level, told = logging.INFO, _why_needless(model, state.global_step)
-        if not told:
-            level = logging.WARNING
-            told = self._calibrate(model, train_dataloader, args.train_batch_size)
+        why_needless, why_not = _why_needless(model, state.global_step), ""
+        if not why_needless:
+            why_not = self._calibrate(model, train_dataloader, args.train_batch_size)
         if not state.is_world_process_zero:
             return
-        if told:
-            logger.log(level, "not calibrated: %s", told)
+        if why_needless:
+            logger.info("not calibrated: %s", why_needless)
+        elif why_not:
+            logger.warning("not calibrated: %s", why_not)
         else:
             # Printed, as Trainer prints its losses. By default its log shows warnings alone, and
             # a warning asks for something to be done.
             print("randlora_ext: calibrated the adapter")
 
-    def _calibrate(self, model: nn.Module, loader: Any, size: int) -> str:
+    def _calibrate(self, model: nn.Module, loader: DataLoader, size: int) -> str:
         """Why it could not; "" if it has."""
         try:
             layers_to_calibrate(model)
@@ -110,14 +111,14 @@ def _why_needless(model: nn.Module, step: int) -> str:
     return ""
 
 
-def _first(loader: Any, count: int, size: int) -> list[Any]:
+def _first(loader: DataLoader, count: int, size: int) -> list[Any]:
     """At most `count` batches of `size` rows of the loader's data set, equally many on all ranks.
 
     The loader itself is not iterated: its sampler, its workers and accelerate's bookkeeping have
     states that training would find changed.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
-    dataset = loader.dataset
+    dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset):
         rows = list(islice(dataset, rank, count * size * ranks, ranks))
     else:

@@ -2,29 +2,31 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+if TYPE_CHECKING:  # slow to import
+    from torch.distributed.tensor import DTensor
 
-def is_dtensor(t: Any) -> bool:
-    # isinstance(t, DTensor) would import torch.distributed.tensor, which is slow.
+
+def is_dtensor(t: object) -> "TypeGuard[DTensor]":
     return isinstance(t, Tensor) and hasattr(t, "full_tensor")
 
 
-def full_tensor(t: Any) -> Tensor:
+def full_tensor(t: Tensor) -> Tensor:
     """A DTensor gathered to a plain tensor, differentiable (all ranks must call); else `t`."""
     return t.full_tensor() if is_dtensor(t) else t
 
 
-def local_tensor(t: Any) -> Tensor:
+def local_tensor(t: Tensor) -> Tensor:
     """This rank's part of a DTensor; else `t`."""
     return t.to_local() if is_dtensor(t) else t
 
 
-def laid_out_like(t: Tensor, weight: Any) -> Tensor:
+def laid_out_like(t: Tensor, weight: Tensor) -> Tensor:
     """`t` in the layout of `weight` if that is a DTensor; `t` must be equal on all ranks."""
     if not is_dtensor(weight):
         return t
@@ -43,9 +45,9 @@ def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
         yield
     except OSError as error:
         raised = error
-    told = [raised and str(raised)]
+    message = [None if raised is None else str(raised)]
     if mesh is not None:
         for dim in range(mesh.ndim):
-            dist.broadcast_object_list(told, group=mesh.get_group(dim), group_src=0)
-    if told[0] is not None:
-        raise raised or OSError(f"on the first rank: {told[0]}")
+            dist.broadcast_object_list(message, group=mesh.get_group(dim), group_src=0)
+    if message[0] is not None:
+        raise raised or OSError(f"on the first rank: {message[0]}")

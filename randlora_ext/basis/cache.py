@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -51,6 +51,8 @@ class PackedTensors:
         return self.tensors
 
 
+T = TypeVar("T")
+
 # What is alive, by what decides it: packed tensors, and objects that layers share.
 _cache: "weakref.WeakValueDictionary[tuple, Any]" = weakref.WeakValueDictionary()
 _cache_lock = threading.Lock()
@@ -65,7 +67,7 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)
 
 
-def share(key: tuple, make: Callable[[], Any]) -> Any:
+def share(key: tuple, make: Callable[[], T]) -> T:
     """The living object under `key`, or a new one."""
     found = _cache.get(key)
     return _cache.setdefault(key, make()) if found is None else found

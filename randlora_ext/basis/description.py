@@ -51,20 +51,21 @@ class BasisDescription:
                 does not know.
         """
         known = ", ".join(f"{kind}-{version}" for kind, version in SPECIFICATIONS.items())
-        told = (
+        message = (
             f"{text!r} is no key of a basis that this version of randlora_ext knows ({known}), "
             f"which looks like {cls('independent', 0.07, 42).key()!r}"
         )
-        if not isinstance(text, str) or not (match := _KEY.fullmatch(text)):
-            raise ValueError(told)
+        match = _KEY.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(message)
         kind, density, seed = match.groups()
         try:
-            made = cls(kind, None if density is None else float(density), int(seed))
+            description = cls(kind, None if density is None else float(density), int(seed))
         except ValueError as error:
-            raise ValueError(f"{told}: {error}") from error
-        if made.key() != text:  # such as another specification, 0.30 or 007
-            raise ValueError(f"{told}; the nearest is {made.key()!r}")
-        return made
+            raise ValueError(f"{message}: {error}") from error
+        if description.key() != text:  # such as another specification, 0.30 or 007
+            raise ValueError(f"{message}; the nearest is {description.key()!r}")
+        return description
 
 
 def as_signed(seed: int) -> int:

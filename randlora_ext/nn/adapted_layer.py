@@ -10,7 +10,7 @@ from ..basis import Basis
 from ..checks import check_model, check_one_of
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
-from .base_layer import plain_operands, refuse_cut
+from .base_layer import do_nothing, plain_operands, refuse_cut
 from .merging import KeepsWeight
 from .paths import in_base_model
 from .state_dict import misfit_of_input_scale, refuse_misfit
@@ -33,6 +33,12 @@ class AdaptedLayer(KeepsWeight):
     # Those whose outputs are added, unless the layer is disabled.
     active_adapters: Sequence[str]
     disabled: bool
+
+    def _force_module_call(self) -> None:
+        """Makes nn.TransformerEncoderLayer call this layer in eval mode. Its fused kernel would
+        take ``layer.weight``, but not beside a forward hook: here one on a dictionary that is not
+        called."""
+        self.randlora_dropout.register_forward_pre_hook(do_nothing)
 
     def _names(self) -> list[str]:
         """The adapters to add now."""
@@ -191,20 +197,20 @@ class AdaptedLayer(KeepsWeight):
         """The adapter's basis, whether it is calibrated, and what computes it."""
         weight = self._base_weight()
         basis = self.basis_of(adapter, weight.device)
-        told = f"r={basis.r} {basis.name}"
+        words = f"r={basis.r} {basis.name}"
         if adapter in self.randlora_input_scale:
-            told += " (calibrated)" if self.is_calibrated(adapter) else " (not calibrated)"
-        told += f" by {functional.what_computes(basis, weight.device, weight.dtype)}"
+            words += " (calibrated)" if self.is_calibrated(adapter) else " (not calibrated)"
+        words += f" by {functional.what_computes(basis, weight.device, weight.dtype)}"
         if basis.kind == "dense":
-            told += " (basis='hadamard' costs about LoRA's)"
-        return told
+            words += " (basis='hadamard' costs about LoRA's)"
+        return words
 
     def name_at(self, path: str) -> str:
         """What messages call the layer at that path of a model."""
         return path
 
     def extra_repr(self) -> str:
-        told = [f"{self.in_features}->{self.out_features}"]
+        words = [f"{self.in_features}->{self.out_features}"]
         for name in self.randlora_lambda:
             state = ""
             if name in self.merged_adapters:
@@ -213,8 +219,8 @@ class AdaptedLayer(KeepsWeight):
                 state = ", disabled"
             elif name not in self.active_adapters:
                 state = ", inactive"
-            told.append(f"{name}: {self.describe(name)}{state}")
-        return "; ".join(told)
+            words.append(f"{name}: {self.describe(name)}{state}")
+        return "; ".join(words)
 
 
 def layers_by_path(model: nn.Module) -> dict[str, AdaptedLayer]:

@@ -12,7 +12,7 @@ shows it. Adapters on bases that PEFT draws have none: their files are those of 
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def record_misfits(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> Iterat
     """Why `tensors`, by their names in a file, do not belong to the configuration with the record
     `own`: a layer has another record or none. Nothing if they belong to it.
 
-    Of several layers the first one is told. Values are compared as JSON gives them.
+    Only the first layer that differs is named. Values are compared as JSON gives them.
     """
     for key in tensors:
         if key.endswith(".randlora_lambda"):
@@ -119,6 +119,14 @@ def differences(key: str, tensor: Any, own: Mapping[str, Any]) -> list[str]:
     ]
 
 
+class RecordedConfig(Protocol):
+    """The fields of a configuration that a record has; target_parameters may be missing."""
+
+    projection_prng_key: str
+    r: int
+    randlora_alpha: float
+
+
 class AdapterRecord(nn.Module):
     """The record of one adapter in a layer: state dicts hold it, and it refuses tensors of another.
 
@@ -126,12 +134,11 @@ class AdapterRecord(nn.Module):
     what the configuration says at that time.
 
     Args:
-        config: an object with the fields of a record, and ``read_from``, the folder that it was
-            read from, if any.
+        config: may have ``read_from``, the folder that it was read from.
         in_features: of the layer, as out_features.
     """
 
-    def __init__(self, config: Any, in_features: int, out_features: int) -> None:
+    def __init__(self, config: RecordedConfig, in_features: int, out_features: int) -> None:
         super().__init__()
         self.config = config
         self.in_features, self.out_features = in_features, out_features

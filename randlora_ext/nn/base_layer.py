@@ -41,13 +41,13 @@ def check_base_layer(module: Any, argument: str) -> None:
     check_whole(module.weight, argument)
 
 
-def check_whole(weight: Any, argument: str) -> None:
+def check_whole(weight: object, argument: str) -> None:
     """Raises ValueError, naming `argument`, if its weight is spread over ranks already."""
     if is_dtensor(weight):
         raise ValueError(f"{argument} has a weight placed {weight.placements}: {_NOT_CUT}")
 
 
-def check_no_plan(model: Any, name: str, argument: str) -> None:
+def check_no_plan(model: nn.Module, name: str, argument: str) -> None:
     """Raises ValueError if transformers has cut module `name` over ranks by a plan of its own."""
     plan = getattr(model, "tp_plan", None) or {}
     style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
@@ -57,10 +57,10 @@ def check_no_plan(model: Any, name: str, argument: str) -> None:
 
 def check_is_called(model: nn.Module, name: str, argument: str) -> None:
     """Raises ValueError, naming `argument`, if torch would not call what replaces module `name`."""
-    above, _, own = name.rpartition(".")
+    above, _, last = name.rpartition(".")
     if not name:
         why = "the model is the layer itself, which cannot be replaced in place"
-    elif own == "_orig_mod":
+    elif last == "_orig_mod":
         why = "torch.compile keeps calling what it was given; compile the layer afterwards"
     elif isinstance(model.get_submodule(above), nn.MultiheadAttention):
         why = "nn.MultiheadAttention reads its weight and never calls it"
@@ -72,7 +72,7 @@ def check_is_called(model: nn.Module, name: str, argument: str) -> None:
 def refuse_cut(base_layer: nn.Module) -> None:
     """Raises RuntimeError if forward sees only this rank's part of the weight, which FSDP2 makes
     whole before it calls the module that it has sharded."""
-    weight: Any = getattr(base_layer, "weight", None)
+    weight = getattr(base_layer, "weight", None)
     if is_dtensor(weight):
         from torch.distributed.fsdp import FSDPModule
 
@@ -125,13 +125,6 @@ def first(names: list[str]) -> str:
 
 def do_nothing(*_) -> None:
     pass
-
-
-def force_module_call(layer: Any) -> None:
-    """Makes nn.TransformerEncoderLayer call a layer with adapters in eval mode. Its fused kernel
-    would take ``layer.weight``, but not beside a forward hook: here one on a dictionary that is not
-    called."""
-    layer.randlora_dropout.register_forward_pre_hook(do_nothing)
 
 
 def disable_nested_tensors(model: nn.Module, name: str) -> None:

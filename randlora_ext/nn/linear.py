@@ -17,7 +17,7 @@ from ..checks import (
     warn_user,
 )
 from .adapted_layer import AdaptedLayer
-from .base_layer import check_base_layer, features, force_module_call, is_conv1d
+from .base_layer import check_base_layer, features, is_conv1d
 from .input_scale import InputScales
 from .merging import adapter_dtype
 
@@ -102,7 +102,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.randlora_lambda = nn.ParameterDict()
         self.randlora_gamma = nn.ParameterDict()
         self.randlora_input_scale = InputScales()
-        force_module_call(self)
+        self._force_module_call()
 
     def update_layer(
         self,

@@ -71,8 +71,10 @@ def save_adapter(
     }
     meshes = [tensor.device_mesh for tensor in held.values() if is_dtensor(tensor)]
     mesh = meshes[0] if meshes else None
+    coordinate = None if mesh is None else mesh.get_coordinate()
+    is_first_rank = coordinate is None or not any(coordinate)
     with failing_together(mesh):
-        if mesh is None or not any(mesh.get_coordinate()):
+        if is_first_rank:
             with appear_together(folder) as scratch:
                 safetensors.torch.save_file(tensors, scratch / WEIGHTS, {"format": "pt"})
                 (scratch / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))

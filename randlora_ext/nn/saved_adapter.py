@@ -223,5 +223,7 @@ def read_adapter(folder: str | os.PathLike) -> SavedAdapter:
     try:
         return SavedAdapter(os.fspath(folder), saved, tensors)
     except (TypeError, ValueError) as error:
-        place, told = os.fspath(folder), str(error)
-        raise ValueError(told if told.startswith(place) else f"{place}: {told}") from error
+        place, message = os.fspath(folder), str(error)
+        if not message.startswith(place):
+            message = f"{place}: {message}"
+        raise ValueError(message) from error

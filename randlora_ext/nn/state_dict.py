@@ -68,11 +68,11 @@ def refuse(
     found = [*dict.fromkeys(problem for problem in problems if problem)]
     if not found:
         return
-    told = found[:MOST_TOLD]
+    lines = found[:MOST_TOLD]
     if len(found) > MOST_TOLD:
-        told.append(f"and {len(found) - MOST_TOLD} more")
-    told += dict.fromkeys(advice)
-    raise error(f"{what} does not fit {place}, which is unchanged:\n\t" + "\n\t".join(told))
+        lines.append(f"and {len(found) - MOST_TOLD} more")
+    lines += dict.fromkeys(advice)
+    raise error(f"{what} does not fit {place}, which is unchanged:\n\t" + "\n\t".join(lines))
 
 
 def _misfits(layer: KeepsWeight, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:

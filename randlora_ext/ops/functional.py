@@ -67,7 +67,7 @@ def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value)}")
     if is_dtensor(value):  # torch's own message would not say what to do
-        placements = tuple(value.placements)  # type: ignore[attr-defined]
+        placements = tuple(value.placements)
         raise TypeError(
             f"{name} must be a plain tensor, got a DTensor placed {placements}; in forward FSDP2 "
             "gives plain ones, elsewhere take t.to_local() or t.full_tensor()"

@@ -17,7 +17,7 @@ from ..checks import check_model, check_one_of, warn_user
 from ..devices import cuda_refusal, serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.adapter_record import RECORD, AdapterRecord
-from ..nn.base_layer import first, force_module_call, is_conv1d
+from ..nn.base_layer import first, is_conv1d
 from ..nn.experts import AdaptedParameter
 from ..nn.input_scale import InputScales
 from ..nn.merging import forget_merged
@@ -68,10 +68,16 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         self._bases_from = None
         self.randlora_input_scale = InputScales()
         self.randlora_record = nn.ModuleDict()
-        force_module_call(self)
+        self._force_module_call()
 
     def update_layer(
-        self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any
+        self,
+        adapter_name: str,
+        A: PackedBufferDict,
+        B: PackedBufferDict,
+        r: int,
+        config: peft.RandLoraConfig,
+        **kwargs: Any,
     ) -> None:
         super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
         self.cast_like_base(adapter_name)
@@ -231,12 +237,26 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
     """What PEFT's ``lora.ParamWrapper`` is for LoRA; PEFT finds those layers by this name."""
 
     def __init__(
-        self, base_layer: Any, parameter_name: str, A: Any, B: Any, adapter_name: str, config: Any
+        self,
+        base_layer: nn.Module,
+        parameter_name: str,
+        A: PackedBufferDict,
+        B: PackedBufferDict,
+        adapter_name: str,
+        config: peft.RandLoraConfig,
     ) -> None:
         sizes = self._set_sizes(base_layer, parameter_name)
         super().__init__(base_layer, A, B, adapter_name, config, sizes)
 
-    def update_layer(self, adapter_name: str, A: Any, B: Any, r: int, config: Any, **kwargs: Any):
+    def update_layer(
+        self,
+        adapter_name: str,
+        A: PackedBufferDict,
+        B: PackedBufferDict,
+        r: int,
+        config: peft.RandLoraConfig,
+        **kwargs: Any,
+    ) -> None:
         super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
         for diagonals in (self.randlora_lambda, self.randlora_gamma):  # every expert gets a copy
             one = diagonals[adapter_name]

@@ -84,7 +84,8 @@ class QuantizedLinear(AcceleratedLinear):
         return (self.base_layer,)
 
     def _restorer(self, kept: Any) -> Callable[[], None]:
-        (base,), device = kept, self._base_weight().device
+        (base,) = kept
+        device = self._base_weight().device
         if _stand_in(base).device != device:
             base = base.to(device)
         return lambda: setattr(self, "base_layer", base)

@@ -158,7 +158,8 @@ def _dense_bases(
         if len(layer_with) > 1:
             raise ValueError(
                 "stock PEFT has one pair of bases for all layers, and A of Hadamard bases depends "
-                f"on min(in, out), which differs (layers by it: {layer_with}); {_MERGE}"
+                "on min(in, out), which differs (layers by it: "
+                f"{dict(sorted(layer_with.items()))}); {_MERGE}"
             )
         drawn_d = next(iter(layer_with))
     A, B = Basis(drawn_d, D, r, **vars(description)).dense()
@@ -170,7 +171,8 @@ def _dense_bases(
 def _stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
     """PEFT's own configuration with the fields that it knows, for bases that are ternary or not."""
     values = {f.name: getattr(config, f.name) for f in fields(peft.RandLoraConfig) if f.init}
-    if (description := description_in(config)) is not None:
+    description = description_in(config)
+    if description is not None:
         values["projection_prng_key"] = description.seed
     # Stock PEFT draws bases before it loads these over them. It keeps uniform ones in bfloat16,
     # which would round the value, and sparse ones in float32.
