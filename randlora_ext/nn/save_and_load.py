@@ -27,9 +27,9 @@ from .paths import in_base_model, in_file
 from .saved_adapter import CONFIG, PREFIX, WEIGHTS, SavedAdapter, read_adapter
 from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
 
-_TENSORS = (*DIAGONALS, INPUT_SCALE)  # attributes of a layer, and names in a file
+_PARTS = (*DIAGONALS, INPUT_SCALE)  # of an adapter: attributes of its layers, and names in a file
 # Modules in PEFT's layers.
-_OF_PEFT = ("base_layer", "default", "randlora_A", "randlora_B", "randlora_dropout", *_TENSORS)
+_OF_PEFT = ("base_layer", "default", "randlora_A", "randlora_B", "randlora_dropout", *_PARTS)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # never called
 
 
@@ -99,10 +99,10 @@ def _tensors_to_save(
             path = in_file(module, layers_around) + ".base_layer" * depth
         else:
             path = in_file(name, layers_around)
-        for each in _TENSORS:
-            by_adapter = getattr(layer, each)
+        for part in _PARTS:
+            by_adapter = getattr(layer, part)
             if adapter_name in by_adapter:
-                held[f"{path}.{each}"] = by_adapter[adapter_name]
+                held[f"{path}.{part}"] = by_adapter[adapter_name]
         held[f"{path}.{RECORD_KEY}"] = record_tensor(record, layer.in_features, layer.out_features)
     # A trained parameter may lie below a layer, such as its bias.
     layers_around |= {name: 1 for name, layer in layers.items() if not layer.experts}
@@ -161,9 +161,9 @@ def load_adapter(
             layer = layers[name]
             if adapter_name not in layer.bases:
                 layer.update_layer(**options)
-            for each, tensor in saved.layers[path].items():
-                if each in _TENSORS:
-                    copies.append((getattr(layer, each)[adapter_name], tensor))
+            for part, tensor in saved.layers[path].items():
+                if part in _PARTS:  # not the record
+                    copies.append((getattr(layer, part)[adapter_name], tensor))
         with torch.no_grad():
             for target, tensor in copies:
                 target.copy_(tensor)

@@ -93,9 +93,9 @@ class SavedAdapter:
             raise ValueError("it holds no randlora_lambda: it is no RandLoRA adapter")
         on_hadamard = self.basis is not None and self.basis.kind == "hadamard"
         for path, tensors in self.layers.items():
-            for name in DIAGONALS:
-                if name not in tensors:
-                    raise ValueError(f"{PREFIX}{path}.{name} is missing")
+            for part in DIAGONALS:
+                if part not in tensors:
+                    raise ValueError(f"{PREFIX}{path}.{part} is missing")
             if on_hadamard and INPUT_SCALE not in tensors:
                 raise ValueError(missing_input_scale(f"{PREFIX}{path}.{INPUT_SCALE}"))
 
@@ -129,9 +129,9 @@ class SavedAdapter:
         saved_sizes = self.sizes(path)
         if saved_sizes not in (None, sizes):
             yield f"{path} is of in_features and out_features {saved_sizes}, and must be of {sizes}"
-        for name, shape in zip(DIAGONALS, (basis.lam_shape, basis.gam_shape), strict=True):
+        for part, shape in zip(DIAGONALS, (basis.lam_shape, basis.gam_shape), strict=True):
             like = torch.empty(*experts, *shape, device="meta")
-            yield misfit(f"{path}.{name}", tensors[name], like)
+            yield misfit(f"{path}.{part}", tensors[part], like)
         key = f"{path}.{INPUT_SCALE}"
         if basis.kind == "hadamard":
             like = torch.empty(*experts, basis.in_features, device="meta")

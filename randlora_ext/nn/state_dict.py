@@ -102,8 +102,8 @@ def _merged_misfit(layer: KeepsWeight, state_dict: dict[str, Tensor], prefix: st
     """Entries of the weight into which adapters are merged, or of these adapters."""
     if not layer.merged:
         return
-    attributes = *DIAGONALS, INPUT_SCALE
-    adapters = [f"{prefix}{each}.{name}" for each in attributes for name in layer.merged_adapters]
+    parts = *DIAGONALS, INPUT_SCALE
+    adapters = [f"{prefix}{part}.{name}" for part in parts for name in layer.merged_adapters]
     # Below an outer layer of experts lie the adapters of an inner one.
     in_base = [key for key in state_dict if key.startswith(f"{prefix}base_layer.")]
     of_base = [key for key in in_base if ".randlora_" not in key]
