@@ -24,7 +24,8 @@ _DEFAULTS = {
 def fields_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `saved` that matter here, and PEFT's defaults for those that it lacks.
 
-    Raises TypeError or ValueError, naming the field, for a value that is not allowed.
+    Raises TypeError or ValueError, naming the field, for a value that is not allowed; those of the
+    bases are checked by `description_of`.
     """
     peft_type = saved.get("peft_type")
     if peft_type not in PEFT_TYPES:
@@ -41,13 +42,15 @@ def fields_of(saved: Mapping[str, Any]) -> dict[str, Any]:
         is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
         if value is not None and not is_list:
             raise TypeError(f"{name} must be a list of texts or None, got {value!r}")
-    description_of(fields)
     return fields
 
 
 def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
     """What generates an adapter's bases by the fields of its configuration, ours or PEFT's; None if
     PEFT draws them. TypeError or ValueError, naming the field, for what is not allowed.
+
+    A configuration in memory derives it once (`peft.config.RandLoraConfig`), and so does a saved
+    adapter (`SavedAdapter`).
 
     A text in ``projection_prng_key`` is complete; the other fields may only agree with it.
     """

@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..basis import BasisDescription
 from ..checks import check_alpha, check_dropout, check_one_of, check_options, check_r
-from ..nn.adapter_config import NEEDS_OURS, SPARSE, description_of
+from ..nn.adapter_config import NEEDS_OURS, description_of
 
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
@@ -104,6 +103,11 @@ def description_in(config: peft.RandLoraConfig) -> BasisDescription | None:
     return BasisDescription.parse(key) if isinstance(key, str) else None
 
 
+def target_parameters(config: peft.RandLoraConfig) -> list[str]:
+    """Sorted; stock PEFT's configuration has none."""
+    return sorted(getattr(config, "target_parameters", None) or ())
+
+
 def _check_types(config: RandLoraConfig) -> None:
     """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
     for name in _FLAGS:
@@ -130,25 +134,3 @@ def _is_list_or_none(value: Any, element: type) -> bool:
     if value is None:
         return True
     return isinstance(value, (list, tuple, set)) and all(isinstance(e, element) for e in value)
-
-
-def other_bases(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """In words, how the bases and ``target_parameters`` of the configuration `saved` differ from
-    those of `own`. Files do not name these parameters: their layers are told apart by order."""
-    different = []
-    own_bases, saved_bases = _bases_in_words(own), _bases_in_words(saved)
-    if saved_bases != own_bases:
-        different.append(f"its bases are {saved_bases}, not {own_bases}")
-    own_names, saved_names = (sorted(f.get("target_parameters") or ()) for f in (own, saved))
-    if saved_names != own_names:
-        different.append(f"its target_parameters are {saved_names}, not {own_names}")
-    return different
-
-
-def _bases_in_words(fields: Mapping[str, Any]) -> str:
-    description = description_of(fields)
-    if description is not None:
-        return description.key()
-    # very_sparse overrules the other flag
-    flag = next((name for name in reversed(SPARSE) if fields.get(name)), "uniform")
-    return f"PEFT's, {flag}, of projection_prng_key={fields['projection_prng_key']}"

@@ -1,19 +1,22 @@
 """`hotswap_adapter`: another file in the same parameters, refused before anything changes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 from huggingface_hub import hf_hub_download
 from peft import PeftModel
+from torch import Tensor
 
+from ..basis import BasisDescription
+from ..nn.adapter_config import SPARSE
 from ..nn.adapter_record import RECORD_KEY
 from ..nn.saved_adapter import CONFIG, WEIGHTS, SavedAdapter, read_adapter
 from ..nn.state_dict import INPUT_SCALE, misfit, misfit_of_input_scale, refuse
 from .bases import BASIS_NAMES
-from .config import other_bases
+from .config import description_in, target_parameters
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
@@ -66,18 +69,33 @@ def hotswap_adapter(
         layer.scaling[adapter_name] = saved.scaling
 
 
-def _hotswap_errors(model: PeftModel, adapter_name: str, adapter: SavedAdapter) -> Iterator[str]:
-    fields, saved = adapter.fields, adapter.tensors
+def _hotswap_errors(model: PeftModel, adapter_name: str, saved: SavedAdapter) -> Iterator[str]:
+    """Why the saved adapter cannot take the place of the model's."""
+    config = model.peft_config[adapter_name]
+    for name in ("r", "randlora_dropout"):
+        if saved.fields[name] != getattr(config, name):
+            yield f"{name} is {saved.fields[name]!r}, not {getattr(config, name)!r}"
+    saves_bases = adapter_name in model.base_model.randlora_A.saved()
+    if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved.tensors)):
+        yield from _other_bases(config, saved)
     own = peft.get_peft_model_state_dict(
         model, adapter_name=adapter_name, save_embedding_layers=False
     )
-    config = model.peft_config[adapter_name]
-    for name in ("r", "randlora_dropout"):
-        if fields[name] != getattr(config, name):
-            yield f"{name} is {fields[name]!r}, not {getattr(config, name)!r}"
-    saves_bases = adapter_name in model.base_model.randlora_A.saved()
-    if not (saves_bases and any(key.endswith(BASIS_NAMES) for key in saved)):
-        yield from other_bases(vars(config), fields)
+    yield from _other_tensors(own, saved.tensors)
+
+
+def _other_bases(config: peft.RandLoraConfig, saved: SavedAdapter) -> Iterator[str]:
+    own_bases = _bases_in_words(description_in(config), vars(config))
+    saved_bases = _bases_in_words(saved.basis, saved.fields)
+    if saved_bases != own_bases:
+        yield f"its bases are {saved_bases}, not {own_bases}"
+    # Files do not name these parameters: their layers are told apart by order.
+    own_targets, saved_targets = target_parameters(config), sorted(saved.targets)
+    if saved_targets != own_targets:
+        yield f"its target_parameters are {saved_targets}, not {own_targets}"
+
+
+def _other_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Iterator[str]:
     may_lack = *BASIS_NAMES, RECORD_KEY
     for key, tensor in own.items():
         if key.endswith(RECORD_KEY):
@@ -92,6 +110,14 @@ def _hotswap_errors(model: PeftModel, adapter_name: str, adapter: SavedAdapter) 
         of_base = ".base_layer." in key and ".randlora_" not in key
         if key not in own and not key.endswith(may_lack) and not of_base:
             yield f"{key} is not part of the adapter"
+
+
+def _bases_in_words(description: BasisDescription | None, fields: Mapping[str, Any]) -> str:
+    if description is not None:
+        return description.key()
+    # very_sparse overrules the other flag
+    flag = next((name for name in reversed(SPARSE) if fields.get(name)), "uniform")
+    return f"PEFT's, {flag}, of projection_prng_key={fields['projection_prng_key']}"
 
 
 def _folder_of(folder: str, subfolder: str | None = None, **hub: Any) -> Path:

@@ -32,7 +32,7 @@ from ..nn.state_dict import guard, misfit, refuse
 from ..nn.uncalibrated import warn_when_trained
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
-from .config import description_in
+from .config import description_in, target_parameters
 from .layer import AcceleratedLinear, ParamWrapper, warn_of_misfits
 from .quantized import QuantizedLinear
 from .saving import refuse_lora_files
@@ -80,9 +80,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 f"{scaling:g}; examples train with at most {DEFAULT_SCALING:g}, which is "
                 f"randlora_alpha={DEFAULT_SCALING * config.r:g}"
             )
-        parameters = _target_parameters(config)
+        parameters = target_parameters(config)
         for name, other in self.peft_config.items():
-            others = _target_parameters(other)
+            others = target_parameters(other)
             if parameters and others and others != parameters:
                 raise ValueError(
                     f"target_parameters must be {others}, those of adapter {name!r}, got "
@@ -178,7 +178,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _prepare_adapter_config(self, config, model_config):
         # As PEFT's LoRA: the model's usual modules, or none of a model that PEFT does not know.
-        if config.target_modules is None and _target_parameters(config):
+        if config.target_modules is None and target_parameters(config):
             if model_config.get("model_type") not in self.target_module_mapping:
                 return config
         return super()._prepare_adapter_config(config, model_config)
@@ -242,7 +242,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of the ``target_parameters`` by their names."""
-        targets = matching_parameters(self.model, _target_parameters(config))
+        targets = matching_parameters(self.model, target_parameters(config))
         found = {}
         for name, place in targets.items():  # PEFT would look for it in the wrong place
             if ".base_layer" in name:  # the user's own, since `name` is of the base model
@@ -361,10 +361,6 @@ def layer_class(base_layer: nn.Module) -> type[AcceleratedLinear]:
     return QuantizedLinear if quantized.backend_of(base_layer) else AcceleratedLinear
 
 
-def _target_parameters(config: peft.RandLoraConfig) -> list[str]:
-    return sorted(getattr(config, "target_parameters", None) or ())  # stock's have none
-
-
 def _warn_of_unmatched(
     config: peft.RandLoraConfig, model: nn.Module, parameters: Iterable[str]
 ) -> None:
@@ -373,7 +369,7 @@ def _warn_of_unmatched(
     parameter_of = f"parameter of {type(model).__name__}"
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     warn_of_unmatched("target_modules", config.target_modules, modules, module_of)
-    named = _target_parameters(config)
+    named = target_parameters(config)
     warn_of_unmatched("target_parameters", named, parameters, parameter_of)
     saved = set(config.modules_to_save or ()) - _SAVED_ANYWAY
     # PEFT looks for these without a dot before them.
