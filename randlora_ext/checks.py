@@ -40,8 +40,8 @@ def warn_of_unmatched(argument: str, targets: Any, names: Iterable[str], what: s
         return
     ends = set()
     for name in names:
-        parts = name.split(".")
-        ends |= {".".join(parts[begin:]) for begin in range(len(parts))}
+        modules = name.split(".")
+        ends |= {".".join(modules[begin:]) for begin in range(len(modules))}
     unmatched = []
     for target in sorted(set(targets) - ends):
         as_long = sorted(end for end in ends if end.count(".") == target.count("."))

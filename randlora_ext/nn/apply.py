@@ -206,8 +206,9 @@ def _check_targets(
 
 def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
     """Raises ValueError, naming `argument`, if module `name` lies inside an adapted layer."""
-    parts = name.split(".")
-    for above in (".".join(parts[:depth]) for depth in range(len(parts))):
+    names = name.split(".")
+    for depth in range(len(names)):
+        above = ".".join(names[:depth])
         if hasattr(model.get_submodule(above), "update_layer"):
             raise ValueError(
                 f"{argument} lies inside {above or 'the model'!r}, which is adapted already, and "

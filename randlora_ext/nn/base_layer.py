@@ -130,7 +130,7 @@ def do_nothing(*_) -> None:
 def disable_nested_tensors(model: nn.Module, name: str) -> None:
     """Keeps an nn.TransformerEncoder around module `name` from nested tensors in eval mode, which
     only its fused kernel takes."""
-    for part in name.split("."):
+    for child in name.split("."):
         if isinstance(model, nn.TransformerEncoder):
             model.use_nested_tensor = False
-        model = getattr(model, part)
+        model = getattr(model, child)

@@ -12,19 +12,21 @@ def in_base_model(path: str, layers: Container[str]) -> str:
     `layers` are the paths of our layers, as `path` has them. Each keeps what it replaced as
     ``base_layer``, but a user's module may have that name, too: one is ours directly below a layer.
     """
-    kept, parts = [], path.split(".")
-    for depth, part in enumerate(parts):
-        is_ours = part == "base_layer" and ".".join(parts[:depth]) in layers
-        if not is_ours and part not in _WRAPPERS:
-            kept.append(part)
+    kept = []
+    names = path.split(".")
+    for depth, name in enumerate(names):
+        is_ours = name == "base_layer" and ".".join(names[:depth]) in layers
+        if not is_ours and name not in _WRAPPERS:
+            kept.append(name)
     return ".".join(kept)
 
 
 def nesting(path: str, layers: Container[str]) -> int:
     """How many of our layers lie around the one at `path`, of other parameters of its module."""
-    depth, outer = 0, path.removesuffix(".base_layer")
-    while outer != path and outer in layers:
-        depth, path, outer = depth + 1, outer, outer.removesuffix(".base_layer")
+    depth = 0
+    while path.endswith(".base_layer") and path.removesuffix(".base_layer") in layers:
+        path = path.removesuffix(".base_layer")
+        depth += 1
     return depth
 
 
@@ -33,8 +35,9 @@ def in_file(path: str, layers: Mapping[str, int]) -> str:
 
     `layers` says how many of our layers lie around a module, by its path in the base model.
     """
-    kept, parts = [], path.split(".") if path else []
-    for depth, part in enumerate(parts):
-        kept += ["base_layer"] * layers.get(".".join(parts[:depth]), 0)
-        kept.append(part)
+    kept = []
+    names = path.split(".") if path else []
+    for depth, name in enumerate(names):
+        kept += ["base_layer"] * layers.get(".".join(names[:depth]), 0)
+        kept.append(name)
     return ".".join(kept)

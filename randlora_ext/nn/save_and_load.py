@@ -338,9 +338,9 @@ def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def _belongs_to_adapters(path: str, layers: Container[str]) -> bool:
     """Whether it lies in one of our layers and not below that layer's base layer."""
-    parts = path.split(".")
-    for depth, part in enumerate(parts):
-        if part != "base_layer" and ".".join(parts[:depth]) in layers:
+    names = path.split(".")
+    for depth, name in enumerate(names):
+        if name != "base_layer" and ".".join(names[:depth]) in layers:
             return True
     return False
 

@@ -16,8 +16,7 @@ def warn_when_trained(model: nn.Module, adapter: str) -> None:
     steps do not pay for it. Copies and FSDP2 make new parameters, which do not have it.
     """
     modules = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
-    own = [layer for layer in modules if adapter in layer.randlora_lambda]
-    layers = [layer for layer in own if adapter in layer.randlora_input_scale]
+    layers = [layer for layer in modules if adapter in layer.randlora_input_scale]
     if not layers or not _reads_tokens(model):
         return
     first = layers[0].randlora_lambda[adapter]
