@@ -1,5 +1,6 @@
 """Small models on stock PEFT and on randlora_ext with equal weights."""
 
+import contextlib
 import copy
 import json
 import warnings
@@ -8,6 +9,7 @@ import pytest
 import torch
 from layer_helpers import relative as relative
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -157,6 +159,14 @@ def assert_unchanged(model, before):
 def edit(file, **changes):
     """Changes fields of a JSON file."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@contextlib.contextmanager
+def edited(folder):
+    """The tensors of a saved adapter, which are written back."""
+    file = folder / "adapter_model.safetensors"
+    yield (state := load_file(file))
+    save_file(state, file)
 
 
 def pair(base, make_config, seed=0, **options):
