@@ -20,7 +20,7 @@ from .checks import check_model, warn_user
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
 from .nn.base_layer import first
 from .nn.experts import AdaptedParameter
-from .ranks import full_tensor
+from .ranks import full_tensor, gathered
 
 POWER = 2  # of the share of a feature's energy that varies; docs/density.md compares others
 EPSILON = 0.1  # in medians of rms: small features are not blown up without bound
@@ -218,9 +218,11 @@ def layers_to_calibrate(model: nn.Module) -> dict[AdaptedLayer, tuple[str, list[
     """Of each layer its name and its active adapters on Hadamard bases; ValueError if there are
     none, or one cannot be calibrated."""
     layers = {}
-    for name, layer in layers_by_name(model).items():
-        if adapters := _to_calibrate(name, layer):
-            layers[layer] = name, adapters
+    adapted = layers_by_name(model)
+    with gathered(lam for layer in adapted.values() for lam in layer.randlora_lambda.values()):
+        for name, layer in adapted.items():
+            if adapters := _to_calibrate(name, layer):
+                layers[layer] = name, adapters
     if not layers:
         raise ValueError(
             "model has no active adapter on Hadamard bases; only these can scale their inputs; add "

@@ -1,6 +1,7 @@
-"""Models that FSDP2 spreads over ranks: DTensor parameters, and ranks that fail together."""
+"""Models spread over ranks: FSDP2's DTensor parameters, what ZeRO-3 has taken apart, and ranks that
+fail together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -35,6 +36,19 @@ def laid_out_like(t: Tensor, weight: Tensor) -> Tensor:
     mesh = weight.device_mesh
     replicated = DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(placements=weight.placements)
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside it those that DeepSpeed's ZeRO-3 has taken apart are whole; all ranks must enter."""
+    apart = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not apart:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(apart):
+        yield
 
 
 @contextmanager

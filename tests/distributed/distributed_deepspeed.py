@@ -8,10 +8,11 @@ import pytest
 import torch
 from distributed_ranks import Place, adam, trained, worlds
 from distributed_training import base, batch, share, train
+from peft_helpers import scales
 from torch import nn
 
 import randlora_ext.peft as accelerated
-from randlora_ext import apply_randlora
+from randlora_ext import apply_randlora, calibrate
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 4,
@@ -33,11 +34,35 @@ def in_peft(model):
     return peft.get_peft_model(model, accelerated.RandLoraConfig(**options))
 
 
+def begin(place: Place):
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(place.rank)}
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+@worlds(2)
+def check_calibration(place: Place):
+    """As of whole models; no adapter that has trained, though no rank holds its whole lambda."""
+    begin(place)
+    reference, model = in_peft(base()), in_peft(base())
+    deepspeed.initialize(model=model, config=CONFIG, optimizer=adam(model))
+    own = [share(place, batch(0)).float()]
+    calibrate(reference, own)
+    calibrate(model, own)
+    assert all(map(torch.equal, scales(model), scales(reference)))
+    before = [scale.clone() for scale in scales(model)]
+    lambdas = [p for name, p in model.named_parameters() if "randlora_lambda" in name]
+    with deepspeed.zero.GatheredParameters(lambdas, modifier_rank=0):
+        for parameter in lambdas if place.rank == 0 else []:
+            nn.init.ones_(parameter)
+    with pytest.raises(ValueError, match="has trained"):
+        calibrate(model, own)
+    assert all(map(torch.equal, scales(model), before))
+
+
 @worlds(2)
 def check_zero3(place: Place):
     """Trains like one process, and merges what it gathers."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(place.rank)}
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    begin(place)
     for built_partitioned in (False, True):
         for adapt in (plain, in_peft):
             compare(place, adapt, built_partitioned)

@@ -3,12 +3,16 @@
 DeepSpeed itself: distributed_deepspeed.py.
 """
 
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from layer_helpers import make_base
 from torch import nn
 
-from randlora_ext import RandLoraLinear, apply_randlora
+from randlora_ext import RandLoraLinear, apply_randlora, calibrate
 
 SIZES = 24, 40
 
@@ -16,7 +20,7 @@ SIZES = 24, 40
 def partition(parameter: nn.Parameter) -> torch.Tensor:
     """Empties a parameter as ZeRO-3 does; returns its values."""
     values = parameter.data
-    parameter.ds_shape = values.shape
+    parameter.ds_shape, parameter.ds_id = values.shape, id(parameter)
     parameter.data = values.new_empty(0)
     return values
 
@@ -69,3 +73,24 @@ def test_experts_wait_for_their_weight():
         model[0](*x)
     gather(held)
     torch.testing.assert_close(model[0](*x), want)
+
+
+def test_calibrate_looks_at_whole_lambdas(monkeypatch):
+    """A part of lambda, or nothing of it, does not say whether the adapter has trained."""
+    model = nn.Sequential(RandLoraLinear(nn.Linear(*SIZES), r=5))
+    nn.init.normal_(model[0].randlora_lambda["default"])
+    held = {model[0].randlora_lambda["default"]: partition(model[0].randlora_lambda["default"])}
+
+    @contextmanager
+    def gathered_parameters(parameters):
+        assert list(parameters) == list(held)
+        gather(held)
+        yield
+        for parameter in held:
+            partition(parameter)
+
+    deepspeed = SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered_parameters))
+    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+    with pytest.raises(ValueError, match="has trained"):
+        calibrate(model, [torch.randn(3, SIZES[0])])
+    assert not model[0].is_calibrated("default")
