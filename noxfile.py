@@ -25,11 +25,13 @@ nox.options.sessions = ["wheel", "wheel_test"]
 FAST = """
 tests/basis
 tests/ops/test_linear.py tests/ops/test_weights.py tests/ops/test_errors.py
+tests/ops/test_operator_errors.py
 tests/ops/test_experts.py tests/ops/test_autograd.py tests/ops/test_determinism.py
 tests/ops/test_autocast.py
 tests/nn --ignore tests/nn/test_callback.py
 tests/cli/test_cli.py tests/cli/test_cli_merge.py tests/cli/test_card_without_code.py
-tests/peft/test_peft.py tests/peft/test_peft_basis.py tests/peft/test_peft_adapters.py
+tests/peft/test_peft.py tests/peft/test_peft_basis.py tests/peft/test_peft_packed_bases.py
+tests/peft/test_peft_adapters.py
 tests/project/test_packaging.py tests/project/test_public_names.py
 """.split()
 

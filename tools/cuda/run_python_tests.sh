@@ -31,7 +31,7 @@ cpu_only=(
   # Few tokens have tiles of their own, whose sums have another order.
   tests/ops/test_determinism.py::test_a_token_does_not_depend_on_its_batch
   # Indices are trusted on a card: to look at them the host would have to wait.
-  tests/ops/test_errors.py::test_packing_operators
+  tests/ops/test_operator_errors.py::test_packing_operators
   # Threads are nothing to a card; tests/gpu compares two runs.
   tests/ops/test_determinism.py::test_linear
   # The CPU's memory.
@@ -46,5 +46,5 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselected[@]}" "$@" \
   tests/project/test_gpu_run_dry.py::test_the_whole_dry_run tests/gpu \
   tests/ops/test_{linear,weights,autograd,experts}.py \
-  tests/ops/test_{nonfinite,determinism,errors}.py tests/basis/test_{basis_spec,packed}.py \
+  tests/ops/test_{nonfinite,determinism,errors,operator_errors}.py tests/basis/test_{basis_spec,packed}.py \
   tests/nn/test_layer.py tests/peft/test_{peft,peft_adapters}.py
