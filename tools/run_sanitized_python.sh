@@ -32,7 +32,7 @@ case $sanitizers in
   *)
     libraries="libasan libubsan" choice=""
     tests=$(echo tests/ops/test_{linear,autograd,weights,errors,nonfinite,properties,isa}.py \
-      tests/basis/test_{packed,basis,basis_spec}.py tests/nn/test_layer.py) ;;
+      tests/basis/test_{packed,basis,basis_spec}.py tests/nn/test_{layer,merge}.py) ;;
 esac
 [ $# -gt 0 ] || set -- $tests -k "$choice"
 # libstdc++ with them: the sanitizer looks for its __cxa_throw when it starts.

@@ -55,18 +55,28 @@ def begin(model, told, folder, **options):
     ]
 
 
-def test_the_vectors_are_those_of_calibrate(tmp_path, caplog, capsys):
-    """All rows, or as many as `batches` says."""
-    ours, other, few = model(), model(), model()
-    assert begin(ours, caplog, tmp_path, rows=ROWS[:8]) == []
-    assert capsys.readouterr().out.count("randlora_ext: calibrated the adapter\n") == 1
+KEY = "model.layers.0.self_attn.q_proj.randlora_input_scale.default"
+
+
+def test_the_vectors_are_those_of_calibrate_on_all_rows(tmp_path, caplog):
+    ours, other = model(), model()
+    begin(ours, caplog, tmp_path, rows=ROWS[:8])
     calibrate(other, [{"input_ids": torch.stack([row["input_ids"] for row in ROWS[:8]])}])
     for key, scale in scales(other).items():
         torch.testing.assert_close(scales(ours)[key], scale)
+
+
+def test_calibration_is_told_once(tmp_path, caplog, capsys):
+    """On the standard output; there is nothing to log."""
+    assert begin(model(), caplog, tmp_path, rows=ROWS[:8]) == []
+    assert capsys.readouterr().out.count("randlora_ext: calibrated the adapter\n") == 1
+
+
+def test_batches_limits_what_calibrates(tmp_path):
+    every, few = model(), model()
+    trainer(every, tmp_path, ROWS[:8], [CalibrateCallback()]).train()
     trainer(few, tmp_path, ROWS[:8], [CalibrateCallback(batches=1)]).train()
-    assert is_calibrated(few)
-    key = "model.layers.0.self_attn.q_proj.randlora_input_scale.default"
-    assert not torch.equal(scales(few)[key], scales(ours)[key])
+    assert is_calibrated(few) and not torch.equal(scales(few)[KEY], scales(every)[KEY])
 
 
 class Stream(IterableDataset):
@@ -82,55 +92,76 @@ def drawing(rows):
     return {"input_ids": seen, "labels": seen}
 
 
+class Training:
+    """A training, the batches that it saw, and the state of every generator after it."""
+
+    def __init__(self, rows, workers, folder, callbacks):
+        self.model, self.batches = model(), []
+        self.model.register_forward_pre_hook(self._note, with_kwargs=True)
+        run = trainer(self.model, folder, rows, callbacks, dataloader_num_workers=workers)
+        run.data_collator = drawing
+        run.train()
+        self.drawn_next = torch.rand(()).item(), random.random(), np.random.rand()
+
+    def _note(self, module, args, given):
+        if module.training:
+            self.batches.append(given["input_ids"].clone())
+
+
 @pytest.mark.parametrize("rows", [ROWS, Stream()], ids=["map", "stream"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_training_sees_the_batches_that_it_sees_without(rows, workers, tmp_path):
-    seen, states = [], []
-    for callbacks in ([], [CalibrateCallback()]):
-        adapted, batches = model(), []
-        run = trainer(adapted, tmp_path, rows, callbacks, dataloader_num_workers=workers)
-        run.data_collator = drawing
-
-        def note(module, args, given, batches=batches):
-            if module.training:
-                batches.append(given["input_ids"].clone())
-
-        adapted.register_forward_pre_hook(note, with_kwargs=True)
-        run.train()
-        seen.append(torch.cat(batches))
-        states.append((torch.rand(()).item(), random.random(), np.random.rand()))
-        assert is_calibrated(adapted) == bool(callbacks)
-    assert len(seen[0]) == 6 and torch.equal(*seen) and states[0] == states[1]
+    without = Training(rows, workers, tmp_path, [])
+    calibrated = Training(rows, workers, tmp_path, [CalibrateCallback()])
+    assert is_calibrated(calibrated.model) and not is_calibrated(without.model)
+    assert len(without.batches) == 3
+    assert torch.equal(torch.cat(calibrated.batches), torch.cat(without.batches))
+    assert calibrated.drawn_next == without.drawn_next
 
 
-def test_a_model_that_cannot_be_calibrated_is_trained_as_it_is(tmp_path, caplog, capsys):
-    """A warning, if the user should do something about it."""
+def merged():
+    adapted = model()
+    for module in adapted.modules():
+        if isinstance(module, randlora_ext.RandLoraLinear):
+            module.merge()
+    adapted.lm_head.requires_grad_(True)  # something has to be trained
+    return adapted
 
-    def merged():
-        adapted = model()
-        for module in adapted.modules():
-            if isinstance(module, randlora_ext.RandLoraLinear):
-                module.merge()
-        adapted.lm_head.requires_grad_(True)  # something has to be trained
-        return adapted
 
-    done = model()
-    calibrate(done, [{"input_ids": torch.arange(5)[None]}])
-    trained = randomize(copy.deepcopy(done))
-    sparse = model(basis="independent", density=0.3)
-    for adapted, level, told in (
-        (randomize(model()), "WARNING", "has trained"),
-        (merged(), "WARNING", "is merged"),
-        (sparse, "INFO", "no active adapter is on Hadamard bases"),
-        (llama(), "INFO", "the model has no RandLoRA adapter"),
-        (done, "INFO", "the adapter is calibrated already"),
-        (trained, "INFO", "the adapter is calibrated already"),
-    ):
-        before = copy.deepcopy(scales(adapted))
-        ((found, line),) = begin(adapted, caplog, tmp_path)
-        assert found == level and line.startswith("not calibrated: ") and told in line
-        assert "basis=" not in line
-        assert all(torch.equal(before[key], scale) for key, scale in scales(adapted).items())
+def calibrated():
+    adapted = model()
+    calibrate(adapted, [{"input_ids": torch.arange(5)[None]}])
+    return adapted
+
+
+# With a warning, if the user should do something about it.
+UNCALIBRATED = {
+    "trained": (lambda: randomize(model()), "WARNING", "has trained"),
+    "merged": (merged, "WARNING", "is merged"),
+    "independent bases": (
+        lambda: model(basis="independent", density=0.3),
+        "INFO",
+        "no active adapter is on Hadamard bases",
+    ),
+    "no adapter": (llama, "INFO", "the model has no RandLoRA adapter"),
+    "calibrated": (calibrated, "INFO", "the adapter is calibrated already"),
+    "calibrated and trained": (
+        lambda: randomize(calibrated()),
+        "INFO",
+        "the adapter is calibrated already",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNCALIBRATED)
+def test_a_model_that_cannot_be_calibrated_is_trained_as_it_is(tmp_path, caplog, capsys, case):
+    make, level, message = UNCALIBRATED[case]
+    adapted = make()
+    before = copy.deepcopy(scales(adapted))
+    ((found, line),) = begin(adapted, caplog, tmp_path)
+    assert found == level and line.startswith("not calibrated: ") and message in line
+    assert "basis=" not in line
+    assert all(torch.equal(before[key], scale) for key, scale in scales(adapted).items())
     assert "calibrated the adapter" not in capsys.readouterr().out
 
 
@@ -149,13 +180,18 @@ def test_batches_of_something_else(tmp_path, caplog):
 def test_a_resumed_training_keeps_its_vectors(tmp_path, caplog):
     begun, resumed = model(), model()
     begin(begun, caplog, tmp_path)
-    caplog.clear()
     run = trainer(resumed, tmp_path, ROWS[::-1], [CalibrateCallback()])
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert is_calibrated(resumed)
+    assert all(torch.equal(scales(begun)[key], scale) for key, scale in scales(resumed).items())
+
+
+def test_a_resumed_training_tells_that_it_does_not_calibrate(tmp_path, caplog):
+    begin(model(), caplog, tmp_path)
+    run = trainer(model(), tmp_path, callbacks=[CalibrateCallback()])
     with caplog.at_level(logging.INFO, "randlora_ext"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert "training resumes after step 2" in caplog.text
-    assert is_calibrated(resumed)
-    assert all(torch.equal(scales(begun)[key], scale) for key, scale in scales(resumed).items())
 
 
 def test_arguments_that_the_model_does_not_take_are_left_out(tmp_path, caplog):
@@ -177,5 +213,9 @@ def test_batches_that_are_refused(bad, error):
 def test_the_package_imports_no_transformers():
     program = "import sys, randlora_ext; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_name_that_the_package_does_not_have():
+    """Its callback is imported on first use, by `__getattr__`."""
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         randlora_ext.Nothing  # noqa: B018

@@ -48,31 +48,58 @@ def loss_of(model, batches):
     return torch.cat(each).mean().item()
 
 
-def test_the_curve_is_that_of_copies_with_another_lambda(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
-    ours = model().train()
-    ours.lm_head.eval()
-    modes, before = [m.training for m in ours.modules()], copy.deepcopy(ours.state_dict())
-    scalings = [layer.scaling["default"] for layer in layers(ours)]
-    factors = (1, 0.7, 0)
-    plot = tmp_path / "dial.png"
-    points = dial_curve(ours, TASK, iter(TEXT), factors, plot=plot)
-    assert [point.factor for point in points] == [1, 0.7, 0]
+FACTORS = (1, 0.7, 0)
+
+
+@pytest.fixture(scope="module")
+def curve():
+    """(the model, its points)"""
+    ours = model()
+    return ours, dial_curve(ours, TASK, iter(TEXT), FACTORS)
+
+
+def test_points_have_the_factors_in_their_order(curve):
+    assert [point.factor for point in curve[1]] == [*FACTORS]
+
+
+def test_the_curve_is_that_of_copies_with_another_lambda(curve):
+    ours, points = curve
     for factor, task, text in points:
-        other = copy.deepcopy(ours).eval()
+        other = copy.deepcopy(ours)
         for layer in layers(other):
             layer.randlora_lambda["default"].data *= factor
         assert task == pytest.approx(loss_of(other, TASK), rel=1e-5)
         assert text == pytest.approx(loss_of(other, TEXT), rel=1e-5)
     assert points[0].task != pytest.approx(points[1].task, rel=1e-3)
-    assert points[2].text == pytest.approx(loss_of(llama(), TEXT), rel=1e-5)
+
+
+def test_at_zero_is_the_base_model(curve):
+    assert curve[1][2].text == pytest.approx(loss_of(llama(), TEXT), rel=1e-5)
+
+
+def test_measuring_changes_nothing():
+    ours = model().train()
+    ours.lm_head.eval()
+    modes, before = [m.training for m in ours.modules()], copy.deepcopy(ours.state_dict())
+    scalings = [layer.scaling["default"] for layer in layers(ours)]
+    dial_curve(ours, TASK, TEXT, FACTORS)
     assert [m.training for m in ours.modules()] == modes
     assert scalings == [layer.scaling["default"] for layer in layers(ours)]
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+
+
+def test_the_table_that_is_printed(capsys):
+    points = dial_curve(model(), TASK, TEXT, FACTORS)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == "factor of dW loss on the task loss on the text rise".split()
     assert lines[2].split()[:2] == ["0.7", f"{points[1].task:.3f}"]
     assert float(lines[2].split()[3]) == pytest.approx(points[1].text - points[2].text, abs=1e-3)
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "dial.png"
+    dial_curve(model(), TASK, TEXT, FACTORS, plot=plot)
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -168,22 +195,45 @@ def test_what_is_refused(change, call, error, told):
     assert all(value.is_meta or torch.equal(value, before[key]) for key, value in after.items())
 
 
-def test_a_factor_multiplies_dw_and_goes_into_files_and_merged_weights(tmp_path):
-    ours, x = model(), TEXT[0]
+def test_a_factor_multiplies_dw():
+    ours = model()
     before = deltas(ours)
     set_dial(ours, 0.5)  # exact
     assert all(torch.equal(now, was / 2) for now, was in zip(deltas(ours), before, strict=True))
+
+
+def test_a_second_factor_multiplies_the_first():
+    ours = model()
+    before = deltas(ours)
+    set_dial(ours, 0.5)
     set_dial(ours, 1.4)
     for now, was in zip(deltas(ours), before, strict=True):
         assert relative(now, was.double() * 0.7) < 1e-6
-    want = ours(x).logits
-    randlora_ext.save_adapter(ours, tmp_path / "adapter")
-    opened = randlora_ext.load_adapter(llama(), tmp_path / "adapter").eval()
+
+
+@pytest.fixture
+def turned():
+    ours = model()
+    set_dial(ours, 0.7)
+    return ours
+
+
+def test_a_factor_goes_into_files(turned, tmp_path):
+    randlora_ext.save_adapter(turned, tmp_path)
+    opened = randlora_ext.load_adapter(llama(), tmp_path).eval()
+    assert torch.equal(opened(TEXT[0]).logits, turned(TEXT[0]).logits)
+
+
+def test_a_factor_goes_into_state_dicts(turned):
     other = model()
-    other.load_state_dict(ours.state_dict())
-    assert torch.equal(opened(x).logits, want) and torch.equal(other(x).logits, want)
-    merge = randlora_ext.merge_and_unload(copy.deepcopy(ours))
-    assert relative(merge(x).logits, want) < 1e-5
+    other.load_state_dict(turned.state_dict())
+    assert torch.equal(other(TEXT[0]).logits, turned(TEXT[0]).logits)
+
+
+def test_a_factor_goes_into_merged_weights(turned):
+    want = turned(TEXT[0]).logits
+    merged = randlora_ext.merge_and_unload(turned)
+    assert relative(merged(TEXT[0]).logits, want) < 1e-5
 
 
 def test_of_one_adapter_among_several():

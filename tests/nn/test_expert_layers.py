@@ -17,72 +17,167 @@ def applied(name="Mixtral", **options):
     return apply_randlora(make(name), **options)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_model(name, tmp_path):
-    base, model = make(name), applied(name, target_modules=["o_proj"])
-    plain = logits(base)
-    assert torch.equal(logits(model), plain)
-    losses = train(model)
+ON_EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture
+def adapted(name):
+    """With adapters of experts and of linear layers."""
+    return randomize(applied(name, target_modules=["o_proj"]))
+
+
+def assert_equal_but_for_rounding(one, other):
+    assert (one - other).abs().max() < 1e-5 * other.abs().max()
+
+
+@ON_EVERY_MODEL
+def test_a_new_adapter_changes_nothing_yet(name):
+    assert torch.equal(logits(applied(name, target_modules=["o_proj"])), logits(make(name)))
+
+
+@ON_EVERY_MODEL
+def test_training_lowers_the_loss(name):
+    losses = train(applied(name, target_modules=["o_proj"]))
     assert losses[-1] < losses[0] / 3
+
+
+@ON_EVERY_MODEL
+def test_diagonals_are_stacks_of_one_for_each_expert(name):
+    model = applied(name)
     assert {p.shape[0] for p in model.parameters() if p.requires_grad and p.dim() == 3} == {4}
-    y, before = logits(model), copy.deepcopy(model.state_dict())
-    save_adapter(model, tmp_path / "adapter")
-    opened = load_adapter(base, tmp_path / "adapter")
-    assert torch.equal(logits(opened), y)
-    for layer in layers(model).values():
+
+
+@ON_EVERY_MODEL
+def test_a_saved_adapter_comes_back(name, adapted, tmp_path):
+    save_adapter(adapted, tmp_path)
+    assert torch.equal(logits(load_adapter(make(name), tmp_path)), logits(adapted))
+
+
+@ON_EVERY_MODEL
+def test_merged_layers_compute_what_the_adapter_did(name, adapted):
+    y = logits(adapted)
+    for layer in layers(adapted).values():
         layer.merge()
-    assert (logits(model) - y).abs().max() < 1e-5 * y.abs().max()
-    for layer in layers(model).values():
+    assert_equal_but_for_rounding(logits(adapted), y)
+
+
+@ON_EVERY_MODEL
+def test_disabling_merged_layers_restores_every_bit(name, adapted):
+    before = copy.deepcopy(adapted.state_dict())
+    for layer in layers(adapted).values():
+        layer.merge()
         layer.disable()
-    after = model.state_dict()
+    after = adapted.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)
-    for layer in layers(model).values():
-        layer.enable()
-    model.load_state_dict(before)
-    assert torch.equal(logits(model), y)
-    merged = merge_and_unload(model)
+
+
+@ON_EVERY_MODEL
+def test_a_state_dict_comes_back(name, adapted):
+    other = applied(name, target_modules=["o_proj"])
+    other.load_state_dict(adapted.state_dict())
+    assert torch.equal(logits(other), logits(adapted))
+
+
+@ON_EVERY_MODEL
+def test_a_merged_model_is_the_base_model_with_the_update(name, adapted):
+    y = logits(adapted)
+    merged = merge_and_unload(adapted)
     assert merged.state_dict().keys() == make(name).state_dict().keys()
-    assert (logits(merged) - y).abs().max() < 1e-5 * y.abs().max()
-    unloaded = unload(opened)
-    assert not layers(unloaded) and torch.equal(logits(unloaded), plain)
+    assert_equal_but_for_rounding(logits(merged), y)
 
 
-def test_a_second_adapter(tmp_path):
+@ON_EVERY_MODEL
+def test_an_unloaded_model_is_the_base_model(name, adapted):
+    unloaded = unload(adapted)
+    assert not layers(unloaded) and torch.equal(logits(unloaded), logits(make(name)))
+
+
+# ---- several adapters ----------------------------------------------------------------------------
+
+
+def activate(model, adapter_name):
+    for layer in layers(model).values():
+        layer.set_adapter(adapter_name)
+
+
+def test_a_second_adapter_changes_nothing_yet():
     model = randomize(applied())
-    y = logits(model)
-    save_adapter(model, tmp_path / "one")
     for layer in layers(model).values():
         layer.update_layer("two", 8)
-        layer.set_adapter("two")
+    activate(model, "two")
     assert torch.equal(logits(model), logits(make("Mixtral")))
-    load_adapter(model, tmp_path / "one", "three")
-    for layer in layers(model).values():
-        layer.set_adapter("three")
+
+
+def test_loading_beside_another_adapter(tmp_path):
+    model = randomize(applied())
+    y = logits(model)
+    save_adapter(model, tmp_path)
+    load_adapter(model, tmp_path, "two")
+    activate(model, "two")
     assert torch.equal(logits(model), y)
+
+
+def test_a_state_dict_of_other_shapes_changes_nothing():
+    model = randomize(applied())
+    y = logits(model)
     with pytest.raises(RuntimeError, match="does not fit"):
         model.load_state_dict({k: v[..., :1] for k, v in model.state_dict().items()})
     assert torch.equal(logits(model), y)
 
 
-@pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
-def test_experts_have_input_scales_of_their_own_or_one_for_all(name, own, tmp_path):
-    model = randomize(applied(name, target_parameters=EXPERTS[::-1]))
-    plain = [layer.get_delta_weight("default") for layer in layers(model).values()]
-    for layer, delta in zip(layers(with_scales(model, own)).values(), plain, strict=True):
+# ---- input scales, of each expert or one for all -------------------------------------------------
+
+
+@pytest.fixture(params=[True, False], ids=["of each", "one for all"])
+def of_each(request):
+    return request.param
+
+
+@pytest.fixture(params=["Qwen3Moe", "GptOss"])
+def scaled(request, of_each):
+    """(name, a model with input scales)"""
+    name = request.param
+    return name, with_scales(randomize(applied(name, target_parameters=EXPERTS[::-1])), of_each)
+
+
+def test_experts_have_input_scales(scaled, of_each):
+    for layer in layers(scaled[1]).values():
         scale = layer.randlora_input_scale["default"]
-        assert scale.shape == (4, layer.in_features) and own != torch.equal(scale[0], scale[1])
-        by_hand = delta * (scale[..., None] if layer.transposed else scale[..., None, :])
-        torch.testing.assert_close(layer.get_delta_weight("default"), by_hand)
+        assert scale.shape == (4, layer.in_features)
+        assert of_each != torch.equal(scale[0], scale[1])
+
+
+def test_the_input_scale_of_an_expert_scales_the_columns_of_its_update(scaled):
+    for layer in layers(scaled[1]).values():
+        scale = layer.randlora_input_scale["default"].clone()
+        delta = layer.get_delta_weight("default")
+        layer.set_input_scale("default", None)
+        columns = scale[..., None] if layer.transposed else scale[..., None, :]
+        torch.testing.assert_close(delta, layer.get_delta_weight("default") * columns)
+
+
+def test_input_scales_of_too_few_experts_are_refused(scaled):
+    for layer in layers(scaled[1]).values():
         with pytest.raises(ValueError, match=r"must be \(experts, in_features\) = \(4, "):
-            layer.set_input_scale("default", scale[:3])
-    y = logits(model)
-    save_adapter(model, tmp_path / "adapter")
-    opened = load_adapter(make(name), tmp_path / "adapter")
-    assert torch.equal(logits(opened), y)
-    opened.load_state_dict((other := randomize(applied(name))).state_dict())
-    assert not any(layer.is_calibrated("default") for layer in layers(opened).values())
-    assert torch.equal(logits(opened), logits(other))  # layers are nested in one order
+            layer.set_input_scale("default", torch.ones(3, layer.in_features))
+
+
+def test_input_scales_of_experts_are_saved(scaled, tmp_path):
+    name, model = scaled
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(make(name), tmp_path)), logits(model))
+
+
+def test_a_state_dict_takes_input_scales_away(scaled):
+    """Also if the parameters were named in another order: layers are nested in one."""
+    name, model = scaled
+    other = randomize(applied(name))
+    model.load_state_dict(other.state_dict())
+    assert not any(layer.is_calibrated("default") for layer in layers(model).values())
+    assert torch.equal(logits(model), logits(other))
+
+
+# ---- files of layers inside adapted modules ------------------------------------------------------
 
 
 class Own(nn.Module):
@@ -125,6 +220,8 @@ def test_a_file_of_experts_inside_a_module_called_base_layer(tmp_path):
     assert len(trained) == 6 and all(map(torch.equal, again, trained))
 
 
+# ---- what is refused -----------------------------------------------------------------------------
+
 ERRORS = [
     (lambda: nn.ModuleList([Own(2, 3, 4, 5)]), {}, ValueError, r"two or three dim.*\(2, 3, 4, 5\)"),
     (lambda: nn.ModuleList([Own(4)]), {}, ValueError, r"Own.experts must have two or three dimens"),
@@ -148,19 +245,37 @@ def test_errors_change_nothing(make_model, options, error, told):
     assert [p.requires_grad for p in model.parameters()] == trained
 
 
-def test_refused(tmp_path):
-    model = applied()
+def test_a_parameter_that_is_adapted_already_is_refused():
     with pytest.raises(ValueError, match="is adapted already"):
-        apply_randlora(model, target_parameters=EXPERTS[:1])
+        apply_randlora(applied(), target_parameters=EXPERTS[:1])
+
+
+def test_the_weight_of_a_module_that_is_adapted_is_refused():
     with pytest.raises(ValueError, match="is of module .*q_proj', which is matched, too"):
         apply_randlora(make("Mixtral"), ["q_proj"], target_parameters=["q_proj.weight"])
-    save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(ValueError, match="has an adapter 'default' already"):
-        load_adapter(model, tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"out_features \(32, 64\), and must be of \(32, 48\)"):
-        load_adapter(make("Qwen3Moe"), tmp_path / "adapter")
-    with pytest.raises(ValueError, match="there is no such module or param"):
-        load_adapter(nn.Sequential(nn.Linear(2, 2)), tmp_path / "adapter")
+
+
+MISFITS = {
+    "taken": (applied, "has an adapter 'default' already"),
+    "other sizes": (
+        lambda: make("Qwen3Moe"), r"out_features \(32, 64\), and must be of \(32, 48\)"
+    ),
+    "no experts": (
+        lambda: nn.Sequential(nn.Linear(2, 2)), "there is no such module or param"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_model_that_does_not_fit_a_file(case, tmp_path):
+    make_model, message = MISFITS[case]
+    save_adapter(applied(), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(make_model(), tmp_path)
+
+
+def test_offloaded_experts_are_refused():
+    model = applied()
     model(**batch())
     pytest.importorskip("accelerate").cpu_offload(model, execution_device="cpu")
     with pytest.raises(RuntimeError, match="not whole here .* offloading"):

@@ -48,45 +48,61 @@ class OfPeft(Ours):
         (self.layer,) = peft_helpers.layers(peft_helpers.randomize(self.model))
 
 
-KINDS = pytest.mark.parametrize("kind", [Ours, OfPeft])
+BOTH = pytest.mark.parametrize("make", [Ours, OfPeft])
 
 
 def learn(layer, seed):
     """Other numbers of about the same size in every adapter."""
-    make = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for diagonals in (layer.randlora_lambda, layer.randlora_gamma):
             for p in diagonals.values():
-                p.mul_(1 + torch.randn(p.shape, generator=make).to(p.dtype) / 2)
+                p.mul_(1 + torch.randn(p.shape, generator=generator).to(p.dtype) / 2)
 
 
-@KINDS
+ORDERS = [[["default"]], [["two"]], [["default", "two"]], [["two"], ["default"]], [None]]
+
+
+@BOTH
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("dtype, keep", zip(DTYPES, ["host", "device"] * 2, strict=True))
-def test_every_bit_comes_back_after_the_adapters_have_changed(kind, dtype, keep):
-    made = kind(dtype)
-    layer = made.layer
+def test_every_bit_comes_back_after_the_adapters_have_changed(make, dtype, keep, order):
+    made = make(dtype)
     with torch.no_grad():
         made.weight[0, :4] = torch.tensor([-0.0, 0.0, 1e-7, -1e4])
     W = bits(made.weight)
-    orders = [[["default"]], [["two"]], [["default", "two"]], [["two"], ["default"]], [None]]
-    for seed, steps in enumerate(orders):
-        for names in steps:
+    for seed in range(2):
+        for names in order:
             made.merge(names, keep_weight=keep)
         assert not torch.equal(bits(made.weight), W)
-        held = weakref.ref(layer._kept)
-        assert (held().dtype, held().device.type) == (dtype, "cpu")
-        assert not any("kept" in key for key in layer.state_dict())
-        assert all(p is not held() for p in [*layer.parameters(), *layer.buffers()])
-        learn(layer, seed)
-        layer.unmerge()
-        assert torch.equal(bits(made.weight), W), steps
-        assert not layer.merged and layer._kept is None
-        assert held() is None
+        learn(made.layer, seed)
+        made.layer.unmerge()
+        assert torch.equal(bits(made.weight), W)
 
 
-@KINDS
-def test_an_adapter_that_changes_nothing_keeps_nothing(kind):
-    made = kind(torch.bfloat16)
+@BOTH
+@pytest.mark.parametrize("dtype, keep", zip(DTYPES, ["host", "device"] * 2, strict=True))
+def test_what_is_kept_is_no_part_of_the_module(make, dtype, keep):
+    made = make(dtype)
+    made.merge(keep_weight=keep)
+    layer, kept = made.layer, made.layer._kept
+    assert (kept.dtype, kept.device.type) == (dtype, "cpu")
+    assert not any("kept" in key for key in layer.state_dict())
+    assert all(tensor is not kept for tensor in [*layer.parameters(), *layer.buffers()])
+
+
+@BOTH
+def test_unmerging_frees_what_was_kept(make):
+    made = make(torch.float32)
+    made.merge()
+    kept = weakref.ref(made.layer._kept)
+    made.layer.unmerge()
+    assert not made.layer.merged and made.layer._kept is None and kept() is None
+
+
+@BOTH
+def test_an_adapter_that_changes_nothing_keeps_nothing(make):
+    made = make(torch.bfloat16)
     layer, weight = made.layer, made.weight
     with torch.no_grad():
         weight[0, 0] = -0.0
@@ -100,10 +116,10 @@ def test_an_adapter_that_changes_nothing_keeps_nothing(kind):
     assert torch.equal(bits(weight), W) and not layer.merged
 
 
-@KINDS
+@BOTH
 @pytest.mark.parametrize("kept", ["default", "two"])
-def test_what_is_kept_comes_back_beside_what_is_subtracted(kind, kept):
-    made = kind(torch.float32)
+def test_what_is_kept_comes_back_beside_what_is_subtracted(make, kept):
+    made = make(torch.float32)
     layer, W = made.layer, made.weight.detach().clone()
     for name in ("default", "two"):
         made.merge([name], keep_weight="host" if name == kept else "nothing")
@@ -113,28 +129,32 @@ def test_what_is_kept_comes_back_beside_what_is_subtracted(kind, kept):
     assert relative(made.weight, W) < 1e-6
 
 
-@KINDS
-def test_a_copy_of_a_merged_layer_unmerges_too(kind):
-    made = kind(torch.bfloat16)
+COPIES = {"copy": copy.deepcopy, "pickle": lambda layer: pickled(layer)[0]}
+
+
+@BOTH
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_of_a_merged_layer_unmerges_alone(make, copied):
+    made = make(torch.bfloat16)
     layer, W = made.layer, bits(made.weight)
     with torch.inference_mode():  # what is kept there is no inference tensor
         made.merge()
-    for other in (copy.deepcopy(layer), pickled(layer)[0]):
-        learn(other, 1)
-        other.unmerge()
-        assert torch.equal(bits(other.get_base_layer().weight), W)
-        assert layer.merged and not torch.equal(bits(made.weight), W)
+    other = copied(layer)
+    learn(other, 1)
+    other.unmerge()
+    assert torch.equal(bits(other.get_base_layer().weight), W)
+    assert layer.merged and not torch.equal(bits(made.weight), W)
     layer.unmerge()
     assert torch.equal(bits(made.weight), W)
 
 
-@KINDS
+@BOTH
 @pytest.mark.parametrize(
     "dtype, then", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
 )
-def test_unmerging_and_casting_may_change_places(kind, dtype, then):
+def test_unmerging_and_casting_may_change_places(make, dtype, then):
     """`.to(dtype)` while merged: the old bits cannot be there; those of W.to(dtype) are."""
-    made = kind(dtype)
+    made = make(dtype)
     layer, W = made.layer, made.weight.detach().clone()
     for target in (then, dtype):  # at the second merge W in its present dtype counts
         made.merge()
@@ -145,7 +165,7 @@ def test_unmerging_and_casting_may_change_places(kind, dtype, then):
 
 
 @pytest.mark.parametrize(
-    "kind, action, keep, again",
+    "make, action, keep, again",
     [
         (OfPeft, "merge", "nothing", 0),
         (OfPeft, "unmerge", "host", 0),
@@ -153,8 +173,8 @@ def test_unmerging_and_casting_may_change_places(kind, dtype, then):
         *((Ours, "unmerge", "nothing", again) for again in range(9)),
     ],
 )
-def test_after_ctrl_c_weight_and_state_agree(kind, action, keep, again):
-    fresh, states = kind(torch.bfloat16), set()
+def test_after_ctrl_c_weight_and_state_agree(make, action, keep, again):
+    fresh, states = make(torch.bfloat16), set()
     W, merged = fresh.weight.detach().clone(), copy.deepcopy(fresh)
     merged.merge()
 
@@ -165,25 +185,36 @@ def test_after_ctrl_c_weight_and_state_agree(kind, action, keep, again):
         return made
 
     def call():
-        made.layer.unmerge() if action == "unmerge" else made.merge(keep_weight=keep)
+        if action == "unmerge":
+            made.layer.unmerge()
+        else:
+            made.merge(keep_weight=keep)
 
     made = start()
     for _ in interrupts(call, merging.__file__, again):
         layer, weight = made.layer, made.weight
         states.add(layer.merged)
-        assert not layer.merged or torch.equal(weight, merged.weight)
         if layer.merged:
-            learn(layer, 1) if keep == "host" else None
+            assert torch.equal(weight, merged.weight)
+            if keep == "host":
+                learn(layer, 1)
             layer.unmerge()
-        assert torch.equal(weight, W) if keep == "host" else relative(weight, W) < 0.02
-        with torch.no_grad():  # what an interrupted merge left behind is never restored
-            weight.add_(1)
-        one_more = weight.detach().clone()
-        made.merge(keep_weight="host")
-        layer.unmerge()
-        assert torch.equal(weight, one_more)
+        if keep == "host":
+            assert torch.equal(weight, W)
+        else:
+            assert relative(weight, W) < 0.02
+        assert_that_what_an_interrupted_merge_kept_is_never_restored(made)
         made = start()
     assert states == {True, False}
+
+
+def assert_that_what_an_interrupted_merge_kept_is_never_restored(made):
+    with torch.no_grad():
+        made.weight.add_(1)
+    changed = made.weight.detach().clone()
+    made.merge(keep_weight="host")
+    made.layer.unmerge()
+    assert torch.equal(made.weight, changed)
 
 
 @pytest.mark.parametrize("keep", ["host", "nothing"])
@@ -202,29 +233,48 @@ def test_a_merged_adapter_that_is_deleted(keep):
     assert torch.equal(made.weight, W if keep == "host" else merged)
 
 
-@pytest.mark.filterwarnings("always")
-@KINDS
-def test_training_while_merged_is_told(kind):
+def warnings_and_output(made):
+    """How many warnings of merged adapters that get no gradient, all at this file's line, and y."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = made.layer(torch.randn(3, 24))
+    told = [w for w in caught if "are merged into the weight and get no grad" in str(w.message)]
+    assert {w.filename for w in told} <= {__file__}
+    return len(told), y
+
+
+@BOTH
+def test_training_while_merged_is_told(make):
     """Torch's error says that the output does not require a gradient, and not why."""
-
-    def told(x, made):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            y = made.layer(x)
-        found = [
-            w for w in caught if "are merged into the weight and get no grad" in str(w.message)
-        ]
-        assert {w.filename for w in found} <= {__file__}
-        return len(found), y.requires_grad
-
-    made, x = kind(torch.float32), torch.randn(3, 24)
-    assert told(x, made) == (0, True)
+    made = make(torch.float32)
     made.merge()
-    assert told(x, made) == (1, False)
-    with torch.no_grad():
-        assert told(x, made) == (0, False)
+    count, y = warnings_and_output(made)
+    assert count == 1 and not y.requires_grad
+
+
+def merge_in_eval_mode(made):
+    made.merge()
     made.layer.eval()
-    assert told(x, made) == (0, False)
-    made.layer.train()
+
+
+def merge_and_unmerge(made):
+    made.merge()
     made.layer.unmerge()
-    assert told(x, made) == (0, True)
+
+
+@BOTH
+@pytest.mark.parametrize("change", [lambda made: None, merge_in_eval_mode, merge_and_unmerge])
+def test_what_is_not_trained_while_merged_is_not_told(make, change):
+    made = make(torch.float32)
+    change(made)
+    count, y = warnings_and_output(made)
+    assert count == 0 and y.requires_grad != made.layer.merged
+
+
+@BOTH
+def test_merged_inference_without_gradients_is_not_told(make):
+    made = make(torch.float32)
+    made.merge()
+    with torch.no_grad():
+        count, _ = warnings_and_output(made)
+    assert count == 0
