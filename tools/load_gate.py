@@ -18,7 +18,7 @@ from check_wheel import library_findings
 
 import randlora_ext
 
-BINDING = Path(__file__).resolve().parents[1] / "csrc" / "torch" / "backend.cpp"
+BINDING = Path(__file__).resolve().parents[1] / "csrc" / "torch"
 
 assert torch.version.cuda, f"torch {torch.__version__} has no CUDA"
 info = randlora_ext.build_info()
@@ -30,8 +30,9 @@ names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("randl
 keys = {n: torch._C._dispatch_has_kernel_for_dispatch_key(n, "CUDA") for n in names}
 print("CUDA key of", len(keys), "operators:", *(n.split("::")[1] for n in sorted(keys)))
 assert len(keys) >= 10 and all(keys.values()), keys
-wanted = re.findall(r'entry<[^(]*\("(.*?)", "(.*?)"\)', BINDING.read_text())
-assert len(wanted) >= 3, wanted
+sources = "".join(path.read_text() for path in sorted(BINDING.rglob("*.cpp")))
+wanted = re.findall(r'torch_function<\w+>\(\s*"(.*?)",\s*"(.*?)"\)', sources)
+assert len(wanted) == sources.count("torch_function<") >= 3, wanted
 for file, name in wanted:
     getattr(ctypes.CDLL(file), name)
 print("torch has", *(name for _, name in wanted))

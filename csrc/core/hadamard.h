@@ -1,15 +1,15 @@
 // The operators on Hadamard bases (docs/basis-spec.md, section 14) as plain structs.
 //
 //   H[a, b] = -1 if a & b has an odd number of ones, else +1
-//   A[j, k] = s[k] H[j, m]                m = k / n, the class of column k
-//   B[o, c] = row[o] H[o, c] col[c]       c = j * n + i
+//   A[j, k] = a_signs[k] H[j, m]                      m = k / n, the class of column k
+//   B[o, c] = row_signs[o] H[o, c] col_signs[c]       c = j * n + i
 //
-// s, row and col are float32: -1 or +1, and on the layer's input side (s if d is that side, else
-// row) times the adapter's input scale. A product with A is one small matrix product for each
-// class, which torch's GEMM computes. The structs here are what surrounds these products. Between
-// the two:
+// The signs are float32: -1 or +1, and on the layer's input side (a_signs if d is that side, else
+// row_signs) times the adapter's input scale. A product with A is one small matrix product for each
+// class, which torch's GEMM computes (torch/hadamard/class_products.h). The structs here are what
+// surrounds these products. Between the two:
 //
-//   z[m, t, i] = sum over the columns k of class m of s[k] gam[i, k] x[t, k]
+//   z[m, t, i] = sum over the columns k of class m of a_signs[k] gam[i, k] x[t, k]
 //   w[m, t, i] = the same numbers on the way back, from the D side
 //
 // Both are stored class by class, (classes, T, n), in the class dtype.
@@ -54,42 +54,42 @@ RANDLORA_HD bool hadamard_minus(int64_t a, int64_t b) {
 }
 
 // What a call does once for all its tokens:
-//   out[i, k] = s[k] * gam[i, k]
-//   factors = lam[c] * col[c] for all c, in the order in which hadamard_up and hadamard_down of the
-//             same device read them
+//   out[i, k] = a_signs[k] * gam[i, k]
+//   factors = lam[c] * col_signs[c] for all c, in the order in which hadamard_up and hadamard_down
+//             of the same device read them
 struct HadamardGamma {
   HadamardSizes sizes;
   const void* gam;  // (n, d) in the compute type
-  const float* s;
+  const float* a_signs;
   void* out;        // (n, d) in the class dtype of `dtype`
   const void* lam;  // (r, n) in the compute type
-  const float* col;
+  const float* col_signs;
   void* factors;  // sizes.factors() in the compute type, at a multiple of 16 bytes
   DType dtype;
 };
 
-// dgam[i, k] = scale * s[k] * P[m, i, k'], with column k at place k' of its class m. The class
+// dgam[i, k] = scale * a_signs[k] * P[m, i, k'], with column k at place k' of its class m. The class
 // products give P (classes, n, n) in the class dtype; places of columns from d on are never read.
-// dlam[c] = scale * col[c] * the sum over slots q of sums[q, c].
+// dlam[c] = scale * col_signs[c] * the sum over slots q of sums[q, c].
 struct HadamardDiagonals {
   HadamardSizes sizes;
   const void* P;     // may be null, and then dgam is not wanted
   const void* sums;  // (slots, K) in the compute type, from HadamardDown
   int64_t slots;
-  const float *s, *col;
+  const float *a_signs, *col_signs;
   void *dlam, *dgam;  // compute type
   DType dtype;
   double scale;
   int64_t experts = 1;  // CUDA, without P: as many sums and dlam, one behind the other
 };
 
-// y[t, o] += scale * row[o] * sum over c of H[o, c] v[c], or y = ... unless `accumulate`, with
-//   v[j * n + i] = col lam[j, i] * sum over m of H[j, m] z[m, t, i]
+// y[t, o] += scale * row_signs[o] * sum over c of H[o, c] v[c], or y = ... unless `accumulate`, with
+//   v[j * n + i] = factors[j * n + i] * sum over m of H[j, m] z[m, t, i]
 struct HadamardUp {
   HadamardSizes sizes;
   const void* z;        // (classes, T, n) in the class dtype
-  const void* factors;  // col lam, from HadamardGamma
-  const float* row;
+  const void* factors;  // from HadamardGamma
+  const float* row_signs;
   void* y;  // (T, D) in `dtype`
   DType dtype;
   int64_t T;
@@ -98,15 +98,15 @@ struct HadamardUp {
 };
 
 // From y (T, D):
-//   u[t, c] = sum over o of row[o] H[o, c] y[t, o]
-//   w[m, t, i] = sum over j of H[j, m] col lam[j, i] u[t, j * n + i]
+//   u[t, c] = sum over o of row_signs[o] H[o, c] y[t, o]
+//   w[m, t, i] = sum over j of H[j, m] factors[j * n + i] u[t, j * n + i]
 // and, if z is not null, for the tokens t of each slot q:
 //   sums[q, j * n + i] = sum over t of u[t, j * n + i] * sum over m of H[j, m] z[m, t, i]
 struct HadamardDown {
   HadamardSizes sizes;
   const void* y;
-  const void* factors;  // col lam, from HadamardGamma
-  const float* row;
+  const void* factors;  // from HadamardGamma
+  const float* row_signs;
   void* w;        // (classes, T, n) in the class dtype
   const void* z;  // likewise, or null
   void* sums;     // (slots, K) in the compute type
@@ -127,18 +127,18 @@ struct HadamardAdd {
   bool accumulate;
 };
 
-// Experts that share the signs col and the sizes: their matrices lie one behind the other, and
-// those of s and row too, `next_s` and `next_row` numbers apart, or 0 if all have the same.
+// Experts that share col_signs and the sizes: their matrices lie one behind the other, and their
+// a_signs and row_signs too, so many numbers apart, or 0 if all have the same.
 struct HadamardExperts {
   HadamardSizes sizes;
   int64_t experts;
   const void *lam, *gam;  // compute type
-  const float *s, *row, *col;
-  int64_t next_s, next_row;
+  const float *a_signs, *row_signs, *col_signs;
+  int64_t next_a_signs, next_row_signs;
   const void* weight;  // in `dtype`: what dW is added to, or null; or the gradient of the sum
   DType dtype;
   double scale;
-  bool transposed;  // weight and dW are (d, D) instead of (D, d)
+  bool reduce;  // in > out: weight and dW are (d, D) instead of (D, d)
 
   RANDLORA_HD_MEMBER HadamardExperts expert(int64_t e) const {
     HadamardExperts p = *this;
@@ -146,7 +146,8 @@ struct HadamardExperts {
     p.lam = moved(lam, e * sizes.K(), compute_dtype(dtype));
     p.gam = moved(gam, e * sizes.n * sizes.d, compute_dtype(dtype));
     p.weight = moved(weight, e * sizes.D * sizes.d, dtype);
-    p.s += e * next_s, p.row += e * next_row;
+    p.a_signs += e * next_a_signs;
+    p.row_signs += e * next_row_signs;
     return p;
   }
 };
@@ -156,20 +157,26 @@ struct HadamardWeight : HadamardExperts {
   void* out;
 
   RANDLORA_HD_MEMBER HadamardWeight expert(int64_t e) const {
-    return {HadamardExperts::expert(e), moved(out, e * sizes.D * sizes.d, dtype)};
+    HadamardWeight p = *this;
+    static_cast<HadamardExperts&>(p) = HadamardExperts::expert(e);
+    p.out = moved(out, e * sizes.D * sizes.d, dtype);
+    return p;
   }
 };
 
-// dlam and dgam from the gradient of HadamardWeight's out:
-// with u[c] = sum over o of row[o] H[o, c] grad[o, k] and m the class of column k,
-//   dgam[i, k] = scale * s[k] * sum over j of H[j, m] col lam[j, i] u[j * n + i]
-//   dlam[j, i] = scale * col * sum over k of H[j, m] s[k] gam[i, k] u[j * n + i]
+// dlam and dgam from the gradient of HadamardWeight's out: with c = j * n + i,
+// u[c] = sum over o of row_signs[o] H[o, c] grad[o, k] and m the class of column k,
+//   dgam[i, k] = scale * a_signs[k] * sum over j of H[j, m] lam[j, i] col_signs[c] u[c]
+//   dlam[j, i] = scale * col_signs[c] * sum over k of H[j, m] a_signs[k] gam[i, k] u[c]
 struct HadamardWeightBackward : HadamardExperts {
   void *dlam, *dgam;  // compute type
 
   RANDLORA_HD_MEMBER HadamardWeightBackward expert(int64_t e) const {
-    return {HadamardExperts::expert(e), moved(dlam, e * sizes.K(), compute_dtype(dtype)),
-            moved(dgam, e * sizes.n * sizes.d, compute_dtype(dtype))};
+    HadamardWeightBackward p = *this;
+    static_cast<HadamardExperts&>(p) = HadamardExperts::expert(e);
+    p.dlam = moved(dlam, e * sizes.K(), compute_dtype(dtype));
+    p.dgam = moved(dgam, e * sizes.n * sizes.d, compute_dtype(dtype));
+    return p;
   }
 };
 

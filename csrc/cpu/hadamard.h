@@ -94,7 +94,7 @@ RANDLORA_INLINE V load_some(const S* from, int64_t count) {
 }
 
 // The steps of one token, each from L1 to L1, and the memory that they need: numbers that all
-// threads share (`lam` and `row`), and those of one thread (`v` and `mixed`).
+// threads share (`factors` and `row_factors`), and those of one thread (`v` and `mixed`).
 template <class C>
 struct HadamardRow {
   using V = Vec<C>;
@@ -106,28 +106,28 @@ struct HadamardRow {
   int64_t padded = (s.n + L - 1) / L * L;  // n in whole vectors
   // The logarithms of R and of N in vectors.
   int64_t mix_bits = __builtin_ctzll(uint64_t(s.R())), N_bits = __builtin_ctzll(uint64_t(N / L));
-  C *lam, *row;  // lam * col (K), scale * row (D)
-  C *v, *mixed;  // (N); (R, padded)
+  C *factors, *row_factors;  // lam * col_signs (K), scale * row_signs (D)
+  C *v, *mixed;              // (N); (R, padded)
 
   RANDLORA_HOST_MEMBER explicit HadamardRow(const HadamardSizes& sizes) : s(sizes) {}
 
   // Takes scratch memory for all threads, with `more` numbers for each and `shared` at the end,
-  // which it returns. `lam_of` has the signs of the columns already where `col` is null.
-  RANDLORA_HOST_MEMBER C* prepare(Runtime& rt, const void* lam_of, const float* col,
-                                  const float* row_of, double scale, int64_t more = 0,
+  // which it returns. Without `col_signs`, `lam` has them already.
+  RANDLORA_HOST_MEMBER C* prepare(Runtime& rt, const void* lam, const float* col_signs,
+                                  const float* row_signs, double scale, int64_t more = 0,
                                   int64_t shared = 0) {
     const int64_t v_length = N + L;  // `flatten` writes a vector past K
     of_thread_ = v_length + s.R() * padded + more;
     const int64_t count = K + s.D + 2 * L + rt.width() * of_thread_;
-    lam = static_cast<C*>(rt.scratch(size_t(count + shared) * sizeof(C)));
-    row = lam + K + L;
-    v = row + s.D + L;
+    factors = static_cast<C*>(rt.scratch(size_t(count + shared) * sizeof(C)));
+    row_factors = factors + K + L;
+    v = row_factors + s.D + L;
     mixed = v + v_length;
-    __builtin_memcpy(lam, lam_of, size_t(K) * sizeof(C));
-    for (int64_t c = 0; c < K && col; ++c) lam[c] *= C(col[c]);
-    for (int64_t o = 0; o < s.D; ++o) row[o] = C(scale) * C(row_of[o]);
-    for (int64_t l = 0; l < L; ++l) lam[K + l] = row[s.D + l] = 0;
-    return lam + count;
+    __builtin_memcpy(factors, lam, size_t(K) * sizeof(C));
+    for (int64_t c = 0; c < K && col_signs; ++c) factors[c] *= C(col_signs[c]);
+    for (int64_t o = 0; o < s.D; ++o) row_factors[o] = C(scale) * C(row_signs[o]);
+    for (int64_t l = 0; l < L; ++l) factors[K + l] = row_factors[s.D + l] = 0;
+    return factors + count;
   }
   // fn(row with its own memory, begin, end) over shares of [0, count), one for each thread.
   template <class F>
@@ -151,20 +151,20 @@ struct HadamardRow {
         store(mixed + m * padded + i, m < classes ? load_as<V>(z + m * next + i) : V{});
     transform<C, false>(mixed, mix_bits, padded / L);
   }
-  // v[c] = lam mixed. In order, because a row's last vector reaches into the next row.
+  // v = factors mixed. In order, because a row's last vector reaches into the next row.
   RANDLORA_HOST_MEMBER void flatten() const {
     for (int64_t j = 0; j < s.r; ++j)
       for (int64_t i = 0; i < s.n; i += L)
-        store(v + j * s.n + i, load<V>(mixed + j * padded + i) * load<V>(lam + j * s.n + i));
+        store(v + j * s.n + i, load<V>(mixed + j * padded + i) * load<V>(factors + j * s.n + i));
     for (int64_t c = K; c < N; ++c) v[c] = 0;
   }
-  // w[m, i] = the sum over j of H[m, j] lam v[j * n + i].
+  // w[m, i] = the sum over j of H[m, j] factors[c] v[c], c = j * n + i.
   template <class Z>
   RANDLORA_HOST_MEMBER void unmix(Z* w, int64_t next) const {
     for (int64_t j = 0; j < s.R(); ++j)
       for (int64_t i = 0; i < padded; i += L) {
         const int64_t c = j * s.n + i;
-        store(mixed + j * padded + i, j < s.r ? load<V>(v + c) * load<V>(lam + c) : V{});
+        store(mixed + j * padded + i, j < s.r ? load<V>(v + c) * load<V>(factors + c) : V{});
       }
     transform<C, false>(mixed, mix_bits, padded / L);
     for (int64_t m = 0; m < classes; ++m)
@@ -182,13 +182,13 @@ struct HadamardRow {
   // v = its transform; row o of the layer is at place(o).
   RANDLORA_HOST_MEMBER void up() const { transform<C, true>(v, N_bits, 1); }
   RANDLORA_HOST_MEMBER int64_t place(int64_t o) const { return o & (N - 1); }
-  // v = the transform of row * y.
+  // v = the transform of row_factors * y.
   template <class S>
   RANDLORA_HOST_MEMBER void down(const S* y) const {
     for (int64_t c = 0; c < N; c += L) {
       V sum{};
       for (int64_t o = c; o < s.D; o += N)
-        sum = fused(load_some<V>(y + o, s.D - o), load<V>(row + o), sum);
+        sum = fused(load_some<V>(y + o, s.D - o), load<V>(row_factors + o), sum);
       store(v + c, sum);
     }
     transform<C, true>(v, N_bits, 1);
@@ -207,7 +207,7 @@ void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
   using V = typename Row::V;
   Row all(p.sizes);
   rt.set_single(p.T * all.N < kHadamardOneThread);
-  all.prepare(rt, p.factors, nullptr, p.row, p.scale);
+  all.prepare(rt, p.factors, nullptr, p.row_signs, p.scale);
   const int64_t n = p.sizes.n, D = p.sizes.D;
   all.split(rt, p.T, [&](const Row& row, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -216,7 +216,7 @@ void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
       row.up();
       S* y = static_cast<S*>(p.y) + t * D;
       for (int64_t o = 0; o < D; o += Row::L) {
-        const V sum = load<V>(row.v + row.place(o)), scale = load<V>(row.row + o);
+        const V sum = load<V>(row.v + row.place(o)), scale = load<V>(row.row_factors + o);
         store_some(y + o,
                    p.accumulate ? fused(sum, scale, load_some<V>(y + o, D - o)) : sum * scale,
                    D - o);
@@ -234,7 +234,7 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
   Row all(p.sizes);
   rt.set_single(p.T * all.N < kHadamardOneThread);
   const int64_t n = p.sizes.n, r = p.sizes.r, D = p.sizes.D, sums = r * all.padded;
-  all.prepare(rt, p.factors, nullptr, p.row, 1.0, sums);
+  all.prepare(rt, p.factors, nullptr, p.row_signs, 1.0, sums);
   // A slot's tokens are summed in order by one thread, so the sums do not depend on the threads.
   all.split(rt, p.slots, [&](const Row& row, int64_t begin, int64_t end) {
     C* sum = row.more();
@@ -295,24 +295,25 @@ void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
         const int64_t first = m * n, count = d - first < n ? d - first : n;
         const ClassOf<S>* from = P + (first + i) * n;
         C* to = dgam + i * d + first;
-        for (int64_t k = 0; k < count; ++k) to[k] = scale * C(p.s[first + k]) * C(widen(from[k]));
+        for (int64_t k = 0; k < count; ++k)
+          to[k] = scale * C(p.a_signs[first + k]) * C(widen(from[k]));
       }
   });
   rt.split(K, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) dlam[c] = 0;
     for (int64_t slot = 0; slot < p.slots; ++slot)
       for (int64_t c = begin; c < end; ++c) dlam[c] += sums[slot * K + c];
-    for (int64_t c = begin; c < end; ++c) dlam[c] *= scale * C(p.col[c]);
+    for (int64_t c = begin; c < end; ++c) dlam[c] *= scale * C(p.col_signs[c]);
   });
 }
 
 // Columns of a tile, a few vectors. The wider it is, the more of a page of W is read at once; it
 // should stay in the L2 cache. `rows` is their length.
 template <class C>
-RANDLORA_INLINE int64_t tile_width(bool transposed, int64_t rows) {
+RANDLORA_INLINE int64_t tile_width(bool reduce, int64_t rows) {
   constexpr int L = kVectorBytes / int(sizeof(C));
   const int64_t kB = rows * int64_t(sizeof(C)) >> 10;
-  return transposed || kB > 16 ? L : kB > 8 ? 2 * L : 4 * L;
+  return reduce || kB > 16 ? L : kB > 8 ? 2 * L : 4 * L;
 }
 
 template <class S>
@@ -324,8 +325,8 @@ void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
   Row all(p.sizes);
   const int64_t n = p.sizes.n, D = p.sizes.D, d = p.sizes.d;
   // A tile holds columns k of M as its rows, which are not a power of two apart.
-  const int64_t of_gamma = n + L, step = all.N + 2 * L, width = tile_width<C>(p.transposed, all.N);
-  all.prepare(rt, p.lam, p.col, p.row, p.scale, width * (of_gamma + step));
+  const int64_t of_gamma = n + L, step = all.N + 2 * L, width = tile_width<C>(p.reduce, all.N);
+  all.prepare(rt, p.lam, p.col_signs, p.row_signs, p.scale, width * (of_gamma + step));
   const C* gam = static_cast<const C*>(p.gam);
   const S* base = static_cast<const S*>(p.weight);
   S* out = static_cast<S*>(p.out);
@@ -339,24 +340,25 @@ void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
       const int64_t columns = d - k0 < width ? d - k0 : width;
       for (int64_t i = 0; i < n; ++i)
         for (int64_t k = 0; k < columns; ++k)
-          gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.s[k0 + k]);
+          gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.a_signs[k0 + k]);
       for (int64_t k = 0; k < columns; ++k) {
         row.set_class((k0 + k) / n, &m);
         for (int64_t j = 0; j < p.sizes.r; ++j)  // in order, as flatten
           for (int64_t i = 0; i < n; i += L) {
             const V g = load<V>(gamma + k * of_gamma + i) * row.mixed[j];
-            store(row.v + j * n + i, g * load<V>(row.lam + j * n + i));
+            store(row.v + j * n + i, g * load<V>(row.factors + j * n + i));
           }
         for (int64_t c = row.K; c < row.N; ++c) row.v[c] = 0;
         row.up();
-        if (p.transposed) {
+        if (p.reduce) {
           for (int64_t o = 0; o < D; o += L)
-            put((k0 + k) * D + o, load<V>(row.v + row.place(o)) * load<V>(row.row + o), D - o);
+            put((k0 + k) * D + o, load<V>(row.v + row.place(o)) * load<V>(row.row_factors + o),
+                D - o);
         } else {
           __builtin_memcpy(tile + k * step, row.v, size_t(row.N) * sizeof(C));
         }
       }
-      for (int64_t o = 0; o < D && !p.transposed; o += L)
+      for (int64_t o = 0; o < D && !p.reduce; o += L)
         for (int64_t k = 0; k < columns; k += L) {
           V t[L];
           unrolled<L>([&](auto q) { t[q] = load<V>(tile + (k + q) * step + row.place(o)); });
@@ -364,7 +366,7 @@ void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
           C rows[L * L];
           unrolled<L>([&](auto q) { store(rows + q * L, t[q]); });
           for (int64_t q = 0; q < L && o + q < D; ++q)
-            put((o + q) * d + k0 + k, row.row[o + q] * load<V>(rows + q * L), columns - k);
+            put((o + q) * d + k0 + k, row.row_factors[o + q] * load<V>(rows + q * L), columns - k);
         }
     }
   });
@@ -380,11 +382,11 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
   const int64_t n = p.sizes.n, r = p.sizes.r, D = p.sizes.D, d = p.sizes.d;
   // As in weight_of_expert; here a tile's rows are columns of grad. A slot has the columns from
   // slot * d / slots to (slot + 1) * d / slots.
-  const int64_t of_gamma = n + L, step = p.transposed ? 0 : D + 2 * L, numbers = r * all.padded,
-                width = tile_width<C>(p.transposed, D), slots = d < 1024 ? (d + 63) / 64 : 16;
+  const int64_t of_gamma = n + L, step = p.reduce ? 0 : D + 2 * L, numbers = r * all.padded,
+                width = tile_width<C>(p.reduce, D), slots = d < 1024 ? (d + 63) / 64 : 16;
   rt.set_single(d * all.N < kHadamardOneThread);
-  C* sums = all.prepare(rt, p.lam, p.col, p.row, p.scale, numbers + width * (of_gamma + step),
-                        slots * r * n);
+  C* sums = all.prepare(rt, p.lam, p.col_signs, p.row_signs, p.scale,
+                        numbers + width * (of_gamma + step), slots * r * n);
   const C* gam = static_cast<const C*>(p.gam);
   const S* grad = static_cast<const S*>(p.weight);
   C* dgam = static_cast<C*>(p.dgam);
@@ -398,8 +400,8 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
         const int64_t columns = last - k0 < width ? last - k0 : width;
         for (int64_t i = 0; i < n; ++i)
           for (int64_t k = 0; k < columns; ++k)
-            gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.s[k0 + k]);
-        for (int64_t o = 0; o < D && !p.transposed; o += L)
+            gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.a_signs[k0 + k]);
+        for (int64_t o = 0; o < D && !p.reduce; o += L)
           for (int64_t k = 0; k < columns; k += L) {
             V t[L];
             unrolled<L>([&](auto q) {
@@ -409,7 +411,7 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
             unrolled<L>([&](auto q) { store(tile + (k + q) * step + o, t[q]); });
           }
         for (int64_t k = 0; k < columns; ++k) {
-          p.transposed ? row.down(grad + (k0 + k) * D) : row.down(tile + k * step);
+          p.reduce ? row.down(grad + (k0 + k) * D) : row.down(tile + k * step);
           row.set_class((k0 + k) / n, &m);
           for (int64_t i = 0; i < n; i += L) {
             C* at = gamma + k * of_gamma + i;
@@ -417,7 +419,7 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
             V w{};
             for (int64_t j = 0; j < r; ++j) {
               const V u = load<V>(row.v + j * n + i) * row.mixed[j];
-              w = fused(u, load<V>(row.lam + j * n + i), w);
+              w = fused(u, load<V>(row.factors + j * n + i), w);
               C* to = sum + j * row.padded + i;
               store(to, fused(u, g, load<V>(to)));
             }
@@ -426,7 +428,7 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
         }
         for (int64_t i = 0; i < n; ++i)
           for (int64_t k = 0; k < columns; ++k)
-            dgam[i * d + k0 + k] = gamma[k * of_gamma + i] * C(p.s[k0 + k]);
+            dgam[i * d + k0 + k] = gamma[k * of_gamma + i] * C(p.a_signs[k0 + k]);
       }
       C* to = sums + slot * r * n;
       for (int64_t j = 0; j < r; ++j)
@@ -434,8 +436,15 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
     }
   });
   // `scale` is in the rows already.
-  hadamard_diagonals_as<S>(
-      {p.sizes, nullptr, sums, slots, p.s, p.col, p.dlam, nullptr, p.dtype, 1.0}, rt);
+  HadamardDiagonals slots_to_dlam{};
+  slots_to_dlam.sizes = p.sizes;
+  slots_to_dlam.sums = sums;
+  slots_to_dlam.slots = slots;
+  slots_to_dlam.col_signs = p.col_signs;
+  slots_to_dlam.dlam = p.dlam;
+  slots_to_dlam.dtype = p.dtype;
+  slots_to_dlam.scale = 1.0;
+  hadamard_diagonals_as<S>(slots_to_dlam, rt);
 }
 
 template <class S>
@@ -452,13 +461,13 @@ void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   using C = ComputeOf<S>;
   const C *gam = static_cast<const C*>(p.gam), *lam = static_cast<const C*>(p.lam);
   C* factors = static_cast<C*>(p.factors);
-  for (int64_t c = 0; c < p.sizes.K(); ++c) factors[c] = lam[c] * C(p.col[c]);
+  for (int64_t c = 0; c < p.sizes.K(); ++c) factors[c] = lam[c] * C(p.col_signs[c]);
   ClassOf<S>* out = static_cast<ClassOf<S>*>(p.out);
   const int64_t n = p.sizes.n, d = p.sizes.d;
   rt.set_single(n * d < kHadamardOneThread);
   rt.split(n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      for (int64_t k = 0; k < d; ++k) narrow(gam[i * d + k] * C(p.s[k]), out + i * d + k);
+      for (int64_t k = 0; k < d; ++k) narrow(gam[i * d + k] * C(p.a_signs[k]), out + i * d + k);
   });
 }
 

@@ -76,7 +76,8 @@ void pack_dense(const PackDense& p, Runtime& rt) {
     });
     int64_t bad = count;  // the first of all: the same for any thread count
     for (const int64_t of_row : first_bad) bad = std::min(bad, of_row);
-    *p.report = {a, static_cast<uint64_t>(bad)};
+    p.report->a = a;
+    p.report->bad = static_cast<uint64_t>(bad);
   });
 }
 

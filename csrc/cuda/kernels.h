@@ -37,12 +37,12 @@ void support_tables(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, De
 //   down  to (T, K) = from (T, D) B
 struct BSide {
   const Basis& basis;
-  DType dtype;
-  int64_t T;
-  bool up;
-  const void* from;
-  void* to;
-  bool accumulate;
+  DType dtype = DType::f32;
+  int64_t T = 0;
+  bool up = false;
+  const void* from = nullptr;
+  void* to = nullptr;
+  bool accumulate = false;
 };
 void b_lists(const BSide& p, Device& device);
 void b_planes(const BSide& p, Device& device);

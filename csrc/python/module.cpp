@@ -8,6 +8,7 @@
 #include "../core/ternary_spec.h"
 #include "../cpu/dispatch.h"
 #include "../torch/backend.h"
+#include "../torch/gemm.h"
 
 #if defined(__clang__)
 #define RANDLORA_COMPILER "clang " __clang_version__
@@ -44,7 +45,12 @@ PYBIND11_MODULE(_C, m) {
       "hadamard_fits",
       [](int64_t D, int64_t d, int64_t r, int64_t n, bool wide, int card) {
         const auto dtype = wide ? randlora::DType::f64 : randlora::DType::f32;
-        return randlora::hadamard_fits({D, d, r, n}, dtype, card);
+        randlora::HadamardSizes sizes;
+        sizes.D = D;
+        sizes.d = d;
+        sizes.r = r;
+        sizes.n = n;
+        return randlora::hadamard_fits(sizes, dtype, card);
       },
       py::arg("D"), py::arg("d"), py::arg("r"), py::arg("n"), py::arg("wide"), py::arg("card"),
       "Whether the CUDA kernels serve Hadamard bases of these sizes; elsewhere plain torch does.");

@@ -57,34 +57,6 @@ class TorchDevice : public Device {
   std::vector<Tensor> held_;
 };
 
-// `count` matrices (rows, cols) in the memory of one tensor, from its element `first` on; next, row
-// and col are strides in elements.
-struct MatrixBatch {
-  const Tensor* in;  // of `dtype`, or on the CPU of any
-  DType dtype;
-  int64_t first, count, rows, cols, next, row, col;
-
-  MatrixBatch transposed() const { return {in, dtype, first, count, cols, rows, next, col, row}; }
-  MatrixBatch matrices(int64_t begin, int64_t number) const {
-    return {in, dtype, first + begin * next, number, rows, cols, next, row, col};
-  }
-  MatrixBatch part_of_rows(int64_t begin, int64_t end) const {
-    return {in, dtype, first + begin * row, count, end - begin, cols, next, row, col};
-  }
-  MatrixBatch part_of_cols(int64_t begin, int64_t end) const {
-    return {in, dtype, first + begin * col, count, rows, end - begin, next, row, col};
-  }
-  // The matrices as a tensor; as a matrix, if there is one.
-  Tensor tensor() const;
-};
-
-// out = beta * out + alpha * left @ right by torch's GEMM, in one dtype on one device. With
-// beta = 0, out is not read. On the CPU the result does not depend on the number of threads.
-void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
-              double alpha, double beta);
-// How many GEMMs `multiply` has started on cards, which tests/gpu counts.
-int64_t products();
-
 // Runs operator `p` by the kernels for the device of `on`.
 #define RANDLORA_DECLARE(name, Operator) void run(const Tensor& on, const Operator& p);
 RANDLORA_OPERATORS(RANDLORA_DECLARE)

@@ -21,12 +21,6 @@ int64_t check_planes(const Tensor& planes, int64_t cols) {
   return planes.size(1);
 }
 
-Planes view(const Tensor& planes) {
-  const auto* plus = static_cast<const uint64_t*>(planes.const_data_ptr());
-  const int64_t words = planes.size(2);
-  return {plus, plus + planes.size(1) * words, words};
-}
-
 // Waits for the device.
 Tensor on_cpu(const Tensor& t) {
   return torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
@@ -43,10 +37,17 @@ void fill_planes_(Tensor planes, int64_t seed, int64_t role, int64_t row_start, 
                  " with ", cols, " columns leaves the allowed range [0, 2^32)");
   RANDLORA_CHECK(threshold >= 1 && threshold <= int64_t{1} << 31,
                  "threshold must be in [1, 2^31], got ", threshold);
-  auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
-  run(planes, FillPlanes{static_cast<uint64_t>(seed), static_cast<uint32_t>(role),
-                         static_cast<uint32_t>(threshold), row_start, rows, col_start, cols, plus,
-                         plus + rows * words_of(cols)});
+  FillPlanes p{};
+  p.seed = static_cast<uint64_t>(seed);
+  p.role = static_cast<uint32_t>(role);
+  p.threshold = static_cast<uint32_t>(threshold);
+  p.row_start = row_start;
+  p.rows = rows;
+  p.col_start = col_start;
+  p.cols = cols;
+  p.plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
+  p.minus = p.plus + rows * words_of(cols);
+  run(planes, p);
 }
 
 std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
@@ -57,11 +58,17 @@ std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
   const int64_t rows = x.size(0), cols = x.size(1), words = words_of(cols);
   Tensor planes = allocate({2, rows, words}, ScalarType::Long, x);
   Tensor value = torch::stable::empty({}, ScalarType::Double);
-  auto* plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
   PackReport report;
+  PackDense p{};
+  p.dense = x.const_data_ptr();
+  p.dtype = dtype;
+  p.rows = rows;
+  p.cols = cols;
+  p.plus = static_cast<uint64_t*>(planes.mutable_data_ptr());
+  p.minus = p.plus + rows * words;
+  p.report = &report;
   TorchRuntime runtime;
-  cpu_kernels().pack_dense(
-      {x.const_data_ptr(), dtype, rows, cols, plus, plus + rows * words, &report}, runtime);
+  cpu_kernels().pack_dense(p, runtime);
   // If a is infinite and all else is right, we name element (0, 0).
   const int64_t count = rows * cols, bad = static_cast<int64_t>(report.bad) % count;
   RANDLORA_CHECK(
@@ -78,12 +85,19 @@ std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_
   RANDLORA_CHECK(wide ? longest <= kIndexLimit : longest <= 65536, "wide = ", wide,
                  " cannot hold positions up to ", longest - 1, "; 16-bit lists end at 65535");
   Tensor offset = allocate({2 * lines + 1}, ScalarType::Long, planes);
-  const CountLists lists{view(planes), rows, cols, by_column, offset.mutable_data_ptr<int64_t>()};
-  run(planes, lists);
+  FillLists p{};
+  p.planes = view_planes(planes);
+  p.rows = rows;
+  p.cols = cols;
+  p.by_column = by_column;
+  p.offset = offset.mutable_data_ptr<int64_t>();
+  run(planes, static_cast<const CountLists&>(p));
   const Tensor total = on_cpu(torch::stable::narrow(offset, 0, 2 * lines, 1));
   Tensor index = allocate({*total.const_data_ptr<int64_t>()},
                           wide ? ScalarType::Int : ScalarType::Short, planes);
-  run(planes, FillLists{lists, wide, index.mutable_data_ptr()});
+  p.wide = wide;
+  p.index = index.mutable_data_ptr();
+  run(planes, p);
   return {offset, index};
 }
 
@@ -105,7 +119,14 @@ Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType 
   check_dense_columns(cols);
   const DType type = dense_dtype(dtype);
   Tensor out = allocate({rows, cols}, dtype, planes);
-  run(planes, PlanesToDense{view(planes), rows, cols, value, out.mutable_data_ptr(), type});
+  PlanesToDense p{};
+  p.planes = view_planes(planes);
+  p.rows = rows;
+  p.cols = cols;
+  p.value = value;
+  p.out = out.mutable_data_ptr();
+  p.dtype = type;
+  run(planes, p);
   return out;
 }
 
@@ -123,7 +144,14 @@ Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value
     RANDLORA_CHECK(col < cols, "index[", p, "] is ", col, ", but there are only ", cols,
                    " columns");
   }
-  run(offset, ListsToDense{lists, rows, cols, value, out.mutable_data_ptr(), type});
+  ListsToDense p{};
+  p.lists = lists;
+  p.rows = rows;
+  p.cols = cols;
+  p.value = value;
+  p.out = out.mutable_data_ptr();
+  p.dtype = type;
+  run(offset, p);
   return out;
 }
 

@@ -38,7 +38,11 @@ AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
       prefix, "index must be a contiguous int16 or int32 tensor, got ", describe(index));
   check_same_device(index, "index", offset, "offset");
   const int64_t *at = offset.const_data_ptr<int64_t>(), runs = 2 * lines;
-  const AnyLists lists{at, index.const_data_ptr(), index.size(0), t == ScalarType::Int};
+  AnyLists lists;
+  lists.offset = at;
+  lists.index = index.const_data_ptr();
+  lists.count = index.size(0);
+  lists.wide = t == ScalarType::Int;
   if (!offset.is_cpu()) return lists;  // reading them would make the host wait
   RANDLORA_CHECK(at[0] == 0 && at[runs] == lists.count, prefix, "offset must run from 0 to ",
                  lists.count, ", the length of ", prefix, "index, but runs from ", at[0], " to ",
@@ -54,6 +58,14 @@ AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
                      "offset must not decrease, but entry ", q, " is ", at[q], " and the next ",
                      at[q + 1]);
   return lists;
+}
+
+Planes view_planes(const Tensor& planes) {
+  Planes view;
+  view.words = planes.size(2);
+  view.plus = static_cast<const uint64_t*>(planes.const_data_ptr());
+  view.minus = view.plus + planes.size(1) * view.words;
+  return view;
 }
 
 std::string describe(const Tensor& t) {

@@ -51,6 +51,20 @@ struct Explained<function> {
 };
 #define RANDLORA_BOX(function) TORCH_BOX(randlora::Explained<&function>::address())
 
+// CPU builds of torch lack some functions of its C interface, which is stable
+// (torch/csrc/inductor/aoti_torch). Looking them up at run time lets one binary serve CPU and CUDA
+// builds. Null if `library` is not loaded or lacks the function.
+void* torch_symbol(const char* library, const char* name);
+
+// The same; throws if there is none.
+template <class F>
+F torch_function(const char* library, const char* name) {
+  void* found = torch_symbol(library, name);
+  RANDLORA_CHECK(found != nullptr, "this torch has no ", name, " in ", library,
+                 ", which our operators need; torch >= 2.11 has it");
+  return reinterpret_cast<F>(found);
+}
+
 // Calls an operator of torch by its name.
 template <class... Results, class... Args>
 std::tuple<Results...> call_torch(const char* name, const Args&... args) {
@@ -75,6 +89,9 @@ void check_same_device(const Tensor& t, const char* name, const Tensor& as, cons
 // also checks the offsets' values. It never checks the positions.
 AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
                      const std::string& prefix);
+
+// The planes in a tensor (2, rows, words) of the right dtype.
+Planes view_planes(const Tensor& planes);
 
 // An operator that torch looks up by name costs microseconds, which a training step of 16 tokens
 // notices. So we allocate through the C interface and skip copies that are not needed.

@@ -23,11 +23,19 @@ Tensor scaled_basis(Tensor A, Tensor lam, Tensor gam) {
     return std::get<0>(call_torch<Tensor>("randlora::scaled_basis_plain", A, lam, gam));
   const int64_t r = A.size(0), n = lam.size(1), d = A.size(1);
   const DType dtype = activation_dtype(A, "A");
-  const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
-               g = compute_copy(gam, dtype);
+  const Tensor A_copy = compute_copy(A, dtype);
+  const Tensor lam_copy = compute_copy(lam, dtype), gam_copy = compute_copy(gam, dtype);
   Tensor out = allocate({r * n, d}, A.scalar_type(), A);
-  run(A, ScaledBasis{r, n, d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
-                     out.mutable_data_ptr(), dtype});
+  ScaledBasis p{};
+  p.r = r;
+  p.n = n;
+  p.d = d;
+  p.A = A_copy.const_data_ptr();
+  p.lam = lam_copy.const_data_ptr();
+  p.gam = gam_copy.const_data_ptr();
+  p.out = out.mutable_data_ptr();
+  p.dtype = dtype;
+  run(A, p);
   return out;
 }
 
@@ -40,13 +48,22 @@ std::tuple<Tensor, Tensor> scaled_basis_backward(Tensor grad, Tensor A, Tensor l
   if (!has_kernels(A))
     return call_torch<Tensor, Tensor>("randlora::scaled_basis_backward_plain", grad, A, lam, gam);
   const DType dtype = activation_dtype(grad, "grad");
-  const Tensor a = compute_copy(A, dtype), l = compute_copy(lam, dtype),
-               g = compute_copy(gam, dtype);
-  const Tensor G = as_contiguous(grad);
-  Tensor dlam = allocate_like(l), dgam = allocate_like(g);
-  run(A, ScaledBasisBackward{r, n, d, a.const_data_ptr(), l.const_data_ptr(), g.const_data_ptr(),
-                             G.const_data_ptr(), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(),
-                             dtype});
+  const Tensor A_copy = compute_copy(A, dtype);
+  const Tensor lam_copy = compute_copy(lam, dtype), gam_copy = compute_copy(gam, dtype);
+  const Tensor grad_copy = as_contiguous(grad);
+  Tensor dlam = allocate_like(lam_copy), dgam = allocate_like(gam_copy);
+  ScaledBasisBackward p{};
+  p.r = r;
+  p.n = n;
+  p.d = d;
+  p.A = A_copy.const_data_ptr();
+  p.lam = lam_copy.const_data_ptr();
+  p.gam = gam_copy.const_data_ptr();
+  p.grad = grad_copy.const_data_ptr();
+  p.dlam = dlam.mutable_data_ptr();
+  p.dgam = dgam.mutable_data_ptr();
+  p.dtype = dtype;
+  run(A, p);
   return {cast(dlam, lam.scalar_type()), cast(dgam, gam.scalar_type())};
 }
 

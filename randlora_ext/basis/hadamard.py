@@ -8,7 +8,8 @@ from .matrices import Matrices
 from .packed import Packed, PackedSigns
 from .ternary import generate_planes
 
-ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5  # of the specification: s, row and col
+# Of the specification: for a_signs, row_signs and col_signs.
+ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5
 
 
 def signs(seed: int, role: int, count: int, device: torch.device) -> Tensor:
@@ -26,7 +27,7 @@ def sylvester(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class HadamardMatrices(Matrices):
-    """A and B of a description; only the signs s (d), row (D) and col (K) are drawn and stored."""
+    """A and B of a description; only their signs are drawn and stored."""
 
     kind = "hadamard"
 
@@ -39,16 +40,16 @@ class HadamardMatrices(Matrices):
 
     def pack(self, shape: Shape, on: torch.device) -> PackedSigns:
         return PackedSigns(
-            s=signs(self.seed, ROLE_FEATURES, shape.d, on),
-            row=signs(self.seed, ROLE_ROWS, shape.D, on),
-            col=signs(self.seed, ROLE_COLUMNS, shape.K, on),
+            a_signs=signs(self.seed, ROLE_FEATURES, shape.d, on),
+            row_signs=signs(self.seed, ROLE_ROWS, shape.D, on),
+            col_signs=signs(self.seed, ROLE_COLUMNS, shape.K, on),
         )
 
     def dense(self, shape: Shape, dtype: torch.dtype, packed: Packed) -> tuple[Tensor, Tensor]:
         assert isinstance(packed, PackedSigns)
-        s, row, col = packed
+        a_signs, row_signs, col_signs = packed
         sizes = shape.r, shape.d, shape.D, shape.K
-        j, k, o, c = (torch.arange(size, device=s.device) for size in sizes)
-        A = sylvester(j, k // shape.n) * s
-        B = row[:, None] * sylvester(o, c) * col
+        j, k, o, c = (torch.arange(size, device=a_signs.device) for size in sizes)
+        A = sylvester(j, k // shape.n) * a_signs
+        B = row_signs[:, None] * sylvester(o, c) * col_signs
         return A.to(dtype), B.to(dtype)

@@ -9,9 +9,9 @@ from torch import Tensor
 class PackedSigns(NamedTuple):
     """Of Hadamard bases: float32 signs."""
 
-    s: Tensor
-    row: Tensor
-    col: Tensor
+    a_signs: Tensor  # (d): of the columns of A
+    row_signs: Tensor  # (D): of the rows of B
+    col_signs: Tensor  # (K): of its columns
 
 
 class PackedLists(NamedTuple):

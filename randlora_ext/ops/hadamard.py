@@ -1,13 +1,12 @@
-"""The operators on Hadamard bases, csrc/torch/hadamard.cpp: shapes and gradients.
+"""The operators on Hadamard bases, csrc/torch/hadamard: shapes and gradients.
 
     ``y = x W^T + bias + scale * x dW^T``,  ``dW = B (lambda * A * gamma)`` or its transpose
-    ``A[j, k] = s[k] H[j, m]`` with the class ``m = k // n`` of column k
-    ``B[o, c] = row[o] H[o, c] col[c]``, c = j * n + i
+    ``A[j, k] = a_signs[k] H[j, m]`` with the class ``m = k // n`` of column k
+    ``B[o, c] = row_signs[o] H[o, c] col_signs[c]``, c = j * n + i
 
-H is Sylvester's Hadamard matrix; s, row and col are signs. An adapter's input scale multiplies
-those of the input side: s if that is d, else row. Devices without our kernels, cards that these
-were not built for, and cards with too little shared memory for the sizes take the same steps in
-plain torch.
+H is Sylvester's Hadamard matrix. An adapter's input scale multiplies the signs of the input side:
+a_signs if that is d, else row_signs. Devices without our kernels, cards that these were not built
+for, and cards with too little shared memory for the sizes take the same steps in plain torch.
 """
 
 from collections.abc import Iterator
@@ -32,16 +31,22 @@ def operands(
     """The operators' arguments that describe the bases, in their order."""
     packed = basis.packed(device)
     assert isinstance(packed, PackedSigns)
-    s, row = packed.s, packed.row
+    a_signs, row_signs = packed.a_signs, packed.row_signs
     if input_scale is not None:  # (in,), or (experts, in)
         if basis.expand:
-            s = s * input_scale
+            a_signs = a_signs * input_scale
         else:
-            row = row * input_scale
-    return {"s": s, "row": row, "col": packed.col, "expand": basis.expand, "scale": float(scaling)}
+            row_signs = row_signs * input_scale
+    return {
+        "a_signs": a_signs,
+        "row_signs": row_signs,
+        "col_signs": packed.col_signs,
+        "expand": basis.expand,
+        "scale": float(scaling),
+    }
 
 
-linear = linear_entry("hadamard_linear", lambda row, **_: row.shape[0])
+linear = linear_entry("hadamard_linear", lambda row_signs, **_: row_signs.shape[0])
 
 
 class Weight(Operator):
@@ -55,18 +60,18 @@ class Weight(Operator):
     @staticmethod
     def backward(ctx, grad):
         lam, gam = ctx.saved_tensors
-        s, row, col, expand, scale = ctx.basis
+        a_signs, row_signs, col_signs, expand, scale = ctx.basis
         of_weight = grad if ctx.needs_input_grad[0] else None
         if grad.mT.is_contiguous():  # as the experts of transformers make it; a copy is a stack
             grad, expand = grad.mT, not expand
         op = _ops.hadamard_weight_backward.default
-        diagonals = gradients(op, grad, lam, gam, s, row, col, expand, scale)
+        diagonals = gradients(op, grad, lam, gam, a_signs, row_signs, col_signs, expand, scale)
         return of_weight, *diagonals, *[None] * len(ctx.basis)
 
 
 @fake
-def hadamard_weight(weight, lam, s, row, expand, **_):
-    D, d = row.shape[-1], s.shape[-1]
+def hadamard_weight(weight, lam, a_signs, row_signs, expand, **_):
+    D, d = row_signs.shape[-1], a_signs.shape[-1]
     sizes = *lam.shape[:-2], *((D, d) if expand else (d, D))
     return (lam if weight is None else weight).new_empty(sizes)
 
@@ -77,56 +82,61 @@ weight = entry("hadamard_weight", Weight)
 # ---- plain torch ---------------------------------------------------------------------------
 
 
-def _plain_linear(x, weight, bias, lam, gam, s, row, col, expand, scale):
-    _check(x, weight, bias, lam, gam, s, row, col, expand)
+def _plain_linear(x, weight, bias, lam, gam, a_signs, row_signs, col_signs, expand, scale):
+    _check(x, weight, bias, lam, gam, a_signs, row_signs, col_signs, expand)
     flat = x.reshape(-1, x.shape[-1])
-    y, *_ = _plain_product(flat, None, expand, lam, gam, s, row, col, scale)
+    y, *_ = _plain_product(flat, None, expand, lam, gam, a_signs, row_signs, col_signs, scale)
     y = y if weight is None else y + F.linear(flat, weight, bias)
     return y.to(x.dtype).contiguous().view(*x.shape[:-1], y.shape[1])
 
 
 def _plain_linear_backward(
-    dy, x, weight, lam, gam, s, row, col, expand, scale, need_x, need_diagonals
+    dy, x, weight, lam, gam, a_signs, row_signs, col_signs, expand, scale, need_x, need_diagonals
 ):
-    _check(x, weight, None, lam, gam, s, row, col, expand, dy)
+    _check(x, weight, None, lam, gam, a_signs, row_signs, col_signs, expand, dy)
     flat = dy.reshape(-1, dy.shape[-1])
     other = x.reshape(-1, x.shape[-1]) if need_diagonals else None
-    dx, dlam, dgam = _plain_product(flat, other, not expand, lam, gam, s, row, col, scale)
+    dx, dlam, dgam = _plain_product(
+        flat, other, not expand, lam, gam, a_signs, row_signs, col_signs, scale
+    )
     if not need_x:
         return None, dlam, dgam
     dx = dx if weight is None else dx + flat @ weight
     return dx.to(x.dtype).contiguous().view(x.shape), dlam, dgam
 
 
-def _check_basis(lam, gam, s, row, col) -> tuple[int, int]:
-    """Checks what csrc/torch/hadamard.cpp checks; returns (d, D)."""
-    for name, signs, size in (("s", s, "d"), ("row", row, "D"), ("col", col, "K")):
-        check_dimensions(name, signs, size)
-    check_diagonals(lam, gam, len(s))
-    for name, signs, count in (("s", s, len(s)), ("row", row, len(row)), ("col", col, lam.numel())):
-        check_operand(name, signs, (count,), lam.device, torch.float32)
-    return len(s), len(row)
+def _check_basis(lam, gam, a_signs, row_signs, col_signs) -> tuple[int, int]:
+    """Checks what csrc/torch/hadamard/adapter.cpp checks; returns (d, D)."""
+    check_dimensions("a_signs", a_signs, "d")
+    check_dimensions("row_signs", row_signs, "D")
+    check_dimensions("col_signs", col_signs, "K")
+    d, D = len(a_signs), len(row_signs)
+    check_diagonals(lam, gam, d)
+    check_operand("a_signs", a_signs, (d,), lam.device, torch.float32)
+    check_operand("row_signs", row_signs, (D,), lam.device, torch.float32)
+    check_operand("col_signs", col_signs, (lam.numel(),), lam.device, torch.float32)
+    return d, D
 
 
-def _check(x, weight, bias, lam, gam, s, row, col, expand, dy=None) -> None:
-    d, D = _check_basis(lam, gam, s, row, col)
+def _check(x, weight, bias, lam, gam, a_signs, row_signs, col_signs, expand, dy=None) -> None:
+    d, D = _check_basis(lam, gam, a_signs, row_signs, col_signs)
     check_linear(x, weight, bias, lam, (d, D) if expand else (D, d), dy)
 
 
-def _plain_product(given, other, up, lam, gam, s, row, col, scale):
-    """As Product::compute of csrc/torch/hadamard.cpp: the product of `given` with dW, `up` from
-    (T, d) to (T, D) or down, and the gradients of lambda and gamma if `other` has the other size.
+def _plain_product(given, other, up, lam, gam, a_signs, row_signs, col_signs, scale):
+    """As HadamardProduct of csrc/torch/hadamard: the product of `given` with dW, `up` from (T, d) to
+    (T, D) or down, and the gradients of lambda and gamma if `other` has the other size.
     """
     wide = torch.promote_types(given.dtype, torch.float32)
     # As ClassOf in csrc/core/hadamard.h: the range of float16 is too small.
     class_dtype = wide if given.dtype == torch.float16 else given.dtype
-    (r, n), d, D = lam.shape, len(s), len(row)
+    (r, n), d, D = lam.shape, len(a_signs), len(row_signs)
     classes = -(-d // n)
     N = 1 << (r * n - 1).bit_length()
-    j, m, o = (torch.arange(size, device=s.device) for size in (r, classes, D))
+    j, m, o = (torch.arange(size, device=a_signs.device) for size in (r, classes, D))
     H = sylvester(j, m).to(wide)
     row_in_transform = o % N
-    s, row, col = (t.to(wide) for t in (s, row, col))
+    a_signs, row_signs, col_signs = (t.to(wide) for t in (a_signs, row_signs, col_signs))
 
     def by_class(t: Tensor) -> Tensor:
         """(T, d) as (T, classes, n); columns that are missing are zero."""
@@ -137,7 +147,7 @@ def _plain_product(given, other, up, lam, gam, s, row, col, scale):
         return F.pad(t.flatten(1), (0, d - classes * n)).to(wide)
 
     # Lambda and gamma have these factors, and so their gradients.
-    lam_factor, gam_factor = col.view(r, n) * scale, s
+    lam_factor, gam_factor = col_signs.view(r, n) * scale, a_signs
     factors = lam.to(wide) * lam_factor
     blocks = by_class(gam.to(wide) * gam_factor)
     small, large = (given, other) if up else (other, given)
@@ -145,12 +155,12 @@ def _plain_product(given, other, up, lam, gam, s, row, col, scale):
         z = torch.einsum("tmk,imk->tmi", by_class(small), blocks).to(wide)
         z = torch.einsum("jm,tmi->tji", H, z)
     if large is not None:
-        sums = row.new_zeros(len(large), N).index_add(1, row_in_transform, large * row)
+        sums = row_signs.new_zeros(len(large), N).index_add(1, row_in_transform, large * row_signs)
         u = _transform(sums)[:, : r * n].view(-1, r, n)
         w = torch.einsum("jm,tji->tmi", H, u * factors).to(class_dtype)
     if up:
         v = F.pad((z * factors).flatten(1), (0, N - r * n))
-        product = _transform(v)[:, row_in_transform] * row
+        product = _transform(v)[:, row_in_transform] * row_signs
     else:
         product = by_column(torch.einsum("tmi,imk->tmk", w, blocks))
     if other is None:
@@ -185,40 +195,54 @@ def _each(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:
     return zip(*parts, strict=True)
 
 
-def _plain_weight(weight, lam, gam, s, row, col, expand, scale):
+def _plain_weight(weight, lam, gam, a_signs, row_signs, col_signs, expand, scale):
     if lam.dim() == 3:
-        parts = _each(lam, weight, lam, gam, s, row)
-        return torch.stack([_plain_weight(*part, col, expand, scale) for part in parts])
-    d, D = _check_basis(lam, gam, s, row, col)
+        parts = _each(lam, weight, lam, gam, a_signs, row_signs)
+        return torch.stack([_plain_weight(*part, col_signs, expand, scale) for part in parts])
+    d, D = _check_basis(lam, gam, a_signs, row_signs, col_signs)
     if weight is not None:
         check_operand("weight", weight, (D, d) if expand else (d, D), lam.device)
     like = lam if weight is None else weight
     # Row k is column k of B (lambda * A * gamma).
-    delta = _plain_linear(_identity(like, s), None, None, lam, gam, s, row, col, True, scale)
+    x = _identity(like, d)
+    delta = _plain_linear(
+        x, None, None, lam, gam, a_signs, row_signs, col_signs, expand=True, scale=scale
+    )
     delta = delta.T if expand else delta
     total = delta if weight is None else weight.to(delta) + delta
     return total.to(like.dtype).contiguous()
 
 
-def _plain_weight_backward(grad, lam, gam, s, row, col, expand, scale):
+def _plain_weight_backward(grad, lam, gam, a_signs, row_signs, col_signs, expand, scale):
     if lam.dim() == 3:
-        parts = _each(lam, grad, lam, gam, s, row)
-        results = [_plain_weight_backward(*part, col, expand, scale) for part in parts]
+        parts = _each(lam, grad, lam, gam, a_signs, row_signs)
+        results = [_plain_weight_backward(*part, col_signs, expand, scale) for part in parts]
         dlams, dgams = zip(*results, strict=True)
         return torch.stack(dlams), torch.stack(dgams)
-    d, D = _check_basis(lam, gam, s, row, col)
+    d, D = _check_basis(lam, gam, a_signs, row_signs, col_signs)
     check_operand("grad", grad, (D, d) if expand else (d, D), lam.device)
-    x = _identity(grad, s)
+    x = _identity(grad, d)
     dy = (grad.T if expand else grad).to(x)
     _, dlam, dgam = _plain_linear_backward(
-        dy, x, None, lam, gam, s, row, col, True, scale, need_x=False, need_diagonals=True
+        dy,
+        x,
+        None,
+        lam,
+        gam,
+        a_signs,
+        row_signs,
+        col_signs,
+        True,
+        scale,
+        need_x=False,
+        need_diagonals=True,
     )
     return dlam, dgam
 
 
-def _identity(like: Tensor, s: Tensor) -> Tensor:
+def _identity(like: Tensor, d: int) -> Tensor:
     """x (d, d) in the compute type, for which y is dW or its transpose."""
-    return torch.eye(len(s), dtype=torch.promote_types(like.dtype, torch.float32), device=s.device)
+    return torch.eye(d, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 plain("hadamard_linear", _plain_linear)

@@ -27,30 +27,49 @@ inline std::vector<float> signs(int64_t count, unsigned seed, bool scaled) {
 
 inline double h(int64_t a, int64_t b) { return __builtin_popcountll(a & b) % 2 ? -1 : 1; }
 
+inline HadamardSizes sizes_of(const HadamardCase& c) {
+  HadamardSizes sizes;
+  sizes.D = c.D;
+  sizes.d = c.d;
+  sizes.r = c.r;
+  sizes.n = (c.d + c.r - 1) / c.r;
+  return sizes;
+}
+
 struct HadamardProblem {
   HadamardCase c;
-  HadamardSizes sizes{c.D, c.d, c.r, (c.d + c.r - 1) / c.r};
+  HadamardSizes sizes = sizes_of(c);
   int64_t D = c.D, d = c.d, r = c.r, n = sizes.n, K = sizes.K(), T = c.T, classes = sizes.classes(),
           experts = c.experts;
   // Those of the experts, one behind the other, as lam and gam.
-  std::vector<float> s = signs(d * experts, 1, true), row = signs(D * experts, 2, true),
-                     col = signs(K, 3, false);
+  std::vector<float> a_signs = signs(d * experts, 1, true), row_signs = signs(D * experts, 2, true),
+                     col_signs = signs(K, 3, false);
   Values lam = normal(K * experts, 4), gam = normal(n * d * experts, 5), B = B_of(0);
 
   explicit HadamardProblem(const HadamardCase& c_) : c(c_) {}
 
-  const float* s_of(int64_t e) const { return s.data() + c.own * e * d; }
-  const float* row_of(int64_t e) const { return row.data() + c.own * e * D; }
+  const float* a_signs_of(int64_t e) const { return a_signs.data() + c.own * e * d; }
+  const float* row_signs_of(int64_t e) const { return row_signs.data() + c.own * e * D; }
   Values B_of(int64_t e) const {
     Values all(D * K);
     for (int64_t o = 0; o < D; ++o)
-      for (int64_t k = 0; k < K; ++k) all[o * K + k] = row_of(e)[o] * h(o, k) * col[k];
+      for (int64_t k = 0; k < K; ++k) all[o * K + k] = row_signs_of(e)[o] * h(o, k) * col_signs[k];
     return all;
   }
-  HadamardExperts operands(const Array& lam_, const Array& gam_, DType dtype, double scale,
-                           bool transposed, const void* weight) const {
-    return {sizes,     experts,   lam_.get(), gam_.get(), s.data(), row.data(), col.data(),
-            c.own * d, c.own * D, weight,     dtype,      scale,    transposed};
+  void set_operands(HadamardExperts& call, const Array& lam_, const Array& gam_, DType dtype,
+                    double scale, bool reduce) const {
+    call.sizes = sizes;
+    call.experts = experts;
+    call.lam = lam_.get();
+    call.gam = gam_.get();
+    call.a_signs = a_signs.data();
+    call.row_signs = row_signs.data();
+    call.col_signs = col_signs.data();
+    call.next_a_signs = c.own * d;
+    call.next_row_signs = c.own * D;
+    call.dtype = dtype;
+    call.scale = scale;
+    call.reduce = reduce;
   }
 
   // Where column k of a row is, in a (classes, rows, n) matrix.
@@ -68,16 +87,16 @@ struct HadamardProblem {
     return v;
   }
   // dW (D, d), or (d, D), of every expert
-  Values deltas(double scale, bool transposed) const {
+  Values deltas(double scale, bool reduce) const {
     Values all;
     for (int64_t e = 0; e < experts; ++e) {
       Values scaled(K * d);
       for (int64_t k = 0; k < d; ++k)
         for (int64_t q = 0; q < K; ++q)
           scaled[q * d + k] =
-              lam[e * K + q] * h(q / n, k / n) * s_of(e)[k] * gam[(e * n + q % n) * d + k];
-      const Values dW = transposed ? product(scaled, B_of(e), d, D, K, true, scale, true)
-                                   : product(B_of(e), scaled, D, d, K, false, scale);
+              lam[e * K + q] * h(q / n, k / n) * a_signs_of(e)[k] * gam[(e * n + q % n) * d + k];
+      const Values dW = reduce ? product(scaled, B_of(e), d, D, K, true, scale, true)
+                               : product(B_of(e), scaled, D, d, K, false, scale);
       all.insert(all.end(), dW.begin(), dW.end());
     }
     return all;
@@ -116,8 +135,16 @@ Prepared prepared(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   const Array lam(compute, Values(p.lam.begin(), p.lam.begin() + p.K), skip),
       gam(compute, Values(p.gam.begin(), p.gam.begin() + count), skip);
   Prepared made{Array(class_dtype(dtype), count, skip), Array(compute, p.sizes.factors())};
-  kernels.hadamard_gamma({p.sizes, gam.get(), p.s.data(), made.gam.get(), lam.get(), p.col.data(),
-                          made.factors.get(), dtype});
+  HadamardGamma call{};
+  call.sizes = p.sizes;
+  call.gam = gam.get();
+  call.a_signs = p.a_signs.data();
+  call.out = made.gam.get();
+  call.lam = lam.get();
+  call.col_signs = p.col_signs.data();
+  call.factors = made.factors.get();
+  call.dtype = dtype;
+  kernels.hadamard_gamma(call);
   return made;
 }
 
@@ -131,8 +158,17 @@ void check_up(Kernels& kernels, const HadamardProblem& p, DType dtype, bool accu
   const Values before = y.values();
   Values v = p.mixed(z.values());
   const Prepared ready = prepared(kernels, p, dtype);
-  kernels.hadamard_up({p.sizes, z.get(), ready.factors.get(), p.row.data(), y.get(), dtype, p.T,
-                       scale, accumulate});
+  HadamardUp call{};
+  call.sizes = p.sizes;
+  call.z = z.get();
+  call.factors = ready.factors.get();
+  call.row_signs = p.row_signs.data();
+  call.y = y.get();
+  call.dtype = dtype;
+  call.T = p.T;
+  call.scale = scale;
+  call.accumulate = accumulate;
+  kernels.hadamard_up(call);
   for (int64_t e = 0; e < p.T * p.K; ++e) v[e] *= p.lam[e % p.K];
   const Values want = product(v, p.B, p.T, p.D, p.K, true, scale);
   expect_close("up", dtype, y, accumulate ? sum(want, before) : want);
@@ -148,9 +184,20 @@ void check_down(Kernels& kernels, const HadamardProblem& p, DType dtype, int64_t
       sums(compute, slots * p.K, skip);
   const Values mixed = p.mixed(z.values()), u = product(y.values(), p.B, p.T, p.K, p.D, false);
   const Prepared ready = prepared(kernels, p, dtype);
-  kernels.hadamard_down({p.sizes, y.get(), ready.factors.get(), p.row.data(), w.get(),
-                         with_z ? z.get() : nullptr, with_z ? sums.get() : nullptr, slots, dtype,
-                         p.T});
+  HadamardDown call{};
+  call.sizes = p.sizes;
+  call.y = y.get();
+  call.factors = ready.factors.get();
+  call.row_signs = p.row_signs.data();
+  call.w = w.get();
+  if (with_z) {
+    call.z = z.get();
+    call.sums = sums.get();
+  }
+  call.slots = slots;
+  call.dtype = dtype;
+  call.T = p.T;
+  kernels.hadamard_down(call);
   Values want(count, 0.0), want_sums(slots * p.K, 0.0);
   for (int64_t m = 0; m < p.classes; ++m)
     for (int64_t t = 0; t < p.T; ++t)
@@ -159,7 +206,7 @@ void check_down(Kernels& kernels, const HadamardProblem& p, DType dtype, int64_t
   for (int64_t q = 0; q < slots; ++q)
     for (int64_t t = q * p.T / slots; t < (q + 1) * p.T / slots; ++t)
       for (int64_t k = 0; k < p.K; ++k)  // without the signs of the columns
-        want_sums[q * p.K + k] += p.col[k] * u[t * p.K + k] * mixed[t * p.K + k];
+        want_sums[q * p.K + k] += p.col_signs[k] * u[t * p.K + k] * mixed[t * p.K + k];
   expect_close("w", between, w, want);
   if (with_z) expect_close("sums", compute, sums, want_sums);
 }
@@ -170,7 +217,7 @@ void check_diagonals(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   const int64_t skip = p.c.skip, slots = p.T;
   const DType compute = compute_dtype(dtype), between = class_dtype(dtype);
   Values want(p.gam.begin(), p.gam.begin() + p.n * p.d);
-  for (int64_t e = 0; e < p.n * p.d; ++e) want[e] *= p.s[e % p.d];
+  for (int64_t e = 0; e < p.n * p.d; ++e) want[e] *= p.a_signs[e % p.d];
   expect_close("gamma", between, prepared(kernels, p, dtype).gam, want);
 
   // Places of columns from d on are NaN.
@@ -179,28 +226,41 @@ void check_diagonals(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   const Array products(between, P, skip), sums(compute, normal(slots * p.K, 11), skip),
       dlam(compute, p.K, skip), dgam(compute, p.n * p.d, skip);
   const Values all = products.values(), of_slots = sums.values();
-  kernels.hadamard_diagonals({p.sizes, products.get(), sums.get(), slots, p.s.data(), p.col.data(),
-                              dlam.get(), dgam.get(), dtype, 0.5});
+  HadamardDiagonals call{};
+  call.sizes = p.sizes;
+  call.P = products.get();
+  call.sums = sums.get();
+  call.slots = slots;
+  call.a_signs = p.a_signs.data();
+  call.col_signs = p.col_signs.data();
+  call.dlam = dlam.get();
+  call.dgam = dgam.get();
+  call.dtype = dtype;
+  call.scale = 0.5;
+  call.experts = 1;
+  kernels.hadamard_diagonals(call);
   for (int64_t q = 0; q < slots; ++q)
-    for (int64_t k = 0; k < p.K; ++k) want_lam[k] += 0.5 * p.col[k] * of_slots[q * p.K + k];
+    for (int64_t k = 0; k < p.K; ++k) want_lam[k] += 0.5 * p.col_signs[k] * of_slots[q * p.K + k];
   for (int64_t e = 0; e < p.n * p.d; ++e)
-    want_gam[e] = 0.5 * p.s[e % p.d] * all[p.place(e / p.d, p.n, e % p.d)];
+    want_gam[e] = 0.5 * p.a_signs[e % p.d] * all[p.place(e / p.d, p.n, e % p.d)];
   expect_close("dlam", compute, dlam, want_lam);
   expect_close("dgam", compute, dgam, want_gam);
 }
 
 template <class Kernels>
-void check_weight(Kernels& kernels, const HadamardProblem& p, DType dtype, bool transposed) {
+void check_weight(Kernels& kernels, const HadamardProblem& p, DType dtype, bool reduce) {
   const double scale = 0.01;
   const int64_t skip = p.c.skip, size = p.experts * p.D * p.d;
   const Array lam(compute_dtype(dtype), p.lam, skip, Kernels::kBehind),
       gam(compute_dtype(dtype), p.gam, skip), base(dtype, normal(size, 12), skip),
       out(dtype, size, skip), merged(dtype, size, skip);
-  HadamardWeight call{p.operands(lam, gam, dtype, scale, transposed, nullptr), out.get()};
+  HadamardWeight call{};
+  p.set_operands(call, lam, gam, dtype, scale, reduce);
+  call.out = out.get();
   kernels.hadamard_weight(call);
   call.weight = base.get(), call.out = merged.get();
   kernels.hadamard_weight(call);
-  const Values want = p.deltas(scale, transposed);
+  const Values want = p.deltas(scale, reduce);
   expect_close("dW", dtype, out, want);
   expect_close("W + dW", dtype, merged, sum(want, base.values()));
   std::memcpy(out.get(), base.get(), base.bytes());
@@ -210,23 +270,26 @@ void check_weight(Kernels& kernels, const HadamardProblem& p, DType dtype, bool 
 }
 
 template <class Kernels>
-void check_weight_backward(Kernels& kernels, const HadamardProblem& p, DType dtype,
-                           bool transposed) {
+void check_weight_backward(Kernels& kernels, const HadamardProblem& p, DType dtype, bool reduce) {
   const DType compute = compute_dtype(dtype);
   const int64_t skip = p.c.skip, each = p.D * p.d;
   const Array lam(compute, p.lam, skip), gam(compute, p.gam, skip),
       grad(dtype, normal(p.experts * each, 13), skip), dlam(compute, p.experts * p.K, skip),
       dgam(compute, p.experts * p.n * p.d, skip);
-  kernels.hadamard_weight_backward(
-      {p.operands(lam, gam, dtype, 0.5, transposed, grad.get()), dlam.get(), dgam.get()});
+  HadamardWeightBackward call{};
+  p.set_operands(call, lam, gam, dtype, 0.5, reduce);
+  call.weight = grad.get();
+  call.dlam = dlam.get();
+  call.dgam = dgam.get();
+  kernels.hadamard_weight_backward(call);
   const Values of = grad.values();
   Values want_lam(p.experts * p.K, 0.0), want_gam(p.experts * p.n * p.d, 0.0);
   for (int64_t e = 0; e < p.experts; ++e) {
     const Values one(of.begin() + e * each, of.begin() + (e + 1) * each);
-    const Values u = product(one, p.B_of(e), p.d, p.K, p.D, false, 0.5, !transposed);
+    const Values u = product(one, p.B_of(e), p.d, p.K, p.D, false, 0.5, !reduce);
     for (int64_t k = 0; k < p.d; ++k)
       for (int64_t c = 0; c < p.K; ++c) {
-        const double x = u[k * p.K + c] * h(c / p.n, k / p.n) * p.s_of(e)[k];
+        const double x = u[k * p.K + c] * h(c / p.n, k / p.n) * p.a_signs_of(e)[k];
         const int64_t at = (e * p.n + c % p.n) * p.d + k;
         want_lam[e * p.K + c] += x * p.gam[at];
         want_gam[at] += x * p.lam[e * p.K + c];
@@ -255,9 +318,9 @@ void check_weights(Kernels& kernels, const HadamardCase& c, size_t first = 0, si
     const DType dtype = kTypes[i];
     set_case_of(kernels, p, dtype);
     check_diagonals(kernels, p, dtype);
-    for (const bool transposed : {false, true}) {
-      check_weight(kernels, p, dtype, transposed);
-      check_weight_backward(kernels, p, dtype, transposed);
+    for (const bool reduce : {false, true}) {
+      check_weight(kernels, p, dtype, reduce);
+      check_weight_backward(kernels, p, dtype, reduce);
     }
   }
 }

@@ -39,9 +39,9 @@ struct Layer {
     return S;
   }
   // dW (D, d), or (d, D)
-  Values delta(bool transposed) const {
-    return transposed ? product(scaled(), B.dense, d, D, K, true, scale, true)
-                      : product(B.dense, scaled(), D, d, K, false, scale);
+  Values delta(bool reduce) const {
+    return reduce ? product(scaled(), B.dense, d, D, K, true, scale, true)
+                  : product(B.dense, scaled(), D, d, K, false, scale);
   }
   // dlam and dgam from AP = A * P, P (K, d)
   std::pair<Values, Values> gradients(const Values& P) const {
@@ -58,9 +58,9 @@ struct Layer {
 
 template <class Kernels>
 void set_case_of(const Kernels& kernels, const Layer& L, const Basis& basis, DType dtype, int64_t T,
-                 bool turned, int64_t skip) {
-  set_case("D %ld d %ld r %ld T %ld planes %d wide %d dtype %d turned %d skip %ld %s", long(L.D),
-           long(L.d), long(L.r), long(T), basis.has_planes(), basis.a.wide, int(dtype), turned,
+                 bool reduce, int64_t skip) {
+  set_case("D %ld d %ld r %ld T %ld planes %d wide %d dtype %d reduce %d skip %ld %s", long(L.D),
+           long(L.d), long(L.r), long(T), basis.has_planes(), basis.a.wide, int(dtype), reduce,
            long(skip), kernels.settings().c_str());
 }
 
@@ -82,9 +82,25 @@ void check_linear(Kernels& kernels, const Layer& L, const Basis& basis, DType dt
   const auto [want_dlam, want_dgam] =
       L.gradients(product(L.B.dense, of_dW, L.K, L.d, L.D, !expand, 1, true));
 
-  kernels.linear({basis, lam.get(), gam.get(), x.get(), y.get(), dtype, T, L.scale, expand, false});
-  Linear back{basis,   lam.get(), gam.get(), dy.get(), dx.get(),   dtype,     T,
-              L.scale, !expand,   false,     x.get(),  dlam.get(), dgam.get()};
+  Linear call{};
+  call.basis = basis;
+  call.lam = lam.get();
+  call.gam = gam.get();
+  call.dtype = dtype;
+  call.T = T;
+  call.scale = L.scale;
+  Linear forward = call;
+  forward.up = expand;
+  forward.from = x.get();
+  forward.to = y.get();
+  kernels.linear(forward);
+  Linear back = call;
+  back.up = !expand;
+  back.from = dy.get();
+  back.to = dx.get();
+  back.other = x.get();
+  back.dlam = dlam.get();
+  back.dgam = dgam.get();
   kernels.linear(back);
   compare("y", y, product(xs, dW, T, out, in, true), bound);
   compare("dx", dx, product(dys, dW, T, in, out, false), bound);

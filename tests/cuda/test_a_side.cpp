@@ -31,8 +31,15 @@ struct Side {
     set_case_of(device, L, basis, dtype, T, false, c.skip);
   }
   cuda::ASideCall call(const Array& z) {
-    cuda::ASideCall made(
-        {basis, lam.get(), gam.get(), nullptr, nullptr, dtype, T, L.scale, true, false}, T, device);
+    Linear layer{};
+    layer.basis = basis;
+    layer.lam = lam.get();
+    layer.gam = gam.get();
+    layer.dtype = dtype;
+    layer.T = T;
+    layer.scale = L.scale;
+    layer.up = true;
+    cuda::ASideCall made(layer, T, device);
     made.set_operand(z.get(), T);
     return made;
   }

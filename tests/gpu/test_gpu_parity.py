@@ -115,8 +115,8 @@ def test_experts(device, shape, dtype):
     torch.manual_seed(0)
     basis, experts, wide = Basis(*shape, seed=1), 3, torch.promote_types(dtype, torch.float32)
     lam, gam = torch.randn(experts, basis.r, basis.n), torch.randn(experts, basis.n, basis.d)
-    s, row, col = basis.packed()
-    s, row = (t * (torch.rand(experts, len(t)) + 0.5) for t in (s, row))
+    a_signs, row_signs, col_signs = basis.packed()
+    a_signs, row_signs = (t * (torch.rand(experts, len(t)) + 0.5) for t in (a_signs, row_signs))
     for expand in (True, False):
 
         def both(*tensors, expand=expand):
@@ -125,7 +125,8 @@ def test_experts(device, shape, dtype):
 
         sizes = (basis.D, basis.d) if expand else (basis.d, basis.D)
         W = torch.randn(experts, *sizes).to(dtype)
-        results = on_both(device, both, W, lam.to(wide), gam.to(wide), s, row, col)
+        diagonals = lam.to(wide), gam.to(wide)
+        results = on_both(device, both, W, *diagonals, a_signs, row_signs, col_signs)
         for eps, got, want in zip((2, 8, 8), *results, strict=True):
             assert relative(got, want) <= eps * torch.finfo(got.dtype).eps
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 SPEC_VERSION = 1
 ROLE_A, ROLE_B = 0, 1
-ROLE_S, ROLE_ROW, ROLE_COL = 3, 4, 5  # the signs of Hadamard bases
+ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5  # the signs of Hadamard bases
 MASK, SHIFT = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
@@ -66,9 +66,8 @@ def hadamard(
     """Specification hadamard-1: A (r, d) and B (D, K) of a whole layer."""
     d, D = sorted((in_features, out_features))
     n = -(-d // r)
-    s, row, col = (
-        signs(seed, role, 0, count)
-        for role, count in ((ROLE_S, d), (ROLE_ROW, D), (ROLE_COL, r * n))
-    )
-    A = s * sylvester(r, r)[:, np.arange(d) // n]
-    return A, row[:, None] * sylvester(D, r * n) * col
+    a_signs = signs(seed, ROLE_FEATURES, 0, d)
+    row_signs = signs(seed, ROLE_ROWS, 0, D)
+    col_signs = signs(seed, ROLE_COLUMNS, 0, r * n)
+    A = a_signs * sylvester(r, r)[:, np.arange(d) // n]
+    return A, row_signs[:, None] * sylvester(D, r * n) * col_signs

@@ -25,10 +25,12 @@ def problem(shape, dtype, transposed=False, experts=3, own="none"):
     W = torch.randn(experts, *((n_in, n_out) if transposed else (n_out, n_in))).to(dtype)
     of_input = scales[0] if own == "none" else scales
     operands = hadamard.operands(basis, W.device, 2.0, input_scale=of_input)
-    s, row, col, expand, scale = operands.values()
+    a_signs, row_signs, col_signs, expand, scale = operands.values()
     if own == "both":
-        s, row = (t if t.dim() == 2 else t.repeat(experts, 1) for t in (s, row))
-    return basis, scales, W, lam, gam, (s, row, col, expand != transposed, scale)
+        a_signs, row_signs = (
+            t if t.dim() == 2 else t.repeat(experts, 1) for t in (a_signs, row_signs)
+        )
+    return basis, scales, W, lam, gam, (a_signs, row_signs, col_signs, expand != transposed, scale)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -85,17 +87,40 @@ def test_only_lambda_and_gamma_are_kept():
         ("weight", (3, 5, 9), "weight must be (out, in) = (9, 5), got (5, 9)"),
         ("weight", (2, 9, 5), "weight must be (experts, out, in) = (3, 9, 5), got (2, 9, 5)"),
         ("weight", (9, 5), "weight must be (experts, out, in) = (3, 9, 5), got (9, 5)"),
-        ("s", (2, 5), "s must be (d), or contiguous (experts, d) with experts = 3, got (2, 5)"),
-        ("row", (2, 9), "row must be (D), or contiguous (experts, D) with experts = 3, got (2, 9)"),
-        ("s", (3, 4), "s must have d = 5 numbers for gam (3, 5) float32 on cpu, got (4)"),
-        ("row", (1, 3, 9), "row must be a contiguous float32 tensor (D), got (1, 3, 9)"),
-        ("col", (3, 6), "col must be a contiguous float32 tensor (K), got (3, 6)"),
+        (
+            "a_signs",
+            (2, 5),
+            "a_signs must be (d), or contiguous (experts, d) with experts = 3, got (2, 5)",
+        ),
+        (
+            "row_signs",
+            (2, 9),
+            "row_signs must be (D), or contiguous (experts, D) with experts = 3, got (2, 9)",
+        ),
+        (
+            "a_signs",
+            (3, 4),
+            "a_signs must have d = 5 numbers for gam (3, 5) float32 on cpu, got (4)",
+        ),
+        (
+            "row_signs",
+            (1, 3, 9),
+            "row_signs must be a contiguous float32 tensor (D), got (1, 3, 9)",
+        ),
+        ("col_signs", (3, 6), "col_signs must be a contiguous float32 tensor (K), got (3, 6)"),
     ],
 )
 def test_errors(name, shape, told):
     *_, W, lam, gam, operands = problem((5, 9, 2), torch.float32)
-    s, row, col, *rest = operands
-    arguments = {"weight": W, "lam": lam, "gam": gam, "s": s, "row": row, "col": col}
+    a_signs, row_signs, col_signs, *rest = operands
+    arguments = {
+        "weight": W,
+        "lam": lam,
+        "gam": gam,
+        "a_signs": a_signs,
+        "row_signs": row_signs,
+        "col_signs": col_signs,
+    }
     arguments[name] = torch.ones(shape)
     with pytest.raises(RuntimeError) as error:
         ops.hadamard_weight(*arguments.values(), *rest)
@@ -106,8 +131,12 @@ def test_errors(name, shape, told):
 
 
 def test_a_layer_alone_takes_vectors():
-    *_, W, lam, gam, (s, row, *rest) = problem((5, 9, 2), torch.float32, own="both")
-    with pytest.raises(RuntimeError, match=r"s must be a contiguous float32 tensor \(d\), got \(3"):
-        ops.hadamard_weight(W[0], lam[0], gam[0], s, row[0], *rest)
-    with pytest.raises(RuntimeError, match=r"row must be .*\(D\), got \(3, 9\)"):
-        ops.hadamard_linear(torch.ones(1, 5), W[0], None, lam[0], gam[0], s[0], row, *rest)
+    *_, W, lam, gam, (a_signs, row_signs, *rest) = problem((5, 9, 2), torch.float32, own="both")
+    with pytest.raises(
+        RuntimeError, match=r"a_signs must be a contiguous float32 tensor \(d\), got \(3"
+    ):
+        ops.hadamard_weight(W[0], lam[0], gam[0], a_signs, row_signs[0], *rest)
+    with pytest.raises(RuntimeError, match=r"row_signs must be .*\(D\), got \(3, 9\)"):
+        ops.hadamard_linear(
+            torch.ones(1, 5), W[0], None, lam[0], gam[0], a_signs[0], row_signs, *rest
+        )

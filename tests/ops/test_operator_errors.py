@@ -132,17 +132,17 @@ HADAMARD_OPERATORS = pytest.mark.parametrize(
 BY_BOTH = [
     ({"lam": torch.ones(6)}, ["lam"]),
     ({"gam": torch.ones(2, 1)}, ["gam", "(2, 1)"]),
-    ({"col": torch.ones(7)}, ["col", "6", "7"]),
-    ({"s": torch.ones(6).char()}, ["s", "float32", "int8"]),
+    ({"col_signs": torch.ones(7)}, ["col_signs", "6", "7"]),
+    ({"a_signs": torch.ones(6).char()}, ["a_signs", "float32", "int8"]),
     ({"weight": torch.ones(1, 8)}, ["weight", "(6, 8)", "(1, 8)"]),
 ]
 # What plain torch finds itself, or need not know.
 BY_KERNELS = [
-    ({"s": torch.ones(5)}, ["s", "d = 6", "(5)"]),
-    ({"s": torch.ones(12)[::2]}, ["s", "contiguous"]),
-    ({"s": torch.ones(6).to("meta")}, ["s", "meta", "cpu"]),
-    ({"row": torch.ones(0)}, ["row"]),
-    ({"row": torch.ones(2, 4)}, ["row", "(2, 4)"]),
+    ({"a_signs": torch.ones(5)}, ["a_signs", "d = 6", "(5)"]),
+    ({"a_signs": torch.ones(12)[::2]}, ["a_signs", "contiguous"]),
+    ({"a_signs": torch.ones(6).to("meta")}, ["a_signs", "meta", "cpu"]),
+    ({"row_signs": torch.ones(0)}, ["row_signs"]),
+    ({"row_signs": torch.ones(2, 4)}, ["row_signs", "(2, 4)"]),
     ({"weight": torch.ones(6, 8).int()}, ["weight", "int32"]),
 ]
 

@@ -25,7 +25,7 @@ cpu_only=(
   'tests/ops/test_weights.py::test_one_rounding_of_the_sum[torch.bfloat16'
   'tests/ops/test_weights.py::test_one_rounding_of_the_sum[torch.float16'
   'tests/peft/test_peft.py::test_adapters_err_at_most_twice_as_much_as_stock[fp32'
-  # Products with gamma are torch's, which on the CPU may add token by token (hadamard.cpp);
+  # Products with gamma are torch's, which on the CPU may add token by token (chunks.cpp);
   # tests/gpu has gradients of 8,192 tokens.
   'tests/ops/test_linear.py::test_error_rule_with_many_tokens[hadamard'
   # Few tokens have tiles of their own, whose sums have another order.

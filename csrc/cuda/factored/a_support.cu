@@ -89,9 +89,15 @@ const Support& ASideCall::support() {
     support_tables(b.a, b.r, b.d, made, device_);
     tables = made;
   }
-  return support_ = {
-             b.a.offset,           b.r,       b.n,    b.d,
-             ceil_div(b.n, 8) * 8, b.a.count, tables, tables + support_room(b.a.count, b.r)};
+  support_.offset = b.a.offset;
+  support_.r = b.r;
+  support_.n = b.n;
+  support_.d = b.d;
+  support_.bases = ceil_div(b.n, 8) * 8;
+  support_.count = b.a.count;
+  support_.entry = tables;
+  support_.at = tables + support_room(b.a.count, b.r);
+  return support_;
 }
 
 const void* ASideCall::values(bool with_lambda) {

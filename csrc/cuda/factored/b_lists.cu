@@ -186,7 +186,11 @@ void b_lists(const BSide& p, Device& device) {
       const int64_t tiles = ceil_div(T, TT), chunk = chunk_of(TT);
       const int64_t ranges =
           min(ceil_div(lines, chunk), ceil_div(blocks_an_sm * device.multiprocessors, tiles));
-      const Shape shape{lines, features, T, ceil_div(ceil_div(lines, ranges), chunk) * chunk};
+      Shape shape;
+      shape.lines = lines;
+      shape.features = features;
+      shape.T = T;
+      shape.range = ceil_div(ceil_div(lines, ranges), chunk) * chunk;
       const void* source = p.from;
       if (TT > 1 && !stages) {
         const Panels panels = make_panels(T, features, TT, p.dtype, device);

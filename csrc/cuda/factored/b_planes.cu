@@ -136,10 +136,11 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
 
   using C = ComputeOf<S>;
   if (p.partial) {
-    const Output<C> sums{{p.partial + split * p.T * p.lines, nullptr, C(1)},
-                         p.T,
-                         p.lines,
-                         p.lines % kPerAccess<C> == 0};
+    Output<C> sums{};
+    sums.store = {p.partial + split * p.T * p.lines, nullptr, C(1)};
+    sums.rows = p.T;
+    sums.cols = p.lines;
+    sums.aligned = p.lines % kPerAccess<C> == 0;
     store_tile(tile, shared_memory(), line0, token0, sums);
   } else {
     store_tile(tile, shared_memory(), line0, token0, p.out);
@@ -171,16 +172,19 @@ void b_planes(const BSide& side, Device& device) {
   with_engine(side.dtype, device.tf32, [&](auto s, auto tf32) {
     using S = decltype(s);
     Product<S> p{};
-    p.b = b.b_planes, p.D = b.D, p.T = side.T;
-    p.lines = side.up ? b.D : b.K(), p.depth = side.up ? b.K() : b.D;
+    p.b = b.b_planes;
+    p.D = b.D;
+    p.T = side.T;
+    p.lines = side.up ? b.D : b.K();
+    p.depth = side.up ? b.K() : b.D;
     p.tokens = static_cast<const S*>(side.from);
     p.aligned = aligned_rows(p.depth, kPerAccess<S>, side.from);
     S* to = static_cast<S*>(side.to);
     // Codes stand for doubled numbers.
-    p.out = {{to, side.accumulate ? to : nullptr, typename Product<S>::C(0.5)},
-             p.T,
-             p.lines,
-             aligned_rows(p.lines, kPerAccess<S>, to)};
+    p.out.store = {to, side.accumulate ? to : nullptr, typename Product<S>::C(0.5)};
+    p.out.rows = p.T;
+    p.out.cols = p.lines;
+    p.out.aligned = aligned_rows(p.lines, kPerAccess<S>, to);
     constexpr bool kTf32 = decltype(tf32)::value;
     // Half a full tile if full ones would not fill the card twice.
     if (p.T <= 16) return run<S, kTf32, 16>(p, side.up, device);

@@ -49,10 +49,23 @@ void linear(const Linear& p, Device& device) {
     if (p.up || grads) a.set_operand(moved(small, t * b.d, p.dtype), T);
     if (p.up && p.to) {
       a.up(between);
-      b_side({b, p.dtype, T, true, between, moved(p.to, t * b.D, p.dtype), p.accumulate}, reused);
+      BSide up{b};
+      up.dtype = p.dtype;
+      up.T = T;
+      up.up = true;
+      up.from = between;
+      up.to = moved(p.to, t * b.D, p.dtype);
+      up.accumulate = p.accumulate;
+      b_side(up, reused);
     }
-    if (!p.up || grads)
-      b_side({b, p.dtype, T, false, moved(large, t * b.D, p.dtype), between, false}, reused);
+    if (!p.up || grads) {
+      BSide down{b};
+      down.dtype = p.dtype;
+      down.T = T;
+      down.from = moved(large, t * b.D, p.dtype);
+      down.to = between;
+      b_side(down, reused);
+    }
     if (!p.up && p.to) a.down(between, T, moved(p.to, t * b.d, p.dtype), p.accumulate);
     if (grads) a.grad(between, p.dlam, p.dgam, t > 0);
     t += chunk;

@@ -54,28 +54,28 @@ Tiling tiling_of(const HadamardExperts& p, const void* out) {
   Tiling t{};
   t.log = t.log_all = std::max(log_of(p.sizes.N()), 3);
   t.tiles = static_cast<int>(ceil_div(p.sizes.d, kColumns));
-  t.aligned = aligned_to_16(p.row) && p.next_row % 4 == 0 &&
-              (p.transposed ? aligned_rows(p.sizes.D, kPerAccess<S>, p.weight, out)
-                            : aligned_rows(p.sizes.d, kPerAccess<ComputeOf<S>>, p.weight, out));
+  t.aligned = aligned_to_16(p.row_signs) && p.next_row_signs % 4 == 0 &&
+              (p.reduce ? aligned_rows(p.sizes.D, kPerAccess<S>, p.weight, out)
+                        : aligned_rows(p.sizes.d, kPerAccess<ComputeOf<S>>, p.weight, out));
   return t;
 }
 
 // 8 rows of W or its gradient, from o on, and a thread's columns, from k on. Lines lie together in
-// memory: columns if Transposed, else rows.
-template <class S, bool Transposed>
+// memory: columns if Reduce, else rows.
+template <class S, bool Reduce>
 struct Patch {
   static constexpr int W = kPerAccess<ComputeOf<S>>;
-  static constexpr int kLines = Transposed ? W : 8, kAlong = Transposed ? 8 : W;
+  static constexpr int kLines = Reduce ? W : 8, kAlong = Reduce ? 8 : W;
   Pack<S, kAlong> line[kLines] = {};
   int64_t first;
   int next, lines;
   Some<kAlong> some;
 
   __device__ __forceinline__ Patch(int D, int d, int o, int k, bool whole)
-      : first(Transposed ? int64_t{k} * D + o : int64_t{o} * d + k),
-        next(Transposed ? D : d),
-        lines(Transposed ? d - k : D - o),
-        some{Transposed ? D - o : d - k, whole} {}
+      : first(Reduce ? int64_t{k} * D + o : int64_t{o} * d + k),
+        next(Reduce ? D : d),
+        lines(Reduce ? d - k : D - o),
+        some{Reduce ? D - o : d - k, whole} {}
   __device__ __forceinline__ void load(const S* from) {
     from += first;
 #pragma unroll
@@ -90,30 +90,30 @@ struct Patch {
   }
   // Of row o + e and column k + u.
   __device__ __forceinline__ S get(int e, int u) const {
-    return Transposed ? line[u].get(e) : line[e].get(u);
+    return Reduce ? line[u].get(e) : line[e].get(u);
   }
   __device__ __forceinline__ void set(int e, int u, S x) {
-    Transposed ? line[u].set(e, x) : line[e].set(u, x);
+    Reduce ? line[u].set(e, x) : line[e].set(u, x);
   }
 };
 
 // fn(patch, signs of its rows) for the rows of W that are equal in H to rows 8 g to 8 g + 7 of part
 // `part`.
-template <class S, bool Transposed, class F>
+template <class S, bool Reduce, class F>
 __device__ __forceinline__ void each_patch(const HadamardExperts& p, const Tiling& tiling, int part,
                                            int g, int k, const F& fn) {
   const int D = static_cast<int>(p.sizes.D), d = static_cast<int>(p.sizes.d);
   const auto at = [&](auto whole, int o) {
     constexpr bool Whole = decltype(whole)::value;
     float sign[8];
-    if constexpr (Whole) load_run<8>(p.row + o, sign);
+    if constexpr (Whole) load_run<8>(p.row_signs + o, sign);
 #pragma unroll
-    for (int e = 0; e < 8 && !Whole; ++e) sign[e] = o + e < D ? p.row[o + e] : 0;
-    fn(Patch<S, Transposed>(D, d, o, k, Whole), sign);
+    for (int e = 0; e < 8 && !Whole; ++e) sign[e] = o + e < D ? p.row_signs[o + e] : 0;
+    fn(Patch<S, Reduce>(D, d, o, k, Whole), sign);
   };
 #pragma unroll 1
   for (int o = (part << tiling.log) + 8 * g; o < D; o += 1 << tiling.log_all)
-    if (tiling.aligned && o + 8 <= D && k + Patch<S, Transposed>::W <= d)
+    if (tiling.aligned && o + 8 <= D && k + Patch<S, Reduce>::W <= d)
       at(std::true_type{}, o);
     else
       at(std::false_type{}, o);

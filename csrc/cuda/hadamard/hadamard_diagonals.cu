@@ -1,10 +1,10 @@
 // What a step does with lambda and gamma before the class products, and with the gradients after
 // them:
 //
-//   hadamard_gamma      out[i, k] = s[k] gam[i, k], rounded to the class dtype
-//                       factors = lam[c] col[c], in the order of Factors (transform.h)
-//   hadamard_diagonals  dgam[i, k] = scale s[k] P[m, i, k']
-//                       dlam[c] = scale col[c] * sum over q of sums[q, c]
+//   hadamard_gamma      out[i, k] = a_signs[k] gam[i, k], rounded to the class dtype
+//                       factors = lam[c] col_signs[c], in the order of Factors (transform.h)
+//   hadamard_diagonals  dgam[i, k] = scale a_signs[k] P[m, i, k']
+//                       dlam[c] = scale col_signs[c] * sum over q of sums[q, c]
 //
 // Floor: 1 / r of the layer's weight read and written, so what counts is that each is one launch.
 #include <algorithm>
@@ -27,7 +27,7 @@ __global__ void hadamard_gamma_kernel(HadamardGamma p, Factors<C> factors, int g
   if (block >= gamma_blocks) {
     const int c = (block - gamma_blocks) * blockDim.x + threadIdx.x;
     if (c < factors.groups * kValues<C>)
-      *factors.at(c) = c < factors.K ? static_cast<const C*>(p.lam)[c] * p.col[c] : C(0);
+      *factors.at(c) = c < factors.K ? static_cast<const C*>(p.lam)[c] * p.col_signs[c] : C(0);
     return;
   }
   const int i = block / col_blocks;
@@ -37,7 +37,7 @@ __global__ void hadamard_gamma_kernel(HadamardGamma p, Factors<C> factors, int g
   Pack<S, V> out = {};
 #pragma unroll
   for (int v = 0; v < V; ++v)
-    if (c.inside(v)) out.set(v, narrow<S>(gam.get(v) * p.s[c.at(v)]));
+    if (c.inside(v)) out.set(v, narrow<S>(gam.get(v) * p.a_signs[c.at(v)]));
   c.store(static_cast<S*>(p.out) + i * d, out);
 }
 
@@ -56,7 +56,7 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks,
     for (int e = 0; e < kEach; ++e) {
       const int k = k0 + e * blockDim.x + threadIdx.x, m = k / n;
       if (k < d)
-        dgam[k] = static_cast<C>(p.scale) * widen(P[int64_t{m} * n * (n - 1) + k]) * p.s[k];
+        dgam[k] = static_cast<C>(p.scale) * widen(P[int64_t{m} * n * (n - 1) + k]) * p.a_signs[k];
     }
     return;
   }
@@ -66,7 +66,8 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks,
   const C sum =
       block_sum(c < K ? sums : nullptr, p.slots, K, reinterpret_cast<C*>(shared_memory()));
   if (threadIdx.x >= 32 || c >= K) return;
-  static_cast<C*>(p.dlam)[int64_t{blockIdx.y} * K + c] = static_cast<C>(p.scale) * sum * p.col[c];
+  static_cast<C*>(p.dlam)[int64_t{blockIdx.y} * K + c] =
+      static_cast<C>(p.scale) * sum * p.col_signs[c];
 }
 
 }  // namespace

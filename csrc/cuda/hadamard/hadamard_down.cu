@@ -1,6 +1,6 @@
-// u[t, c] = sum over o of row[o] H[o, c] y[t, o], with c = j * n + i, and from it
+// u[t, c] = sum over o of row_signs[o] H[o, c] y[t, o], with c = j * n + i, and from it
 //
-//   w[m, t, i] = sum over j of H[j, m] col[c] lam[c] u[t, c]
+//   w[m, t, i] = sum over j of H[j, m] factors[c] u[t, c]
 //   sums[q, c] = sum over the tokens t of slot q of u[t, c] * sum over m of H[j, m] z[m, t, i]
 //
 // hadamard_up backwards. Rows o and o + N of H are equal, so the elements of y with equal o modulo
@@ -28,18 +28,18 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& row
   for (int g = threadIdx.x; g < tokens << log >> kBits<C>; g += blockDim.x) {
     const At at(g, log);
     const S* y = static_cast<const S*>(p.y) + int64_t{t0 + at.row} * D;
-    const float* row = p.row;
+    const float* signs = p.row_signs;
     C v[kValues<C>];
 #pragma unroll
     for (int e = 0; e < kValues<C>; ++e) v[e] = C(0);
 #pragma unroll 1
-    for (int left = D; left > 0; left -= N, y += N, row += N) {
+    for (int left = D; left > 0; left -= N, y += N, signs += N) {
       const int end = min(left, N);
 #pragma unroll
       for (int e = 0; e < At::kCount; ++e) {
         const auto c = at.columns(e, end);
         if (!c.inside(0)) continue;
-        const auto sign = c.load(row);
+        const auto sign = c.load(signs);
         const auto from = c.load(y);
 #pragma unroll
         for (int u = 0; u < V; ++u) v[e * V + u] += widen(from.get(u)) * sign.get(u);
@@ -124,7 +124,7 @@ void hadamard_down(const HadamardDown& p, Device& device) {
     const int64_t blocks = p.z ? p.slots : device.multiprocessors;
     const Plan<S> plan(p.sizes, p.T / blocks, device, p.z ? kParts : 1);
     launch(device, "hadamard_down",
-           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row, p.z, p.w)
+           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row_signs, p.z, p.w)
                ? hadamard_down_kernel<S, true>
                : hadamard_down_kernel<S, false>,
            p.z ? p.slots : ceil_div(p.T, plan.rows), plan.threads, plan.shared, p,

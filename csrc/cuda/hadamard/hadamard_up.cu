@@ -1,14 +1,14 @@
-// y[t, o] = scale row[o] sum over c of H[o, c] v[c] [+ y], with c = j * n + i and
+// y[t, o] = scale row_signs[o] sum over c of H[o, c] v[c] [+ y], with c = j * n + i and
 //
-//   v[c] = col[c] lam[c] * sum over m of H[j, m] z[m, t, i]
+//   v[c] = factors[c] * sum over m of H[j, m] z[m, t, i]
 //
 // A thread block takes one token, or several if rows are short. Threads mix the rank indices in
-// registers and write them to shared memory; the low pass multiplies by lam col; the last bits
+// registers and write them to shared memory; the low pass multiplies by factors; the last bits
 // go from shared memory to y.
 //
 // Floor: z read, y written once, and read only if the layer has a bias: with 16 bits 4 bytes an
-// element, against some 41 instructions. For every token but the first, lam col and row come from
-// L1.
+// element, against some 41 instructions. For every token but the first, factors and row_signs
+// come from L1.
 #include "../device/launch.h"
 #include "../device/rounded_store.h"
 #include "../kernels.h"
@@ -33,9 +33,9 @@ __device__ __forceinline__ void write_rows(const HadamardUp& p, const Rows<C>& r
     at.load(rows, v);
     hadamard<V>(v);
     int64_t begin = (t0 + at.row) * p.sizes.D;
-    const float* row = p.row;
+    const float* signs = p.row_signs;
 #pragma unroll 1
-    for (int left = static_cast<int>(p.sizes.D); left > 0; left -= N, begin += N, row += N) {
+    for (int left = static_cast<int>(p.sizes.D); left > 0; left -= N, begin += N, signs += N) {
       const int end = min(left, N);
       // All loads before the first store, which the compiler cannot know to be elsewhere.
       if constexpr (Aligned) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ void write_rows(const HadamardUp& p, const Rows<C>& r
         for (int e = 0; e < At::kCount; ++e) {
           const auto c = at.columns(e, end);
           if (!c.inside(0)) continue;
-          const auto sign = c.load(row);
+          const auto sign = c.load(signs);
 #pragma unroll
           for (int u = 0; u < V; ++u)
             x[e].set(u, store.rounded(v[e * V + u] * sign.get(u), x[e].get(u)));
@@ -63,7 +63,7 @@ __device__ __forceinline__ void write_rows(const HadamardUp& p, const Rows<C>& r
 #pragma unroll
           for (int u = 0; u < V; ++u) {
             const int o = at.at(e, u);
-            if (o < end) store.out[begin + o] = store.rounded(v[e * V + u] * row[o], old[u]);
+            if (o < end) store.out[begin + o] = store.rounded(v[e * V + u] * signs[o], old[u]);
           }
         }
       }
@@ -96,8 +96,9 @@ void hadamard_up(const HadamardUp& p, Device& device) {
     using S = decltype(s);
     const Plan<S> plan(p.sizes, p.T / device.multiprocessors, device);
     launch(device, "hadamard_up",
-           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row, p.z) ? hadamard_up_kernel<S, true>
-                                                                   : hadamard_up_kernel<S, false>,
+           aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row_signs, p.z)
+               ? hadamard_up_kernel<S, true>
+               : hadamard_up_kernel<S, false>,
            ceil_div(p.T, plan.rows), plan.threads, plan.shared, p,
            Factors<ComputeOf<S>>(p.sizes, p.factors), plan.log, plan.rows);
   });

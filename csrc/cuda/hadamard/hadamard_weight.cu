@@ -1,8 +1,8 @@
 // W + dW in one pass, all experts in one launch: column k of dW is the transform of
 //
-//   v[c] = col[c] lam[c] H[j, m] s[k] gam[i, k],   c = j * n + i,   m the class of column k
+//   v[c] = col_signs[c] lam[c] H[j, m] a_signs[k] gam[i, k],   c = j * n + i,   m the class of column k
 //
-// with the signs of `row`, and rows o and o + N of H are equal.
+// with row_signs, and rows o and o + N of H are equal.
 //
 // A thread block makes kColumns columns, for as many rows of H as fit shared memory: rows
 // [part << log, (part + 1) << log). It adds the v of all c that are equal in their last `log` bits,
@@ -12,7 +12,7 @@
 // parts, take two fifths longer, half of them for v. In 16 bits the kColumns of a row are half a
 // sector, so L2, where the neighbouring block's half meets it, moves twice the bytes; more columns
 // would leave fewer rows, and each block forms all v of its columns. If W is stored by columns k
-// (transposed), D is larger than d: a transform serves several rows, and bytes decide.
+// (reduce), D is larger than d: a transform serves several rows, and bytes decide.
 #include <algorithm>
 
 #include "../device/launch.h"
@@ -24,7 +24,7 @@
 namespace randlora::cuda {
 namespace {
 
-template <class S, bool Transposed, class C = ComputeOf<S>>
+template <class S, bool Reduce, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
     hadamard_weight_kernel(HadamardWeight all, Tiling tiling, bool aligned_gam) {
   const HadamardWeight p = all.expert(blockIdx.y);
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       int j = j0, i = i0;
       for (int c = q, above = 0; c < K; c += 1 << log, ++above) {
         const C sign = minus((above & part) ^ (m[0] & j), ~0) ? C(-1) : C(1);
-        const C x = sign * lam[c] * p.col[c];
+        const C x = sign * lam[c] * p.col_signs[c];
         const auto g = some.load(gam + int64_t{i} * d);
 #pragma unroll
         for (int u = 0; u < W; ++u)
@@ -73,14 +73,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                               static_cast<C>(p.scale)};
   C s[W];
 #pragma unroll
-  for (int u = 0; u < W; ++u) s[u] = k + u < d ? p.s[k + u] : 0;
+  for (int u = 0; u < W; ++u) s[u] = k + u < d ? p.a_signs[k + u] : 0;
   for (int g = threadIdx.x / kAcross; g < 1 << (log - 3); g += blockDim.x / kAcross) {
     C v[8 * W];
     const C* from = row_at(numbers, 8 * g);
 #pragma unroll
     for (int e = 0; e < 8; ++e) load_run<W>(from + e * kColumns, v + e * W);
     hadamard<W>(v);
-    each_patch<S, Transposed>(p, tiling, part, g, k, [&](auto patch, const auto& sign) {
+    each_patch<S, Reduce>(p, tiling, part, g, k, [&](auto patch, const auto& sign) {
       if (store.base) patch.load(store.base);
 #pragma unroll
       for (int e = 0; e < 8; ++e)
@@ -103,7 +103,7 @@ void hadamard_weight(const HadamardWeight& p, Device& device) {
     const auto shared = [&] { return numbers_of(t.log) * int64_t{sizeof(C)}; };
     while (shared() > std::min(device.shared_bytes, int64_t{72} << 10)) --t.log;
     launch(device, "hadamard_weight",
-           p.transposed ? hadamard_weight_kernel<S, true> : hadamard_weight_kernel<S, false>,
+           p.reduce ? hadamard_weight_kernel<S, true> : hadamard_weight_kernel<S, false>,
            Grid(t.tiles << (t.log_all - t.log), p.experts), threads_of<C>(t.log, device), shared(),
            p, t, aligned_rows(p.sizes.d, kPerAccess<C>, p.gam));
   });

@@ -1,8 +1,8 @@
 // The gradients of lambda and gamma from G, that of W + dW. For column k, with m its class and
 //
-//   u[c] = sum over o of row[o] H[o, c] G[o, k],   c = j * n + i,
-//   dgam[i, k] = scale s[k] sum over j of H[j, m] col[c] lam[c] u[c]
-//   dlam[c] = scale col[c] sum over k of H[j, m] s[k] gam[i, k] u[c]
+//   u[c] = sum over o of row_signs[o] H[o, c] G[o, k],   c = j * n + i,
+//   dgam[i, k] = scale a_signs[k] sum over j of H[j, m] col_signs[c] lam[c] u[c]
+//   dlam[c] = scale col_signs[c] sum over k of H[j, m] a_signs[k] gam[i, k] u[c]
 //
 // A block takes the tiles of a slot, kColumns columns each, and keeps the slot's sums for dlam in
 // shared memory, where always the same thread adds to a number; hadamard_diagonals adds the slots.
@@ -27,13 +27,13 @@ struct Ranks {
 };
 
 // Part `part` of the thread's columns, from k on, after the first three bits of the transform.
-template <bool Transposed, class S, class C = ComputeOf<S>>
+template <bool Reduce, class S, class C = ComputeOf<S>>
 __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const Tiling& tiling,
                                           int part, int k, C* numbers) {
   constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
   for (int g = threadIdx.x / kAcross; g < 1 << (tiling.log - 3); g += blockDim.x / kAcross) {
     C v[8 * W] = {};
-    each_patch<S, Transposed>(p, tiling, part, g, k, [&](auto patch, const auto& sign) {
+    each_patch<S, Reduce>(p, tiling, part, g, k, [&](auto patch, const auto& sign) {
       patch.load(static_cast<const S*>(p.weight));
 #pragma unroll
       for (int e = 0; e < 8; ++e)
@@ -49,7 +49,8 @@ __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const
 
 // dgam of the thread's columns, and their part of the slot's sums. A warp takes a few bases; its
 // lanes share columns and, if bases are few, ranks. `Whole`: the thread's columns have one class,
-// and lanes whole numbers of ranks. x[c] is lam col.
+// and lanes whole numbers of ranks. x[c] is
+// lam[c] col_signs[c].
 template <bool Whole, class C>
 __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, int log,
                                          const Ranks& ranks, int part, int k, const C* numbers,
@@ -64,7 +65,7 @@ __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, int lo
   int m[W];
   C s[W];
 #pragma unroll
-  for (int u = 0; u < W; ++u) m[u] = (k + u) / n, s[u] = k + u < d ? p.s[k + u] : 0;
+  for (int u = 0; u < W; ++u) m[u] = (k + u) / n, s[u] = k + u < d ? p.a_signs[k + u] : 0;
   for (int i0 = threadIdx.x / 32 * of_warp; i0 < n; i0 += blockDim.x / 32 * of_warp) {
     const bool inside = i0 + lane % of_warp < n;
     const int i = inside ? i0 + lane % of_warp : 0;  // others work for nothing
@@ -106,7 +107,7 @@ __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, int lo
   }
 }
 
-template <class S, bool Transposed, class C = ComputeOf<S>>
+template <class S, bool Reduce, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
     hadamard_weight_backward_kernel(HadamardWeightBackward all, Tiling tiling, Ranks ranks,
                                     C* of_slots) {
@@ -118,12 +119,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   C* numbers = reinterpret_cast<C*>(shared_memory()) + from_k;
   C *sums = numbers - from_k + numbers_of(tiling.log), *x = sums + K;
   for (int c = threadIdx.x; c < K; c += blockDim.x)
-    sums[c] = C(0), x[c] = static_cast<const C*>(p.lam)[c] * p.col[c];
+    sums[c] = C(0), x[c] = static_cast<const C*>(p.lam)[c] * p.col_signs[c];
   const int last = static_cast<int>((slot + 1) * int64_t{tiling.tiles} / slots);
   for (int tile = static_cast<int>(slot * int64_t{tiling.tiles} / slots); tile < last; ++tile)
     for (int part = 0; part < tiling.parts; ++part) {
       const int k = tile * kColumns + from_k;
-      read_part<Transposed, S>(p, tiling, part, k, numbers);
+      read_part<Reduce, S>(p, tiling, part, k, numbers);
       __syncthreads();
       column_passes(numbers, tiling.log);
       // The block takes one way: lanes meet in shuffles.
@@ -162,12 +163,19 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
     const int64_t slots = std::min(ceil_div(t.tiles, 2), of_expert);
     C* sums = scratch<C>(device, p.experts * slots * K);
     launch(device, "hadamard_weight_backward",
-           p.transposed ? hadamard_weight_backward_kernel<S, true>
-                        : hadamard_weight_backward_kernel<S, false>,
+           p.reduce ? hadamard_weight_backward_kernel<S, true>
+                    : hadamard_weight_backward_kernel<S, false>,
            Grid(slots, p.experts), threads, shared(), p, t, ranks, sums);
-    hadamard_diagonals(
-        {p.sizes, nullptr, sums, slots, p.s, p.col, p.dlam, nullptr, p.dtype, p.scale, p.experts},
-        device);
+    HadamardDiagonals slots_to_dlam{};
+    slots_to_dlam.sizes = p.sizes;
+    slots_to_dlam.sums = sums;
+    slots_to_dlam.slots = slots;
+    slots_to_dlam.col_signs = p.col_signs;
+    slots_to_dlam.dlam = p.dlam;
+    slots_to_dlam.dtype = p.dtype;
+    slots_to_dlam.scale = p.scale;
+    slots_to_dlam.experts = p.experts;
+    hadamard_diagonals(slots_to_dlam, device);
   });
 }
 

@@ -7,7 +7,7 @@
 // rows lie one behind the other and are transformed as one array: the bits of a row's number are
 // left out.
 //
-//   bits [0, kBits)                low: 128 adjacent bytes a thread; also multiplies by lam col
+//   bits [0, kBits)                low: 128 adjacent bytes a thread; also multiplies by factors
 //   bits [kBits, log - kEdgeBits)  middle, in up to kBits bits at a time
 //   bits [log - kEdgeBits, log)    the edge, where rows come from or go to global memory in
 //                                  accesses of 16 bytes
@@ -88,7 +88,7 @@ __device__ __forceinline__ void low_pass(const Rows<C>& rows, int log, int count
   }
 }
 
-// lam[c] col[c] in the order in which the low pass reads them. A thread has a group of kValues
+// lam[c] col_signs[c] in the order in which the low pass reads them. A thread has a group of kValues
 // adjacent c, and its lanes read the first 16 bytes of each group, then the second, and so on: in
 // the order of c they would lie 128 bytes apart, each in a sector of its own.
 template <class C>
