@@ -124,7 +124,7 @@ def _check(x, weight, bias, lam, gam, a_signs, row_signs, col_signs, expand, dy=
 
 
 def _plain_product(given, other, up, lam, gam, a_signs, row_signs, col_signs, scale):
-    """As HadamardProduct of csrc/torch/hadamard: the product of `given` with dW, `up` from (T, d) to
+    """As HadamardProduct of csrc/torch: the product of `given` with dW, `up` from (T, d) to
     (T, D) or down, and the gradients of lambda and gamma if `other` has the other size.
     """
     wide = torch.promote_types(given.dtype, torch.float32)

@@ -32,7 +32,8 @@ Chunks::Chunks(const HadamardSizes& sizes, int64_t T, DType dtype, const Tensor&
     while (count < T && (T + count - 1) / count % 16 == 0) ++count;
   largest = count ? (T + count - 1) / count : 0;
   slots = runs_on_cuda(like) ? slots_on_card(largest) : std::min<int64_t>((largest + 15) / 16, 64);
-  spans = in_spans ? std::min((T + kSpan - 1) / kSpan, count) : 1;
+  spans = 1;
+  if (in_spans && count > 0) spans = std::min((T + kSpan - 1) / kSpan, count);
 }
 
 Chunk Chunks::at(int64_t number) const {
