@@ -25,9 +25,9 @@ class Device {
 };
 
 // An array of scratch memory.
-template <class T>
-T* scratch(Device& device, int64_t count) {
-  return static_cast<T*>(device.scratch(static_cast<size_t>(count) * sizeof(T)));
+template <class Element>
+Element* scratch(Device& device, int64_t count) {
+  return static_cast<Element*>(device.scratch(static_cast<size_t>(count) * sizeof(Element)));
 }
 
 }  // namespace randlora

@@ -68,8 +68,9 @@ struct HadamardGamma {
   DType dtype;
 };
 
-// dgam[i, k] = scale * a_signs[k] * P[m, i, k'], with column k at place k' of its class m. The class
-// products give P (classes, n, n) in the class dtype; places of columns from d on are never read.
+// dgam[i, k] = scale * a_signs[k] * P[m, i, k'], with column k at place k' of its class m.
+// The class products give P (classes, n, n) in the class dtype; places of columns from d on are
+// never read.
 // dlam[c] = scale * col_signs[c] * the sum over slots q of sums[q, c].
 struct HadamardDiagonals {
   HadamardSizes sizes;
@@ -83,7 +84,8 @@ struct HadamardDiagonals {
   int64_t experts = 1;  // CUDA, without P: as many sums and dlam, one behind the other
 };
 
-// y[t, o] += scale * row_signs[o] * sum over c of H[o, c] v[c], or y = ... unless `accumulate`, with
+// y[t, o] += scale * row_signs[o] * sum over c of H[o, c] v[c],
+// or y = ... unless `accumulate`, with
 //   v[j * n + i] = factors[j * n + i] * sum over m of H[j, m] z[m, t, i]
 struct HadamardUp {
   HadamardSizes sizes;

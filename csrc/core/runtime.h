@@ -53,11 +53,11 @@ class Runtime {
 class Arena {
  public:
   RANDLORA_HOST_MEMBER explicit Arena(void* base = nullptr) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  RANDLORA_HOST_MEMBER T* array(int64_t count) {
+  template <class Element>
+  RANDLORA_HOST_MEMBER Element* array(int64_t count) {
     char* at = base_ + used_;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(at);
+    used_ += (static_cast<size_t>(count) * sizeof(Element) + 63) / 64 * 64;
+    return reinterpret_cast<Element*>(at);
   }
   RANDLORA_HOST_MEMBER size_t used() const { return used_; }
 

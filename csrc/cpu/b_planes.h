@@ -18,12 +18,12 @@ constexpr int kQuads = 8;     // tables in use at a time: 41 kB, about an L1 cac
 
 // Tables are of `kPart` vectors of a block's tokens, at most 64 bytes: with more, fewer tables
 // would fit, and dst would be read and written more often.
-template <class B>
-constexpr int kPart = B::TB * int(sizeof(typename B::C)) <= 64 ? B::NV : 1;
+template <class Block>
+constexpr int kPart = Block::kTokens * int(sizeof(typename Block::C)) <= 64 ? Block::kVectors : 1;
 
-template <class B>
+template <class Block>
 RANDLORA_INLINE int64_t table_length(const Basis& b) {
-  return b.has_planes() ? kQuads * kEntries * kPart<B> * B::L : 0;
+  return b.has_planes() ? kQuads * kEntries * kPart<Block> * Block::kLanes : 0;
 }
 
 // Every line's entry numbers, for one direction: up, lines are rows of B (D) and sources its
@@ -78,20 +78,20 @@ inline void number_lines(const Basis& b, const QuadNumbers& to, Runtime& rt) {
 
 // Fills kQuads tables: number q is of the source rows 8 q .. 8 q + 3, of which those from `rows` on
 // count as zero. An entry adds one of nine sums of the first two rows to one of the other two.
-template <class B>
-void fill_tables(const typename B::C* src, int64_t rows, typename B::C* table) {
-  using V = typename B::V;
-  constexpr int width = kPart<B> * B::L;
+template <class Block>
+void fill_tables(const typename Block::C* src, int64_t rows, typename Block::C* table) {
+  using Vector = typename Block::Vector;
+  constexpr int width = kPart<Block> * Block::kLanes;
   for (int q = 0; q < kQuads; ++q, table += kEntries * width)
-    for (int v = 0; v < width; v += B::L) {
-      V sums[2][9];
+    for (int v = 0; v < width; v += Block::kLanes) {
+      Vector sums[2][9];
       unrolled<2>([&](auto pair) RANDLORA_INLINED {
-        V row[2];
+        Vector row[2];
         unrolled<2>([&](auto e) RANDLORA_INLINED {
           const int64_t at = 8 * q + 2 * pair + e;
-          row[e] = at < rows ? load<V>(src + at * B::TB + v) : V{};
+          row[e] = at < rows ? load<Vector>(src + at * Block::kTokens + v) : Vector{};
         });
-        const V one[3] = {V{}, row[0], -row[0]}, other[3] = {V{}, row[1], -row[1]};
+        const Vector one[3] = {Vector{}, row[0], -row[0]}, other[3] = {Vector{}, row[1], -row[1]};
         unrolled<9>([&](auto e) RANDLORA_INLINED { sums[pair][e] = one[e % 3] + other[e / 3]; });
       });
       unrolled<9>([&](auto high) RANDLORA_INLINED {
@@ -103,36 +103,36 @@ void fill_tables(const typename B::C* src, int64_t rows, typename B::C* table) {
 }
 
 // dst[line] (+)= the table entries of its quads, whose numbers are the bytes of numbers[line].
-template <class B>
-void add_entries(const typename B::C* table, const uint64_t* numbers, int64_t lines,
-                 typename B::C* dst, bool fresh) {
-  using V = typename B::V;
-  constexpr int width = kPart<B> * B::L;
-  for (int64_t line = 0; line < lines; ++line, dst += B::TB) {
-    const typename B::C* entry[kQuads];
+template <class Block>
+void add_entries(const typename Block::C* table, const uint64_t* numbers, int64_t lines,
+                 typename Block::C* dst, bool fresh) {
+  using Vector = typename Block::Vector;
+  constexpr int width = kPart<Block> * Block::kLanes;
+  for (int64_t line = 0; line < lines; ++line, dst += Block::kTokens) {
+    const typename Block::C* entry[kQuads];
     unrolled<kQuads>([&](auto q) RANDLORA_INLINED {
       entry[q] = table + (q * kEntries + (numbers[line] >> 8 * q & 255)) * width;
     });
-    for (int v = 0; v < width; v += B::L) {
-      const auto at = [&](int q) RANDLORA_INLINED { return load<V>(entry[q] + v); };
-      const V sum = ((at(0) + at(1)) + (at(2) + at(3))) + ((at(4) + at(5)) + (at(6) + at(7)));
-      store(dst + v, fresh ? sum : load<V>(dst + v) + sum);
+    for (int v = 0; v < width; v += Block::kLanes) {
+      const auto at = [&](int q) RANDLORA_INLINED { return load<Vector>(entry[q] + v); };
+      const Vector sum = ((at(0) + at(1)) + (at(2) + at(3))) + ((at(4) + at(5)) + (at(6) + at(7)));
+      store(dst + v, fresh ? sum : load<Vector>(dst + v) + sum);
     }
   }
 }
 
 // dst[line] = the sum of B's elements times src, for one token block: up V -> y, down x or dy -> U.
-template <class B>
-void sum_planes(const QuadNumbers& numbers, const typename B::C* src, typename B::C* dst,
-                typename B::C* table) {
-  constexpr int width = kPart<B> * B::L;
+template <class Block>
+void sum_planes(const QuadNumbers& numbers, const typename Block::C* src, typename Block::C* dst,
+                typename Block::C* table) {
+  constexpr int width = kPart<Block> * Block::kLanes;
   const uint64_t* words = numbers.words;
   for (int64_t word = 0; 64 * word < numbers.sources; ++word)
     for (int half = 0; half < 2; ++half, words += numbers.lines) {
       const int64_t first = 64 * word + 4 * half;
-      for (int v = 0; v < B::TB && first < numbers.sources; v += width) {
-        fill_tables<B>(src + first * B::TB + v, numbers.sources - first, table);
-        add_entries<B>(table, words, numbers.lines, dst + v, first == 0);
+      for (int v = 0; v < Block::kTokens && first < numbers.sources; v += width) {
+        fill_tables<Block>(src + first * Block::kTokens + v, numbers.sources - first, table);
+        add_entries<Block>(table, words, numbers.lines, dst + v, first == 0);
       }
     }
 }

@@ -27,8 +27,8 @@ void scaled_basis_as(const ScaledBasis& p, Runtime& rt) {
 template <class S>
 void scaled_basis_backward_as(const ScaledBasisBackward& p, Runtime& rt) {
   using C = ComputeOf<S>;
-  using V = Vec<C>;
-  constexpr int L = kVectorBytes / int(sizeof(C));
+  using Vector = Vec<C>;
+  constexpr int kLanes = kVectorBytes / int(sizeof(C));
   const C *A = static_cast<const C*>(p.A), *lam = static_cast<const C*>(p.lam),
           *gam = static_cast<const C*>(p.gam);
   const S* grad = static_cast<const S*>(p.grad);
@@ -43,20 +43,20 @@ void scaled_basis_backward_as(const ScaledBasisBackward& p, Runtime& rt) {
         const S* G = grad + c * d;
         const C *a = A + j * d, *g = gam + i * d, l = lam[c];
         C* dg = dgam + i * d;
-        V sum{};
+        Vector sum{};
         C rest = 0;
         int64_t k = 0;
-        for (; k + L <= d; k += L) {
-          const V GA = load_as<V>(G + k) * load<V>(a + k);
-          sum += GA * load<V>(g + k);
-          store(dg + k, load<V>(dg + k) + GA * l);
+        for (; k + kLanes <= d; k += kLanes) {
+          const Vector GA = load_as<Vector>(G + k) * load<Vector>(a + k);
+          sum += GA * load<Vector>(g + k);
+          store(dg + k, load<Vector>(dg + k) + GA * l);
         }
         for (; k < d; ++k) {
           const C GA = widen(G[k]) * a[k];
           rest += GA * g[k];
           dg[k] += GA * l;
         }
-        for (int q = 0; q < L; ++q) rest += sum[q];
+        for (int q = 0; q < kLanes; ++q) rest += sum[q];
         dlam[c] = rest;
       }
     }

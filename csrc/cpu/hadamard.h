@@ -9,14 +9,14 @@
 
 namespace randlora::RANDLORA_ISA {
 
-// v becomes its Hadamard transform over the 2^G vectors.
-template <int G, class V>
-RANDLORA_INLINE void butterflies(V (&v)[1 << G]) {
-  unrolled<G>([&](auto g) {
-    unrolled<(1 << G)>([&](auto q) {
+// v becomes its Hadamard transform over the 2^Bits vectors.
+template <int Bits, class Vector>
+RANDLORA_INLINE void butterflies(Vector (&v)[1 << Bits]) {
+  unrolled<Bits>([&](auto g) {
+    unrolled<(1 << Bits)>([&](auto q) {
       constexpr int a = q, b = a ^ (1 << g);
       if constexpr (a < b) {
-        const V sum = v[a] + v[b];
+        const Vector sum = v[a] + v[b];
         v[b] = v[a] - v[b];
         v[a] = sum;
       }
@@ -24,88 +24,91 @@ RANDLORA_INLINE void butterflies(V (&v)[1 << G]) {
   });
 }
 
-// Lane l gets lane l ^ S of v, plus or minus lane l.
-template <int S, class V, int... I>
-RANDLORA_INLINE V lane_stage(V v, std::integer_sequence<int, I...>) {
+// Lane l gets lane l ^ Apart of v, plus or minus lane l.
+template <int Apart, class Vector, int... I>
+RANDLORA_INLINE Vector lane_stage(Vector v, std::integer_sequence<int, I...>) {
   using C = std::decay_t<decltype(v[0])>;
-  const V sign{(I & S ? C(-1) : C(1))...};
-  return fused(v, sign, shuffle<(I ^ S)...>(v, v));
+  const Vector sign{(I & Apart ? C(-1) : C(1))...};
+  return fused(v, sign, shuffle<(I ^ Apart)...>(v, v));
 }
-template <class V, int S = 1>
-RANDLORA_INLINE V transform_lanes(V v) {
-  constexpr int L = sizeof(V) / sizeof(v[0]);
-  v = lane_stage<S>(v, std::make_integer_sequence<int, L>{});
-  if constexpr (2 * S < L) return transform_lanes<V, 2 * S>(v);
+template <class Vector, int Apart = 1>
+RANDLORA_INLINE Vector transform_lanes(Vector v) {
+  constexpr int kLanes = sizeof(Vector) / sizeof(v[0]);
+  v = lane_stage<Apart>(v, std::make_integer_sequence<int, kLanes>{});
+  if constexpr (2 * Apart < kLanes) return transform_lanes<Vector, 2 * Apart>(v);
   return v;
 }
 
 // `stages` of the transform over 2^stages * stride vectors, in place: the vectors that one sum
 // meets are `stride` apart at first, twice as far in the next stage, and so on. With `lanes`, the
 // stages within each vector come before.
-template <class C, int G, bool lanes>
+template <class C, int Bits, bool Lanes>
 RANDLORA_INLINE void pass(C* v, int64_t count, int64_t stride) {
-  using V = Vec<C>;
-  constexpr int L = sizeof(V) / sizeof(C);
-  for (int64_t high = 0; high < count; high += stride << G)
+  using Vector = Vec<C>;
+  constexpr int kLanes = sizeof(Vector) / sizeof(C);
+  for (int64_t high = 0; high < count; high += stride << Bits)
     for (int64_t at = high; at < high + stride; ++at) {
-      V m[1 << G];
-      unrolled<(1 << G)>([&](auto q) {
-        m[q] = load<V>(v + (at + q * stride) * L);
-        if constexpr (lanes) m[q] = transform_lanes(m[q]);
+      Vector m[1 << Bits];
+      unrolled<(1 << Bits)>([&](auto q) {
+        m[q] = load<Vector>(v + (at + q * stride) * kLanes);
+        if constexpr (Lanes) m[q] = transform_lanes(m[q]);
       });
-      butterflies<G>(m);
-      unrolled<(1 << G)>([&](auto q) { store(v + (at + q * stride) * L, m[q]); });
+      butterflies<Bits>(m);
+      unrolled<(1 << Bits)>([&](auto q) { store(v + (at + q * stride) * kLanes, m[q]); });
     }
 }
-template <class C, bool lanes>
+template <class C, bool Lanes>
 __attribute__((noinline)) void transform(C* v, int64_t stages, int64_t stride) {
-  constexpr int G = kVectorBytes == 64 ? 4 : 3;  // 2^G vectors fit in the registers
+  constexpr int kBits = kVectorBytes == 64 ? 4 : 3;  // 2^kBits vectors fit in the registers
   const int64_t count = stride << stages;
-  if constexpr (lanes) {
-    if (stages < G) {
+  if constexpr (Lanes) {
+    if (stages < kBits) {
       pass<C, 0, true>(v, count, stride);
     } else {
-      pass<C, G, true>(v, count, stride);
-      stages -= G, stride <<= G;
+      pass<C, kBits, true>(v, count, stride);
+      stages -= kBits, stride <<= kBits;
     }
   }
-  for (; stages >= G; stages -= G, stride <<= G) pass<C, G, false>(v, count, stride);
+  for (; stages >= kBits; stages -= kBits, stride <<= kBits)
+    pass<C, kBits, false>(v, count, stride);
   if (stages == 1) pass<C, 1, false>(v, count, stride);
   if (stages == 2) pass<C, 2, false>(v, count, stride);
   if (stages == 3) pass<C, 3, false>(v, count, stride);
 }
 
 // Up to `count` lanes.
-template <class V, class S>
-RANDLORA_INLINE void store_some(S* to, V v, int64_t count) {
-  constexpr int L = sizeof(V) / sizeof(v[0]);
-  if (count >= L) return store_as(to, v);
-  S all[L];
+template <class Vector, class S>
+RANDLORA_INLINE void store_some(S* to, Vector v, int64_t count) {
+  constexpr int kLanes = sizeof(Vector) / sizeof(v[0]);
+  if (count >= kLanes) return store_as(to, v);
+  S all[kLanes];
   store_as(all, v);
   for (int64_t l = 0; l < count; ++l) to[l] = all[l];
 }
-template <class V, class S>
-RANDLORA_INLINE V load_some(const S* from, int64_t count) {
-  constexpr int L = sizeof(V) / sizeof(ComputeOf<S>);
-  if (count >= L) return load_as<V>(from);
-  S some[L] = {};
+template <class Vector, class S>
+RANDLORA_INLINE Vector load_some(const S* from, int64_t count) {
+  constexpr int kLanes = sizeof(Vector) / sizeof(ComputeOf<S>);
+  if (count >= kLanes) return load_as<Vector>(from);
+  S some[kLanes] = {};
   for (int64_t l = 0; l < count; ++l) some[l] = from[l];
-  return load_as<V>(some);
+  return load_as<Vector>(some);
 }
 
 // The steps of one token, each from L1 to L1, and the memory that they need: numbers that all
 // threads share (`factors` and `row_factors`), and those of one thread (`v` and `mixed`).
 template <class C>
 struct HadamardRow {
-  using V = Vec<C>;
-  static constexpr int L = kVectorBytes / int(sizeof(C));
+  using Vector = Vec<C>;
+  static constexpr int kLanes = kVectorBytes / int(sizeof(C));
 
-  HadamardSizes s;
-  int64_t K = s.K(), classes = s.classes();
-  int64_t N = s.N() < L ? L : s.N();  // rows of H repeat, so a larger power of two is right, too
-  int64_t padded = (s.n + L - 1) / L * L;  // n in whole vectors
+  HadamardSizes sizes;
+  int64_t K = sizes.K(), classes = sizes.classes();
+  // Rows of H repeat, so a larger power of two is right, too.
+  int64_t N = sizes.N() < kLanes ? kLanes : sizes.N();
+  int64_t padded = (sizes.n + kLanes - 1) / kLanes * kLanes;  // n in whole vectors
   // The logarithms of R and of N in vectors.
-  int64_t mix_bits = __builtin_ctzll(uint64_t(s.R())), N_bits = __builtin_ctzll(uint64_t(N / L));
+  int64_t mix_bits = __builtin_ctzll(uint64_t(sizes.R())),
+          N_bits = __builtin_ctzll(uint64_t(N / kLanes));
   C *factors, *row_factors;  // lam * col_signs (K), scale * row_signs (D)
   C *v, *mixed;              // (N); (R, padded)
 
@@ -116,17 +119,17 @@ struct HadamardRow {
   RANDLORA_HOST_MEMBER C* prepare(Runtime& rt, const void* lam, const float* col_signs,
                                   const float* row_signs, double scale, int64_t more = 0,
                                   int64_t shared = 0) {
-    const int64_t v_length = N + L;  // `flatten` writes a vector past K
-    of_thread_ = v_length + s.R() * padded + more;
-    const int64_t count = K + s.D + 2 * L + rt.width() * of_thread_;
+    const int64_t v_length = N + kLanes;  // `flatten` writes a vector past K
+    of_thread_ = v_length + sizes.R() * padded + more;
+    const int64_t count = K + sizes.D + 2 * kLanes + rt.width() * of_thread_;
     factors = static_cast<C*>(rt.scratch(size_t(count + shared) * sizeof(C)));
-    row_factors = factors + K + L;
-    v = row_factors + s.D + L;
+    row_factors = factors + K + kLanes;
+    v = row_factors + sizes.D + kLanes;
     mixed = v + v_length;
     __builtin_memcpy(factors, lam, size_t(K) * sizeof(C));
     for (int64_t c = 0; c < K && col_signs; ++c) factors[c] *= C(col_signs[c]);
-    for (int64_t o = 0; o < s.D; ++o) row_factors[o] = C(scale) * C(row_signs[o]);
-    for (int64_t l = 0; l < L; ++l) factors[K + l] = row_factors[s.D + l] = 0;
+    for (int64_t o = 0; o < sizes.D; ++o) row_factors[o] = C(scale) * C(row_signs[o]);
+    for (int64_t l = 0; l < kLanes; ++l) factors[K + l] = row_factors[sizes.D + l] = 0;
     return factors + count;
   }
   // fn(row with its own memory, begin, end) over shares of [0, count), one for each thread.
@@ -141,41 +144,43 @@ struct HadamardRow {
       fn(own, count * thread / threads, count * (thread + 1) / threads);
     });
   }
-  RANDLORA_HOST_MEMBER C* more() const { return mixed + s.R() * padded; }
+  RANDLORA_HOST_MEMBER C* more() const { return mixed + sizes.R() * padded; }
 
   // mixed[j, i] = the sum over m of H[j, m] z[m, i]; the rows of z are `next` apart.
   template <class Z>
   RANDLORA_HOST_MEMBER void mix(const Z* z, int64_t next) const {
-    for (int64_t m = 0; m < s.R(); ++m)
-      for (int64_t i = 0; i < padded; i += L)
-        store(mixed + m * padded + i, m < classes ? load_as<V>(z + m * next + i) : V{});
-    transform<C, false>(mixed, mix_bits, padded / L);
+    for (int64_t m = 0; m < sizes.R(); ++m)
+      for (int64_t i = 0; i < padded; i += kLanes)
+        store(mixed + m * padded + i, m < classes ? load_as<Vector>(z + m * next + i) : Vector{});
+    transform<C, false>(mixed, mix_bits, padded / kLanes);
   }
   // v = factors mixed. In order, because a row's last vector reaches into the next row.
   RANDLORA_HOST_MEMBER void flatten() const {
-    for (int64_t j = 0; j < s.r; ++j)
-      for (int64_t i = 0; i < s.n; i += L)
-        store(v + j * s.n + i, load<V>(mixed + j * padded + i) * load<V>(factors + j * s.n + i));
+    for (int64_t j = 0; j < sizes.r; ++j)
+      for (int64_t i = 0; i < sizes.n; i += kLanes)
+        store(v + j * sizes.n + i,
+              load<Vector>(mixed + j * padded + i) * load<Vector>(factors + j * sizes.n + i));
     for (int64_t c = K; c < N; ++c) v[c] = 0;
   }
   // w[m, i] = the sum over j of H[m, j] factors[c] v[c], c = j * n + i.
   template <class Z>
   RANDLORA_HOST_MEMBER void unmix(Z* w, int64_t next) const {
-    for (int64_t j = 0; j < s.R(); ++j)
-      for (int64_t i = 0; i < padded; i += L) {
-        const int64_t c = j * s.n + i;
-        store(mixed + j * padded + i, j < s.r ? load<V>(v + c) * load<V>(factors + c) : V{});
+    for (int64_t j = 0; j < sizes.R(); ++j)
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        const int64_t c = j * sizes.n + i;
+        store(mixed + j * padded + i,
+              j < sizes.r ? load<Vector>(v + c) * load<Vector>(factors + c) : Vector{});
       }
-    transform<C, false>(mixed, mix_bits, padded / L);
+    transform<C, false>(mixed, mix_bits, padded / kLanes);
     for (int64_t m = 0; m < classes; ++m)
-      for (int64_t i = 0; i < s.n; i += L)
-        store_some(w + m * next + i, load<V>(mixed + m * padded + i), s.n - i);
+      for (int64_t i = 0; i < sizes.n; i += kLanes)
+        store_some(w + m * next + i, load<Vector>(mixed + m * padded + i), sizes.n - i);
   }
 
   // mixed[j] = H[j, m], if it is not there already.
   RANDLORA_HOST_MEMBER void set_class(int64_t m, int64_t* held) const {
     if (*held != m)
-      for (int64_t j = 0; j < s.r; ++j) mixed[j] = hadamard_minus(j, m) ? C(-1) : C(1);
+      for (int64_t j = 0; j < sizes.r; ++j) mixed[j] = hadamard_minus(j, m) ? C(-1) : C(1);
     *held = m;
   }
 
@@ -185,10 +190,10 @@ struct HadamardRow {
   // v = the transform of row_factors * y.
   template <class S>
   RANDLORA_HOST_MEMBER void down(const S* y) const {
-    for (int64_t c = 0; c < N; c += L) {
-      V sum{};
-      for (int64_t o = c; o < s.D; o += N)
-        sum = fused(load_some<V>(y + o, s.D - o), load<V>(row_factors + o), sum);
+    for (int64_t c = 0; c < N; c += kLanes) {
+      Vector sum{};
+      for (int64_t o = c; o < sizes.D; o += N)
+        sum = fused(load_some<Vector>(y + o, sizes.D - o), load<Vector>(row_factors + o), sum);
       store(v + c, sum);
     }
     transform<C, true>(v, N_bits, 1);
@@ -204,7 +209,7 @@ constexpr int64_t kHadamardOneThread = 1 << 15;
 template <class S>
 void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
   using Row = HadamardRow<ComputeOf<S>>;
-  using V = typename Row::V;
+  using Vector = typename Row::Vector;
   Row all(p.sizes);
   rt.set_single(p.T * all.N < kHadamardOneThread);
   all.prepare(rt, p.factors, nullptr, p.row_signs, p.scale);
@@ -215,10 +220,11 @@ void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
       row.flatten();
       row.up();
       S* y = static_cast<S*>(p.y) + t * D;
-      for (int64_t o = 0; o < D; o += Row::L) {
-        const V sum = load<V>(row.v + row.place(o)), scale = load<V>(row.row_factors + o);
+      for (int64_t o = 0; o < D; o += Row::kLanes) {
+        const Vector sum = load<Vector>(row.v + row.place(o)),
+                     scale = load<Vector>(row.row_factors + o);
         store_some(y + o,
-                   p.accumulate ? fused(sum, scale, load_some<V>(y + o, D - o)) : sum * scale,
+                   p.accumulate ? fused(sum, scale, load_some<Vector>(y + o, D - o)) : sum * scale,
                    D - o);
       }
     }
@@ -230,7 +236,7 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
   using C = ComputeOf<S>;
   using Z = ClassOf<S>;
   using Row = HadamardRow<C>;
-  using V = typename Row::V;
+  using Vector = typename Row::Vector;
   Row all(p.sizes);
   rt.set_single(p.T * all.N < kHadamardOneThread);
   const int64_t n = p.sizes.n, r = p.sizes.r, D = p.sizes.D, sums = r * all.padded;
@@ -246,10 +252,10 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
         if (!p.z) continue;
         row.mix(static_cast<const Z*>(p.z) + t * n, p.T * n);
         for (int64_t j = 0; j < r; ++j)
-          for (int64_t i = 0; i < n; i += Row::L) {
+          for (int64_t i = 0; i < n; i += Row::kLanes) {
             const int64_t at = j * row.padded + i;
-            store(sum + at,
-                  fused(load<V>(row.mixed + at), load<V>(row.v + j * n + i), load<V>(sum + at)));
+            store(sum + at, fused(load<Vector>(row.mixed + at), load<Vector>(row.v + j * n + i),
+                                  load<Vector>(sum + at)));
           }
       }
       if (!p.z) continue;
@@ -263,8 +269,8 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
 template <class S>
 void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
   using C = ComputeOf<S>;
-  using V = Vec<C>;
-  constexpr int L = kVectorBytes / int(sizeof(C));
+  using Vector = Vec<C>;
+  constexpr int kLanes = kVectorBytes / int(sizeof(C));
   const int64_t n = p.sizes.n, d = p.sizes.d, classes = p.sizes.classes();
   rt.set_single(p.T * d < kHadamardOneThread);
   rt.split(p.T, 1, [&](int64_t begin, int64_t end) {
@@ -273,9 +279,10 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
         const ClassOf<S>* from = static_cast<const ClassOf<S>*>(p.from) + (m * p.T + t) * n;
         S* y = static_cast<S*>(p.y) + t * d + m * n;
         const int64_t count = d - m * n < n ? d - m * n : n;
-        for (int64_t k = 0; k < count; k += L) {
-          const V sum = C(p.scale) * load_some<V>(from + k, count - k);
-          store_some(y + k, p.accumulate ? sum + load_some<V>(y + k, count - k) : sum, count - k);
+        for (int64_t k = 0; k < count; k += kLanes) {
+          const Vector sum = C(p.scale) * load_some<Vector>(from + k, count - k);
+          store_some(y + k, p.accumulate ? sum + load_some<Vector>(y + k, count - k) : sum,
+                     count - k);
         }
       }
   });
@@ -311,27 +318,28 @@ void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
 // should stay in the L2 cache. `rows` is their length.
 template <class C>
 RANDLORA_INLINE int64_t tile_width(bool reduce, int64_t rows) {
-  constexpr int L = kVectorBytes / int(sizeof(C));
+  constexpr int kLanes = kVectorBytes / int(sizeof(C));
   const int64_t kB = rows * int64_t(sizeof(C)) >> 10;
-  return reduce || kB > 16 ? L : kB > 8 ? 2 * L : 4 * L;
+  return reduce || kB > 16 ? kLanes : kB > 8 ? 2 * kLanes : 4 * kLanes;
 }
 
 template <class S>
 void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
   using C = ComputeOf<S>;
   using Row = HadamardRow<C>;
-  using V = typename Row::V;
-  constexpr int L = Row::L;
+  using Vector = typename Row::Vector;
+  constexpr int kLanes = Row::kLanes;
   Row all(p.sizes);
   const int64_t n = p.sizes.n, D = p.sizes.D, d = p.sizes.d;
   // A tile holds columns k of M as its rows, which are not a power of two apart.
-  const int64_t of_gamma = n + L, step = all.N + 2 * L, width = tile_width<C>(p.reduce, all.N);
+  const int64_t of_gamma = n + kLanes, step = all.N + 2 * kLanes,
+                width = tile_width<C>(p.reduce, all.N);
   all.prepare(rt, p.lam, p.col_signs, p.row_signs, p.scale, width * (of_gamma + step));
   const C* gam = static_cast<const C*>(p.gam);
   const S* base = static_cast<const S*>(p.weight);
   S* out = static_cast<S*>(p.out);
-  const auto put = [&](int64_t e, V delta, int64_t count) {
-    store_some(out + e, base ? load_some<V>(base + e, count) + delta : delta, count);
+  const auto put = [&](int64_t e, Vector delta, int64_t count) {
+    store_some(out + e, base ? load_some<Vector>(base + e, count) + delta : delta, count);
   };
   all.split(rt, (d + width - 1) / width, [&](const Row& row, int64_t begin, int64_t end) {
     C *gamma = row.more(), *tile = gamma + width * of_gamma;
@@ -344,29 +352,31 @@ void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
       for (int64_t k = 0; k < columns; ++k) {
         row.set_class((k0 + k) / n, &m);
         for (int64_t j = 0; j < p.sizes.r; ++j)  // in order, as flatten
-          for (int64_t i = 0; i < n; i += L) {
-            const V g = load<V>(gamma + k * of_gamma + i) * row.mixed[j];
-            store(row.v + j * n + i, g * load<V>(row.factors + j * n + i));
+          for (int64_t i = 0; i < n; i += kLanes) {
+            const Vector g = load<Vector>(gamma + k * of_gamma + i) * row.mixed[j];
+            store(row.v + j * n + i, g * load<Vector>(row.factors + j * n + i));
           }
         for (int64_t c = row.K; c < row.N; ++c) row.v[c] = 0;
         row.up();
         if (p.reduce) {
-          for (int64_t o = 0; o < D; o += L)
-            put((k0 + k) * D + o, load<V>(row.v + row.place(o)) * load<V>(row.row_factors + o),
-                D - o);
+          for (int64_t o = 0; o < D; o += kLanes)
+            put((k0 + k) * D + o,
+                load<Vector>(row.v + row.place(o)) * load<Vector>(row.row_factors + o), D - o);
         } else {
           __builtin_memcpy(tile + k * step, row.v, size_t(row.N) * sizeof(C));
         }
       }
-      for (int64_t o = 0; o < D && !p.reduce; o += L)
-        for (int64_t k = 0; k < columns; k += L) {
-          V t[L];
-          unrolled<L>([&](auto q) { t[q] = load<V>(tile + (k + q) * step + row.place(o)); });
-          transpose<L>(t);
-          C rows[L * L];
-          unrolled<L>([&](auto q) { store(rows + q * L, t[q]); });
-          for (int64_t q = 0; q < L && o + q < D; ++q)
-            put((o + q) * d + k0 + k, row.row_factors[o + q] * load<V>(rows + q * L), columns - k);
+      for (int64_t o = 0; o < D && !p.reduce; o += kLanes)
+        for (int64_t k = 0; k < columns; k += kLanes) {
+          Vector t[kLanes];
+          unrolled<kLanes>(
+              [&](auto q) { t[q] = load<Vector>(tile + (k + q) * step + row.place(o)); });
+          transpose<kLanes>(t);
+          C rows[kLanes * kLanes];
+          unrolled<kLanes>([&](auto q) { store(rows + q * kLanes, t[q]); });
+          for (int64_t q = 0; q < kLanes && o + q < D; ++q)
+            put((o + q) * d + k0 + k, row.row_factors[o + q] * load<Vector>(rows + q * kLanes),
+                columns - k);
         }
     }
   });
@@ -376,14 +386,15 @@ template <class S>
 void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
   using C = ComputeOf<S>;
   using Row = HadamardRow<C>;
-  using V = typename Row::V;
-  constexpr int L = Row::L;
+  using Vector = typename Row::Vector;
+  constexpr int kLanes = Row::kLanes;
   Row all(p.sizes);
   const int64_t n = p.sizes.n, r = p.sizes.r, D = p.sizes.D, d = p.sizes.d;
   // As in weight_of_expert; here a tile's rows are columns of grad. A slot has the columns from
   // slot * d / slots to (slot + 1) * d / slots.
-  const int64_t of_gamma = n + L, step = p.reduce ? 0 : D + 2 * L, numbers = r * all.padded,
-                width = tile_width<C>(p.reduce, D), slots = d < 1024 ? (d + 63) / 64 : 16;
+  const int64_t of_gamma = n + kLanes, step = p.reduce ? 0 : D + 2 * kLanes,
+                numbers = r * all.padded, width = tile_width<C>(p.reduce, D),
+                slots = d < 1024 ? (d + 63) / 64 : 16;
   rt.set_single(d * all.N < kHadamardOneThread);
   C* sums = all.prepare(rt, p.lam, p.col_signs, p.row_signs, p.scale,
                         numbers + width * (of_gamma + step), slots * r * n);
@@ -401,27 +412,28 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
         for (int64_t i = 0; i < n; ++i)
           for (int64_t k = 0; k < columns; ++k)
             gamma[k * of_gamma + i] = gam[i * d + k0 + k] * C(p.a_signs[k0 + k]);
-        for (int64_t o = 0; o < D && !p.reduce; o += L)
-          for (int64_t k = 0; k < columns; k += L) {
-            V t[L];
-            unrolled<L>([&](auto q) {
-              t[q] = o + q < D ? load_some<V>(grad + (o + q) * d + k0 + k, columns - k) : V{};
+        for (int64_t o = 0; o < D && !p.reduce; o += kLanes)
+          for (int64_t k = 0; k < columns; k += kLanes) {
+            Vector t[kLanes];
+            unrolled<kLanes>([&](auto q) {
+              t[q] = o + q < D ? load_some<Vector>(grad + (o + q) * d + k0 + k, columns - k)
+                               : Vector{};
             });
-            transpose<L>(t);
-            unrolled<L>([&](auto q) { store(tile + (k + q) * step + o, t[q]); });
+            transpose<kLanes>(t);
+            unrolled<kLanes>([&](auto q) { store(tile + (k + q) * step + o, t[q]); });
           }
         for (int64_t k = 0; k < columns; ++k) {
           p.reduce ? row.down(grad + (k0 + k) * D) : row.down(tile + k * step);
           row.set_class((k0 + k) / n, &m);
-          for (int64_t i = 0; i < n; i += L) {
+          for (int64_t i = 0; i < n; i += kLanes) {
             C* at = gamma + k * of_gamma + i;
-            const V g = load<V>(at);
-            V w{};
+            const Vector g = load<Vector>(at);
+            Vector w{};
             for (int64_t j = 0; j < r; ++j) {
-              const V u = load<V>(row.v + j * n + i) * row.mixed[j];
-              w = fused(u, load<V>(row.factors + j * n + i), w);
+              const Vector u = load<Vector>(row.v + j * n + i) * row.mixed[j];
+              w = fused(u, load<Vector>(row.factors + j * n + i), w);
               C* to = sum + j * row.padded + i;
-              store(to, fused(u, g, load<V>(to)));
+              store(to, fused(u, g, load<Vector>(to)));
             }
             store(at, w);
           }

@@ -41,17 +41,17 @@ RANDLORA_INLINE int64_t tile_columns(int64_t ldg) {
 }
 
 // What all slots share; what follows gT is for gradients.
-template <class B>
+template <class Block>
 struct SharedScratch {
-  using C = typename B::C;
+  using C = typename Block::C;
   QuadNumbers up, down;  // of B's planes, for emit_up and for down
   C* gT;                 // (d, ldg): gamma transposed
   C* P;                  // (positions of A, ldg): row p belongs to the p-th entry of A's lists
-  C* z;                  // (super, d, TB)
-  C* ut;                 // U: (super, r, TB, ldg); for one block (TB, ldg), a rank index at a time
-  C *lam, *dlam;         // (r, ldg) each: lambda times the scale, and the gradient without it
-  C* tile;               // (tile_columns, ldg): some columns of dgamma, transposed
-  int64_t* cursor;       // (threads, 2 r): the current position in each run of A's lists
+  C* z;                  // (super, d, tokens)
+  C* ut;          // U: (super, r, tokens, ldg); for one block (tokens, ldg), a rank index at a time
+  C *lam, *dlam;  // (r, ldg) each: lambda times the scale, and the gradient without it
+  C* tile;        // (tile_columns, ldg): some columns of dgamma, transposed
+  int64_t* cursor;  // (threads, 2 r): the current position in each run of A's lists
   SharedScratch(const Linear& p, int64_t super, int threads, Arena& arena)
       : up(p.basis, false, p.up && p.to, arena), down(p.basis, true, !p.up || p.dlam, arena) {
     const Basis& b = p.basis;
@@ -63,152 +63,158 @@ struct SharedScratch {
     tile = arena.array<C>(tile_columns<C>(ldg) * ldg);
     cursor = arena.array<int64_t>(threads * 2 * b.r);
     P = arena.array<C>(b.a.offset[2 * b.r] * ldg);
-    z = arena.array<C>(super * b.d * B::TB);
-    ut = arena.array<C>((super > 1 ? super * b.r : 1) * B::TB * ldg);
+    z = arena.array<C>(super * b.d * Block::kTokens);
+    ut = arena.array<C>((super > 1 ? super * b.r : 1) * Block::kTokens * ldg);
   }
 };
 
-// Phase 1 for one block, whose z and ut are number `at` of w.z and w.ut.
-template <class B>
-void linear_block(const Linear& p, const TokenSplit& split, Slot<B>& s, const SharedScratch<B>& w,
-                  int64_t block, int64_t at) {
-  using C = typename B::C;
+// Phase 1 for one block, whose z and ut are number `at` of shared.z and shared.ut.
+template <class Block>
+void linear_block(const Linear& p, const TokenSplit& split, Slot<Block>& own,
+                  const SharedScratch<Block>& shared, int64_t block, int64_t at) {
+  using C = typename Block::C;
   const Basis& b = p.basis;
   const bool grads = p.dlam != nullptr;
-  const C *lam = static_cast<const C*>(p.lam), *gT = w.gT;
-  const int64_t ldg = gamma_stride<C>(b), first = block * B::TB, tokens = split.tokens(block);
-  C* z = grads ? w.z + at * b.d * B::TB : s.small;
-  C* ut = grads ? w.ut + at * b.r * B::TB * ldg : nullptr;
+  const C *lam = static_cast<const C*>(p.lam), *gT = shared.gT;
+  const int64_t ldg = gamma_stride<C>(b), first = block * Block::kTokens,
+                tokens = split.tokens(block);
+  C* z = grads ? shared.z + at * b.d * Block::kTokens : own.small;
+  C* ut = grads ? shared.ut + at * b.r * Block::kTokens * ldg : nullptr;
   const auto load = [&](const void* from, int64_t features, C* to) {
-    load_block<B>(from, p.dtype, first, features, tokens, to);
+    load_block<Block>(from, p.dtype, first, features, tokens, to);
   };
   const auto keep = [&](int64_t j, const C* u) {
-    if (split.blocks > 1) return transpose_bases<B>(u, b.n, ldg, ut + j * B::TB * ldg);
-    transpose_bases<B>(u, b.n, ldg, ut);
-    a_grad<B>(b, j, ldg, tokens, z, ut, w.P, true);
+    if (split.blocks > 1) return transpose_bases<Block>(u, b.n, ldg, ut + j * Block::kTokens * ldg);
+    transpose_bases<Block>(u, b.n, ldg, ut);
+    a_grad<Block>(b, j, ldg, tokens, z, ut, shared.P, true);
   };
   if (p.up) {
     load(p.from, b.d, z);
     if (p.to) {
-      a_up<B>(b, lam, gT, ldg, z, s.mid);
-      emit_up<B>(b, w.up, split, s, block, p.scale, p.accumulate, p.to, p.dtype);
+      a_up<Block>(b, lam, gT, ldg, z, own.mid);
+      emit_up<Block>(b, shared.up, split, own, block, p.scale, p.accumulate, p.to, p.dtype);
     }
     if (!grads) return;
-    load(p.other, b.D, s.large);
-    down<B>(b, w.down, s, keep);
+    load(p.other, b.D, own.large);
+    down<Block>(b, shared.down, own, keep);
   } else {
-    load(p.from, b.D, s.large);
+    load(p.from, b.D, own.large);
     if (grads) load(p.other, b.d, z);
-    if (p.to) __builtin_memset(s.small, 0, size_t(b.d * B::TB) * sizeof(C));
-    down<B>(b, w.down, s, [&](int64_t j, const C* u) {
-      if (p.to) a_down<B>(b, j, lam + j * b.n, gT, ldg, u, s.scaled, s.small);
+    if (p.to) __builtin_memset(own.small, 0, size_t(b.d * Block::kTokens) * sizeof(C));
+    down<Block>(b, shared.down, own, [&](int64_t j, const C* u) {
+      if (p.to) a_down<Block>(b, j, lam + j * b.n, gT, ldg, u, own.scaled, own.small);
       if (grads) keep(j, u);
     });
     if (p.to)
-      store_block<B>(s.small, C(p.scale), p.accumulate, tokens, b.d, p.to, p.dtype, first, b.d, 0);
+      store_block<Block>(own.small, C(p.scale), p.accumulate, tokens, b.d, p.to, p.dtype, first,
+                         b.d, 0);
   }
 }
 
 // dlam and dgam from P. A slot owns some vectors of bases, so no sum is split. It processes the
 // columns of A in tiles, with all rank indices per tile: it reads P and writes dgam once, and the
 // sums stay in the L1 cache.
-template <class B, class Index>
-void reduce_P(const Linear& p, const Lists<Index>& a, const SharedScratch<B>& w, Runtime& rt) {
-  using C = typename B::C;
-  using V = Vec<C>;
-  constexpr int L = kVectorBytes / int(sizeof(C));
+template <class Block, class Index>
+void reduce_P(const Linear& p, const Lists<Index>& a, const SharedScratch<Block>& shared,
+              Runtime& rt) {
+  using C = typename Block::C;
+  using Vector = Vec<C>;
+  constexpr int kLanes = kVectorBytes / int(sizeof(C));
   const Basis& b = p.basis;
-  const int64_t ldg = gamma_stride<C>(b), vectors = ldg / L;
+  const int64_t ldg = gamma_stride<C>(b), vectors = ldg / kLanes;
   const C scale = C(p.scale), *lam = static_cast<const C*>(p.lam);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
   const int slots = int(vectors < rt.width() ? vectors : rt.width());
   rt.each_slot(slots, [&](int slot) {
-    const int64_t begin = vectors * slot / slots * L, end = vectors * (slot + 1) / slots * L;
+    const int64_t begin = vectors * slot / slots * kLanes,
+                  end = vectors * (slot + 1) / slots * kLanes;
     const int64_t bases = (b.n < end ? b.n : end) - begin;
     for (int64_t j = 0; j < b.r; ++j)
       for (int64_t i = begin; i < end; ++i) {
-        w.lam[j * ldg + i] = i < b.n ? lam[j * b.n + i] * scale : C(0);
-        w.dlam[j * ldg + i] = C(0);
+        shared.lam[j * ldg + i] = i < b.n ? lam[j * b.n + i] * scale : C(0);
+        shared.dlam[j * ldg + i] = C(0);
       }
-    int64_t* cursor = w.cursor + slot * 2 * b.r;
+    int64_t* cursor = shared.cursor + slot * 2 * b.r;
     for (int64_t run = 0; run < 2 * b.r; ++run) cursor[run] = a.offset[run];
     const int64_t step = tile_columns<C>(ldg);
     for (int64_t first = 0; first < b.d; first += step) {
       const int64_t columns = b.d - first < step ? b.d - first : step;
       for (int64_t k = 0; k < columns; ++k)
-        for (int64_t i = begin; i < end; i += L) store(w.tile + k * ldg + i, V{});
+        for (int64_t i = begin; i < end; i += kLanes) store(shared.tile + k * ldg + i, Vector{});
       for (int64_t run = 0; run < 2 * b.r; ++run) {
         const C sign = run % 2 ? C(-1) : C(1);
         const int64_t j = run / 2 * ldg;
         int64_t q = cursor[run];
         for (; q < a.offset[run + 1] && a.index[q] < first + columns; ++q) {
           const int64_t k = a.index[q];
-          for (int64_t i = begin; i < end; i += L) {
-            const V Pq = load<V>(w.P + q * ldg + i) * sign;
-            C *sum = w.dlam + j + i, *to = w.tile + (k - first) * ldg + i;
-            store(sum, load<V>(sum) + Pq * load<V>(w.gT + k * ldg + i));
-            store(to, load<V>(to) + Pq * load<V>(w.lam + j + i));
+          for (int64_t i = begin; i < end; i += kLanes) {
+            const Vector Pq = load<Vector>(shared.P + q * ldg + i) * sign;
+            C *sum = shared.dlam + j + i, *to = shared.tile + (k - first) * ldg + i;
+            store(sum, load<Vector>(sum) + Pq * load<Vector>(shared.gT + k * ldg + i));
+            store(to, load<Vector>(to) + Pq * load<Vector>(shared.lam + j + i));
           }
         }
         cursor[run] = q;
       }
-      transpose_matrix(w.tile + begin, ldg, columns, bases, dgam + begin * b.d + first, b.d,
+      transpose_matrix(shared.tile + begin, ldg, columns, bases, dgam + begin * b.d + first, b.d,
                        columns);
     }
     for (int64_t j = 0; j < b.r; ++j)
       for (int64_t i = begin; i < begin + bases; ++i)
-        dlam[j * b.n + i] = w.dlam[j * ldg + i] * scale;
+        dlam[j * b.n + i] = shared.dlam[j * ldg + i] * scale;
   });
 }
 
-template <class B>
+template <class Block>
 void linear_blocks(const Linear& p, Runtime& rt) {
-  using C = typename B::C;
+  using C = typename Block::C;
   const Basis& b = p.basis;
   const bool grads = p.dlam != nullptr;
-  const TokenSplit split(p.T, B::TB, rt.width());
+  const TokenSplit split(p.T, Block::kTokens, rt.width());
   const int64_t most = grads ? kBlocks * int64_t{rt.width()} : split.blocks;
   const int64_t super = split.blocks < most ? split.blocks : most;
   const int64_t ldg = gamma_stride<C>(b);
 
-  Arena shared, per_slot;
-  SharedScratch<B>(p, super, rt.width(), shared);
-  Slot<B>(b, per_slot);
-  char* memory = static_cast<char*>(rt.scratch(shared.used() + split.slots * per_slot.used()));
+  Arena shared_size, slot_size;
+  SharedScratch<Block>(p, super, rt.width(), shared_size);
+  Slot<Block>(b, slot_size);
+  char* memory =
+      static_cast<char*>(rt.scratch(shared_size.used() + split.slots * slot_size.used()));
   Arena arena(memory);
-  SharedScratch<B> w(p, super, rt.width(), arena);
-  number_lines(b, w.up, rt);
-  number_lines(b, w.down, rt);
+  SharedScratch<Block> shared(p, super, rt.width(), arena);
+  number_lines(b, shared.up, rt);
+  number_lines(b, shared.down, rt);
   rt.split(b.d, 64, [&](int64_t begin, int64_t end) {
     transpose_matrix(static_cast<const C*>(p.gam) + begin, b.d, b.n, end - begin,
-                     w.gT + begin * ldg, ldg, ldg);
+                     shared.gT + begin * ldg, ldg, ldg);
   });
   if (grads && split.blocks == 0)
-    __builtin_memset(w.P, 0, size_t(b.a.offset[2 * b.r] * ldg) * sizeof(C));
+    __builtin_memset(shared.P, 0, size_t(b.a.offset[2 * b.r] * ldg) * sizeof(C));
 
-  const int64_t z_step = b.d * B::TB, ut_step = b.r * B::TB * ldg;
+  const int64_t z_step = b.d * Block::kTokens, ut_step = b.r * Block::kTokens * ldg;
   for (int64_t base = 0; base < split.blocks; base += super) {
     const int64_t last = split.blocks - base < super ? split.blocks : base + super;
     rt.each_slot(split.slots, [&](int slot) {
-      Arena own(memory + shared.used() + slot * per_slot.used());
-      Slot<B> s(b, own);
+      Arena own_memory(memory + shared_size.used() + slot * slot_size.used());
+      Slot<Block> own(b, own_memory);
       for (int64_t block = base + slot; block < last; block += split.slots)
-        linear_block<B>(p, split, s, w, block, block - base);
+        linear_block<Block>(p, split, own, shared, block, block - base);
     });
     if (!grads || split.blocks == 1) continue;
     rt.split(b.r, 1, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j)
         for (int64_t block = base; block < last; ++block)
-          a_grad<B>(b, j, ldg, split.tokens(block), w.z + (block - base) * z_step,
-                    w.ut + (block - base) * ut_step + j * B::TB * ldg, w.P, block == 0);
+          a_grad<Block>(b, j, ldg, split.tokens(block), shared.z + (block - base) * z_step,
+                        shared.ut + (block - base) * ut_step + j * Block::kTokens * ldg, shared.P,
+                        block == 0);
     });
   }
   if (!grads) return;
-  b.a.typed([&](const auto& a) { reduce_P<B>(p, a, w, rt); });
+  b.a.typed([&](const auto& a) { reduce_P<Block>(p, a, shared, rt); });
 }
 
 inline void linear(const Linear& p, Runtime& rt) {
-  with_block(p.dtype, p.T, rt, [&](auto b) { linear_blocks<decltype(b)>(p, rt); });
+  with_block(p.dtype, p.T, rt, [&](auto block) { linear_blocks<decltype(block)>(p, rt); });
 }
 
 }  // namespace randlora::RANDLORA_ISA

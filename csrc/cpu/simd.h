@@ -25,15 +25,15 @@ namespace randlora::RANDLORA_ISA {
 
 constexpr int kVectorBytes = RANDLORA_VECTOR_BYTES;
 
-// fn(integral_constant<0>), ..., fn(integral_constant<N - 1>): a loop that is always unrolled, so
-// that arrays of vectors indexed by it live in registers.
+// fn(integral_constant<0>), ..., fn(integral_constant<Count - 1>): a loop that is always unrolled,
+// so that arrays of vectors indexed by it live in registers.
 template <class F, int... I>
 RANDLORA_INLINE void unrolled(const F& fn, std::integer_sequence<int, I...>) {
   (fn(std::integral_constant<int, I>{}), ...);
 }
-template <int N, class F>
+template <int Count, class F>
 RANDLORA_INLINE void unrolled(const F& fn) {
-  unrolled(fn, std::make_integer_sequence<int, N>{});
+  unrolled(fn, std::make_integer_sequence<int, Count>{});
 }
 
 template <class C, int Bytes>
@@ -43,57 +43,57 @@ struct VecOf {
 template <class C, int Bytes = kVectorBytes>
 using Vec = typename VecOf<C, Bytes>::type;
 
-template <class V, class T>
-RANDLORA_INLINE V load(const T* p) {
-  V v;
-  __builtin_memcpy(&v, p, sizeof(V));
+template <class Vector, class Element>
+RANDLORA_INLINE Vector load(const Element* p) {
+  Vector v;
+  __builtin_memcpy(&v, p, sizeof(Vector));
   return v;
 }
-template <class V, class T>
-RANDLORA_INLINE void store(T* p, V v) {
-  __builtin_memcpy(p, &v, sizeof(V));
+template <class Vector, class Element>
+RANDLORA_INLINE void store(Element* p, Vector v) {
+  __builtin_memcpy(p, &v, sizeof(Vector));
 }
 
 // c + a * b, rounded once if the set has fused instructions. Compilers decide loop by loop whether
 // to fuse, so without this a token's last bit would depend on the tile and block width that
 // computed it.
 #if defined(__FMA__)
-template <class V>
-RANDLORA_INLINE V fused(V a, V b, V c) {
+template <class Vector>
+RANDLORA_INLINE Vector fused(Vector a, Vector b, Vector c) {
   constexpr bool is_double = sizeof(c[0]) == 8;
-  if constexpr (sizeof(V) == 16 && is_double)
-    return (V)_mm_fmadd_pd((__m128d)a, (__m128d)b, (__m128d)c);
-  if constexpr (sizeof(V) == 16 && !is_double)
-    return (V)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
-  if constexpr (sizeof(V) == 32 && is_double)
-    return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-  if constexpr (sizeof(V) == 32 && !is_double)
-    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (sizeof(Vector) == 16 && is_double)
+    return (Vector)_mm_fmadd_pd((__m128d)a, (__m128d)b, (__m128d)c);
+  if constexpr (sizeof(Vector) == 16 && !is_double)
+    return (Vector)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+  if constexpr (sizeof(Vector) == 32 && is_double)
+    return (Vector)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  if constexpr (sizeof(Vector) == 32 && !is_double)
+    return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64 && is_double)
-    return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-  if constexpr (sizeof(V) == 64 && !is_double)
-    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  if constexpr (sizeof(Vector) == 64 && is_double)
+    return (Vector)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  if constexpr (sizeof(Vector) == 64 && !is_double)
+    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #endif
 }
 #elif defined(__aarch64__)
-template <class V>
-RANDLORA_INLINE V fused(V a, V b, V c) {
+template <class Vector>
+RANDLORA_INLINE Vector fused(Vector a, Vector b, Vector c) {
   if constexpr (sizeof(c[0]) == 8)
-    return (V)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+    return (Vector)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
   else
-    return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+    return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 #else  // no fused instruction, so nothing to decide
-template <class V>
-RANDLORA_INLINE V fused(V a, V b, V c) {
+template <class Vector>
+RANDLORA_INLINE Vector fused(Vector a, Vector b, Vector c) {
   return c + a * b;
 }
 #endif
-// c plus a times the scalar s.
-template <class V, class C>
-RANDLORA_INLINE V add_product(V c, C s, V a) {
-  return fused(s - V{}, a, c);  // broadcasts s: compilers may drop "- 0", but not "+ 0"
+// c plus a times the scalar.
+template <class Vector, class C>
+RANDLORA_INLINE Vector add_product(Vector c, C scalar, Vector a) {
+  return fused(scalar - Vector{}, a, c);  // broadcasts it: compilers may drop "- 0", but not "+ 0"
 }
 
 // ---- storage types: `lanes` consecutive elements widened to the compute type, and back ----------
@@ -142,34 +142,34 @@ RANDLORA_INLINE void narrow(float v, f16* to) {
 #endif
 }
 
-template <class V, class S>
-RANDLORA_INLINE V load_as(const S* p) {
+template <class Vector, class S>
+RANDLORA_INLINE Vector load_as(const S* p) {
   using C = ComputeOf<S>;
-  constexpr int lanes = sizeof(V) / sizeof(C);
+  constexpr int lanes = sizeof(Vector) / sizeof(C);
   if constexpr (sizeof(S) == sizeof(C)) {
-    return load<V>(p);
+    return load<Vector>(p);
 #if defined(__AVX512F__)
   } else if constexpr (std::is_same_v<S, f16> && lanes == 16) {
-    return (V)_mm512_cvtph_ps(load<__m256i>(p));
+    return (Vector)_mm512_cvtph_ps(load<__m256i>(p));
 #endif
 #if defined(__F16C__)
   } else if constexpr (std::is_same_v<S, f16> && lanes == 8) {
-    return (V)_mm256_cvtph_ps(load<__m128i>(p));
+    return (Vector)_mm256_cvtph_ps(load<__m128i>(p));
 #endif
   } else if constexpr (std::is_same_v<S, bf16>) {
-    const auto bits = load<Vec<uint16_t, sizeof(V) / 2>>(p);
-    return (V)(__builtin_convertvector(bits, Vec<uint32_t, sizeof(V)>) << 16);
+    const auto bits = load<Vec<uint16_t, sizeof(Vector) / 2>>(p);
+    return (Vector)(__builtin_convertvector(bits, Vec<uint32_t, sizeof(Vector)>) << 16);
   } else {
     C wide[lanes];
     for (int l = 0; l < lanes; ++l) wide[l] = widen(p[l]);
-    return load<V>(wide);
+    return load<Vector>(wide);
   }
 }
 
-template <class V, class S>
-RANDLORA_INLINE void store_as(S* p, V v) {
+template <class Vector, class S>
+RANDLORA_INLINE void store_as(S* p, Vector v) {
   using C = ComputeOf<S>;
-  constexpr int lanes = sizeof(V) / sizeof(C);
+  constexpr int lanes = sizeof(Vector) / sizeof(C);
   if constexpr (sizeof(S) == sizeof(C)) {
     store(p, v);
 #if defined(__AVX512F__)
@@ -181,11 +181,11 @@ RANDLORA_INLINE void store_as(S* p, V v) {
     store(p, _mm256_cvtps_ph((__m256)v, 0));
 #endif
   } else if constexpr (std::is_same_v<S, bf16>) {
-    using Bits = Vec<uint32_t, sizeof(V)>;
+    using Bits = Vec<uint32_t, sizeof(Vector)>;
     const Bits bits = (Bits)v, high = bits >> 16, is_nan = (Bits)(v != v);
     const Bits rounded = (bits + 0x7fffu + (high & 1u)) >> 16;
     const Bits result = (is_nan & (high | 0x40u)) | (~is_nan & rounded);
-    store(p, __builtin_convertvector(result, Vec<uint16_t, sizeof(V) / 2>));
+    store(p, __builtin_convertvector(result, Vec<uint16_t, sizeof(Vector) / 2>));
   } else {
     C wide[lanes];
     store(wide, v);
@@ -194,39 +194,39 @@ RANDLORA_INLINE void store_as(S* p, V v) {
 }
 
 // Defines the kernel `name`, which calls name_as<S> for the storage type S of its dtype.
-#define RANDLORA_BY_DTYPE(name, Operator)                                \
-  inline void name(const Operator& p, Runtime& rt) {                     \
-    with_dtype(p.dtype, [&](auto s) { name##_as<decltype(s)>(p, rt); }); \
+#define RANDLORA_BY_DTYPE(name, Operator)                                            \
+  inline void name(const Operator& p, Runtime& rt) {                                 \
+    with_dtype(p.dtype, [&](auto storage) { name##_as<decltype(storage)>(p, rt); }); \
   }
 
-// ---- transposing an L x L square held in L vectors ----------------------------------------------
+// ---- transposing a square of numbers held in as many vectors as each has lanes -----------------
 
 // Lane l of the result is lane Lane[l] of a, or Lane[l] - lanes of b.
-template <int... Lane, class V>
-RANDLORA_INLINE V shuffle(V a, V b) {
+template <int... Lane, class Vector>
+RANDLORA_INLINE Vector shuffle(Vector a, Vector b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, Lane...);
 #else
-  using M = Vec<std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>, sizeof(V)>;
-  return __builtin_shuffle(a, b, M{Lane...});
+  using Mask = Vec<std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>, sizeof(Vector)>;
+  return __builtin_shuffle(a, b, Mask{Lane...});
 #endif
 }
 
-// a keeps its lanes with bit S clear and takes b's partner lanes for the rest; b the other way.
-template <int S, int L, class V, int... I>
-RANDLORA_INLINE void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
-  const V low = shuffle<(I & S ? L + I - S : I)...>(a, b);
-  b = shuffle<(I & S ? L + I : I + S)...>(a, b);
+// a keeps its lanes with bit Apart clear and takes b's partner lanes for the rest; b the other way.
+template <int Apart, int Lanes, class Vector, int... I>
+RANDLORA_INLINE void exchange(Vector& a, Vector& b, std::integer_sequence<int, I...>) {
+  const Vector low = shuffle<(I & Apart ? Lanes + I - Apart : I)...>(a, b);
+  b = shuffle<(I & Apart ? Lanes + I : I + Apart)...>(a, b);
   a = low;
 }
 
-template <int L, class V, int S = 1>
-RANDLORA_INLINE void transpose(V (&m)[L]) {
-  unrolled<L>([&](auto r) {
-    if constexpr ((r & S) == 0)
-      exchange<S, L>(m[r], m[r + S], std::make_integer_sequence<int, L>{});
+template <int Lanes, class Vector, int Apart = 1>
+RANDLORA_INLINE void transpose(Vector (&m)[Lanes]) {
+  unrolled<Lanes>([&](auto r) {
+    if constexpr ((r & Apart) == 0)
+      exchange<Apart, Lanes>(m[r], m[r + Apart], std::make_integer_sequence<int, Lanes>{});
   });
-  if constexpr (2 * S < L) transpose<L, V, 2 * S>(m);
+  if constexpr (2 * Apart < Lanes) transpose<Lanes, Vector, 2 * Apart>(m);
 }
 
 }  // namespace randlora::RANDLORA_ISA

@@ -1,18 +1,18 @@
-// How threads share the columns of a row-major matrix: V columns each. If every row is aligned, a
-// thread's columns are adjacent, for 16-byte accesses; otherwise a warp's lanes interleave. Either
-// way neighbouring lanes touch neighbouring elements.
+// How threads share the columns of a row-major matrix: Width columns each. If every row is aligned,
+// a thread's columns are adjacent, for 16-byte accesses; otherwise a warp's lanes interleave.
+// Either way neighbouring lanes touch neighbouring elements.
 #pragma once
 #include "element.h"
 #include "ptx.h"
 
 namespace randlora {
 
-// N elements that move together, kept as words: unpacking 16-bit elements would make a kernel wait
+// Elements that move together, kept as words: unpacking 16-bit elements would make a kernel wait
 // for a load that it issued ahead. (may_alias lets g++ keep any type in words.)
-template <class S, int N>
-struct alignas(sizeof(S) * N < 16 ? sizeof(S) * N : 16) [[gnu::may_alias]] Pack {
-  static_assert(sizeof(S) * N % 4 == 0, "whole words");
-  uint32_t word[sizeof(S) * N / 4];
+template <class S, int Count>
+struct alignas(sizeof(S) * Count < 16 ? sizeof(S) * Count : 16) [[gnu::may_alias]] Pack {
+  static_assert(sizeof(S) * Count % 4 == 0, "whole words");
+  uint32_t word[sizeof(S) * Count / 4];
 
   __device__ __forceinline__ S get(int e) const {
     S x;
@@ -41,26 +41,26 @@ struct alignas(sizeof(S) * N < 16 ? sizeof(S) * N : 16) [[gnu::may_alias]] Pack 
 template <class S>
 constexpr int kPerAccess = 16 / int(sizeof(S));
 
-// V adjacent numbers between registers and memory aligned for accesses of up to 16 bytes.
-template <int V, class C>
+// Width adjacent numbers between registers and memory aligned for accesses of up to 16 bytes.
+template <int Width, class C>
 __device__ __forceinline__ void load_run(const C* from, C* to) {
-  constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;
+  constexpr int kCount = Width < kPerAccess<C> ? Width : kPerAccess<C>;
 #pragma unroll
-  for (int u = 0; u < V; u += N) {
-    const auto pack = *reinterpret_cast<const Pack<C, N>*>(from + u);
+  for (int u = 0; u < Width; u += kCount) {
+    const auto pack = *reinterpret_cast<const Pack<C, kCount>*>(from + u);
 #pragma unroll
-    for (int x = 0; x < N; ++x) to[u + x] = pack.get(x);
+    for (int x = 0; x < kCount; ++x) to[u + x] = pack.get(x);
   }
 }
-template <int V, class C>
+template <int Width, class C>
 __device__ __forceinline__ void store_run(const C* from, C* to) {
-  constexpr int N = V < kPerAccess<C> ? V : kPerAccess<C>;
+  constexpr int kCount = Width < kPerAccess<C> ? Width : kPerAccess<C>;
 #pragma unroll
-  for (int u = 0; u < V; u += N) {
-    Pack<C, N> pack;
+  for (int u = 0; u < Width; u += kCount) {
+    Pack<C, kCount> pack;
 #pragma unroll
-    for (int x = 0; x < N; ++x) pack.set(x, from[u + x]);
-    *reinterpret_cast<Pack<C, N>*>(to + u) = pack;
+    for (int x = 0; x < kCount; ++x) pack.set(x, from[u + x]);
+    *reinterpret_cast<Pack<C, kCount>*>(to + u) = pack;
   }
 }
 
@@ -68,57 +68,57 @@ template <class... P>
 RANDLORA_HD bool aligned_to_16(const P*... p) {
   return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
 }
-// Whether all these matrices allow aligned access to V elements of rows of `cols` at a time.
+// Whether all these matrices allow aligned access to `width` elements of rows of `cols` at a time.
 template <class... P>
-RANDLORA_HD bool aligned_rows(int64_t cols, int V, const P*... matrix) {
-  return cols % V == 0 && aligned_to_16(matrix...);
+RANDLORA_HD bool aligned_rows(int64_t cols, int width, const P*... matrix) {
+  return cols % width == 0 && aligned_to_16(matrix...);
 }
 
-// The V columns of thread t in a group of whole warps whose columns begin at `from`. Columns past
-// the end load as zero and are not stored.
-template <int V, bool Aligned>
+// The columns of thread t in a group of whole warps whose columns begin at `from`. Columns past the
+// end load as zero and are not stored.
+template <int Width, bool Aligned>
 struct Columns {
   int first, cols, apart = 32;
 
   __device__ __forceinline__ Columns(int64_t from, int t, int64_t cols_)
-      : first(static_cast<int>(from) + (Aligned ? t * V : t / 32 * 32 * V + t % 32)),
+      : first(static_cast<int>(from) + (Aligned ? t * Width : t / 32 * 32 * Width + t % 32)),
         cols(static_cast<int>(cols_)) {}
 
   __device__ __forceinline__ int at(int v) const { return first + (Aligned ? v : v * apart); }
   __device__ __forceinline__ bool inside(int v) const { return (Aligned ? first : at(v)) < cols; }
 
   template <class S>
-  __device__ __forceinline__ Pack<S, V> load(const S* row) const {
-    Pack<S, V> p = {};
+  __device__ __forceinline__ Pack<S, Width> load(const S* row) const {
+    Pack<S, Width> p = {};
     if constexpr (Aligned) {
-      if (inside(0)) p = *reinterpret_cast<const Pack<S, V>*>(row + first);
+      if (inside(0)) p = *reinterpret_cast<const Pack<S, Width>*>(row + first);
     } else {
 #pragma unroll
-      for (int v = 0; v < V; ++v)
+      for (int v = 0; v < Width; ++v)
         if (inside(v)) p.set(v, row[at(v)]);
     }
     return p;
   }
 
   template <class S>
-  __device__ __forceinline__ void store(S* row, const Pack<S, V>& p) const {
+  __device__ __forceinline__ void store(S* row, const Pack<S, Width>& p) const {
     if constexpr (Aligned) {
       if (inside(0)) p.store(row + first);
     } else {
 #pragma unroll
-      for (int v = 0; v < V; ++v)
+      for (int v = 0; v < Width; ++v)
         if (inside(v)) row[at(v)] = p.get(v);
     }
   }
 
-  // Bit v is the bit of column at(v) in a row of a bit plane. V divides 64.
+  // Bit v is the bit of column at(v) in a row of a bit plane. Width divides 64.
   __device__ __forceinline__ uint32_t bits(const uint64_t* row) const {
     if constexpr (Aligned) {
       return inside(0) ? static_cast<uint32_t>(row[first >> 6] >> (first & 63)) : 0;
     } else {
       uint32_t m = 0;
 #pragma unroll
-      for (int v = 0; v < V; ++v)
+      for (int v = 0; v < Width; ++v)
         if (inside(v)) m |= static_cast<uint32_t>(row[at(v) >> 6] >> (at(v) & 63) & 1) << v;
       return m;
     }

@@ -12,17 +12,18 @@ namespace randlora {
 
 constexpr unsigned kWarp = 0xffffffffu;  // all lanes
 
-// Sums v[0 .. N) over the lanes of a segment (of `Lanes` adjacent ones) that differ by multiples of
-// Apart; all are powers of two, N * Apart <= Lanes. Lane l of a segment gets sum number
-// l / (Lanes / N). A lane gives away half of its values in each round while it has several:
-// N - 1 + log2(Lanes / N) shuffles instead of N log2(Lanes). The order is fixed.
-template <int N, int Apart = 1, int Lanes = 32, class C>
-__device__ __forceinline__ C warp_sums(C (&v)[N]) {
-  static_assert(N * Apart <= Lanes, "a lane for every sum");
+// Sums v[0 .. Count) over the lanes of a segment (of `Lanes` adjacent ones) that differ by a
+// multiple of Apart; all are powers of two, Count * Apart <= Lanes. Lane l of a segment gets sum
+// number l / (Lanes / Count). A lane gives away half of its values in each round while it has
+// several: Count - 1 + log2(Lanes / Count) shuffles instead of Count log2(Lanes). The order is
+// fixed.
+template <int Count, int Apart = 1, int Lanes = 32, class C>
+__device__ __forceinline__ C warp_sums(C (&v)[Count]) {
+  static_assert(Count * Apart <= Lanes, "a lane for every sum");
   const int lane = threadIdx.x % 32;
   int bit = Lanes / 2;
 #pragma unroll
-  for (int half = N / 2; half > 0; half /= 2, bit /= 2) {
+  for (int half = Count / 2; half > 0; half /= 2, bit /= 2) {
     const bool upper = lane & bit;
 #pragma unroll
     for (int i = 0; i < half; ++i) {

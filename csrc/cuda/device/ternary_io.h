@@ -13,9 +13,10 @@ template <int Rows, int Cols, class S>
 __device__ __forceinline__ void load_operand(S* to, int stride, const S* from, int64_t rows,
                                              int64_t cols, int64_t row0, int64_t col0,
                                              bool aligned) {
-  constexpr int V = kPerAccess<S>, kPacks = Cols / V, kTurns = Rows * kPacks / kTileThreads;
+  constexpr int kWidth = kPerAccess<S>, kPacks = Cols / kWidth,
+                kTurns = Rows * kPacks / kTileThreads;
   static_assert(kTileThreads % kPacks == 0 && kTurns * kTileThreads == Rows * kPacks);
-  const int col = threadIdx.x % kPacks * V, first_row = threadIdx.x / kPacks;
+  const int col = threadIdx.x % kPacks * kWidth, first_row = threadIdx.x / kPacks;
   const S* source = from + (row0 + first_row) * cols + col0 + col;
   const int64_t rows_left = rows - row0 - first_row, cols_left = cols - col0 - col;
 #pragma unroll
@@ -28,7 +29,7 @@ __device__ __forceinline__ void load_operand(S* to, int stride, const S* from, i
       cp_async16(at, whole ? source + i * kRows * cols : from, whole ? 16 : 0);
     } else {
 #pragma unroll 1
-      for (int v = 0; v < V; ++v)
+      for (int v = 0; v < kWidth; ++v)
         at[v] = inside && v < cols_left ? source[i * kRows * cols + v] : S{};
     }
   }
@@ -38,26 +39,26 @@ __device__ __forceinline__ void load_operand(S* to, int stride, const S* from, i
 template <class S>
 struct Output {
   using C = ComputeOf<S>;
-  static constexpr int V = kPerAccess<S>;
+  static constexpr int kWidth = kPerAccess<S>;
   RoundedStore<S> store;
   int64_t rows, cols;
   bool aligned;
 
-  __device__ __forceinline__ void put(int64_t row, int64_t col, const C (&v)[V]) const {
+  __device__ __forceinline__ void put(int64_t row, int64_t col, const C (&v)[kWidth]) const {
     if (row >= rows || col >= cols) return;
     const int64_t first = row * cols + col;
     if (aligned) {
-      using Run = Pack<S, V>;
+      using Run = Pack<S, kWidth>;
       Run x = store.base ? *reinterpret_cast<const Run*>(store.base + first) : Run{};
 #pragma unroll
-      for (int e = 0; e < V; ++e) x.set(e, store.rounded(v[e], x.get(e)));
+      for (int e = 0; e < kWidth; ++e) x.set(e, store.rounded(v[e], x.get(e)));
       return x.store(store.out + first);
     }
 #pragma unroll 1
-    for (int e = 0; e < V && col + e < cols; ++e) {
+    for (int e = 0; e < kWidth && col + e < cols; ++e) {
       C x = 0;
 #pragma unroll
-      for (int f = 0; f < V; ++f) x = f == e ? v[f] : x;  // registers cannot be indexed
+      for (int f = 0; f < kWidth; ++f) x = f == e ? v[f] : x;  // registers cannot be indexed
       store.one(first + e, x);
     }
   }
@@ -68,13 +69,13 @@ struct Output {
 constexpr int kLinePitch = kLines + 4;  // no bank conflicts between lanes' fragments
 template <class Tile>
 constexpr int64_t store_bytes() {
-  return int64_t(sizeof(typename Tile::C)) * Tile::WN * 16 * kLinePitch;
+  return int64_t(sizeof(typename Tile::C)) * Tile::kWarpsAcross * 16 * kLinePitch;
 }
 template <class Tile, class S>
 __device__ __forceinline__ void store_tile(const Tile& tile, unsigned char* shared, int64_t line0,
                                            int64_t col0, const Output<S>& out) {
   using C = typename Tile::C;
-  constexpr int V = kPerAccess<S>;
+  constexpr int kWidth = kPerAccess<S>;
   C* buffer = reinterpret_cast<C*>(shared);
 #pragma unroll
   for (int first = 0; first < Tile::NI; first += 2) {
@@ -90,10 +91,11 @@ __device__ __forceinline__ void store_tile(const Tile& tile, unsigned char* shar
         }
     __syncthreads();
 #pragma unroll 1
-    for (int at = threadIdx.x * V; at < kLines * Tile::WN * 16; at += kTileThreads * V) {
+    for (int at = threadIdx.x * kWidth; at < kLines * Tile::kWarpsAcross * 16;
+         at += kTileThreads * kWidth) {
       const int col = at / kLines, line = at % kLines;
-      C v[V];
-      load_run<V>(buffer + col * kLinePitch + line, v);
+      C v[kWidth];
+      load_run<kWidth>(buffer + col * kLinePitch + line, v);
       out.put(col0 + col / 16 * Tile::NI * 8 + first * 8 + col % 16, line0 + line, v);
     }
   }

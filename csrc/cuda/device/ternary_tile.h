@@ -1,17 +1,17 @@
 // A block's tile of a product whose left operand is B or its transpose, as codes (decode.h):
 //
-//   acc (128 lines, N) += 2 * codes (128 lines, 64 slots) operand (64 slots, N)
+//   acc (128 lines, tokens) += 2 * codes (128 lines, 64 slots) operand (64 slots, tokens)
 //
 // Lines are rows of B and slots its columns, or the reverse. Four warps share the tile; a step is
 // 64 slots deep. Left fragments are decoded from registers that hold 16 slots of a line each, so
 // the contraction takes slots in an order of its own: lanes l with l % 4 == q hold slots
 // 16 q .. 16 q + 15, and the k-th mma of a step takes the slots with (slot % 16) / 4 == k.
 //
-// Code word q of a line lies at codes[q * kCodePitch + line]; element (slot, n) of the operand at
-// p[n * stride + slot]: its rows are rows of x or V.
+// Code word q of a line lies at codes[q * kCodePitch + line]; element (slot, t) of the operand at
+// p[t * stride + slot]: its rows are rows of x or V.
 //
 // Three engines as in tile.h. FMA skips zeros of B, so NaN and inf do not pass through them.
-// Tensor cores multiply by the zeros, so a NaN or inf spoils its whole column n.
+// Tensor cores multiply by the zeros, so a NaN or inf spoils its whole token.
 #pragma once
 #include "columns.h"
 #include "decode.h"
@@ -24,25 +24,25 @@ constexpr int kLines = 128, kSlots = 64;
 constexpr int kCodePitch = kLines + 8;          // 8 modulo 32, as is the size of a tile's codes:
 constexpr int kCodeWords = 4 * kCodePitch + 8;  // free of bank conflicts across q and across tiles
 
-// N of a full tile: its operand takes 18 KB of shared memory in every dtype.
+// Tokens of a full tile: its operand takes 18 KB of shared memory in every dtype.
 template <class S>
 constexpr int kColumns = 256 / int(sizeof(S));
 
-template <class S_, int N_, bool Tf32 = false>
+template <class S_, int Tokens, bool Tf32 = false>
 struct TernaryTile {
   using S = S_;
   using C = ComputeOf<S>;
-  static constexpr int N = N_;
-  static constexpr int WN = N >= 64 ? 2 : 1, WM = 4 / WN;       // warps
-  static constexpr int MI = kLines / 16 / WM, NI = N / 8 / WN;  // mma tiles of a warp
+  static constexpr int kTokens = Tokens;
+  static constexpr int kWarpsAcross = Tokens >= 64 ? 2 : 1, kWarpsDown = 4 / kWarpsAcross;
+  static constexpr int MI = kLines / 16 / kWarpsDown, NI = Tokens / 8 / kWarpsAcross;
   using Warp = WarpTile<S, MI, NI, Tf32>;
   Warp warp;
 
   // 16 bytes between rows in shared memory: 8 lanes that read 16 bytes each meet no bank conflict.
   static constexpr int stride(int elements) { return elements + kPerAccess<S>; }
 
-  static __device__ __forceinline__ int warp_m() { return threadIdx.x / 32 / WN; }
-  static __device__ __forceinline__ int warp_n() { return threadIdx.x / 32 % WN; }
+  static __device__ __forceinline__ int warp_m() { return threadIdx.x / 32 / kWarpsAcross; }
+  static __device__ __forceinline__ int warp_n() { return threadIdx.x / 32 % kWarpsAcross; }
   // Place in the block's tile of acc[m][n][e].
   static __device__ __forceinline__ int line(int m, int e) {
     return warp_m() * MI * 16 + Warp::row(m, e);
@@ -79,10 +79,10 @@ struct TernaryTile {
   }
 
   // The k-th of four steps of 16 slots.
-  static __device__ __forceinline__ void decode(uint32_t (&fa)[4], const uint32_t (&word)[2],
+  static __device__ __forceinline__ void decode(uint32_t (&left_part)[4], const uint32_t (&word)[2],
                                                 int k) {
 #pragma unroll
-    for (int h = 0; h < 4; ++h) fa[h] = decode_pair(word[h % 2], 2 * k + h / 2);
+    for (int h = 0; h < 4; ++h) left_part[h] = decode_pair(word[h % 2], 2 * k + h / 2);
   }
 
   __device__ __forceinline__ void mma_step(const uint32_t (&word)[MI][2], const S* operand,
@@ -90,19 +90,20 @@ struct TernaryTile {
     operand += g() * stride + q() * 16;
 #pragma unroll
     for (int k = 0; k < 4; k += 2) {
-      Pack<S, 8> fb[NI];  // right fragments of two steps
+      Pack<S, 8> right_part[NI];  // right fragments of two steps
 #pragma unroll
       for (int n = 0; n < NI; ++n)
-        fb[n] = *reinterpret_cast<const Pack<S, 8>*>(operand + n * 8 * stride + k * 4);
+        right_part[n] = *reinterpret_cast<const Pack<S, 8>*>(operand + n * 8 * stride + k * 4);
 #pragma unroll
       for (int s = 0; s < 2; ++s)
 #pragma unroll
         for (int m = 0; m < MI; ++m) {
-          uint32_t fa[4];
-          decode(fa, word[m], k + s);
+          uint32_t left_part[4];
+          decode(left_part, word[m], k + s);
 #pragma unroll
           for (int n = 0; n < NI; ++n)
-            mma(warp.acc[m][n], fa, {fb[n].word[2 * s], fb[n].word[2 * s + 1]}, S{});
+            mma(warp.acc[m][n], left_part,
+                {right_part[n].word[2 * s], right_part[n].word[2 * s + 1]}, S{});
         }
     }
   }
@@ -111,19 +112,19 @@ struct TernaryTile {
                                             int stride) {
 #pragma unroll
     for (int t = 0; t < 8; ++t) {
-      uint32_t fb[NI][2];
+      uint32_t right_part[NI][2];
 #pragma unroll
       for (int n = 0; n < NI; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          fb[n][e] = round_tf32(operand[(n * 8 + g()) * stride + q() * 16 + 2 * t + e]);
+          right_part[n][e] = round_tf32(operand[(n * 8 + g()) * stride + q() * 16 + 2 * t + e]);
 #pragma unroll
       for (int m = 0; m < MI; ++m) {
-        uint32_t fa[4];
+        uint32_t left_part[4];
 #pragma unroll
-        for (int h = 0; h < 4; ++h) fa[h] = decode_top(word[m][h % 2], t, h / 2);
+        for (int h = 0; h < 4; ++h) left_part[h] = decode_top(word[m][h % 2], t, h / 2);
 #pragma unroll
-        for (int n = 0; n < NI; ++n) mma_tf32(warp.acc[m][n], fa, fb[n]);
+        for (int n = 0; n < NI; ++n) mma_tf32(warp.acc[m][n], left_part, right_part[n]);
       }
     }
   }
@@ -139,23 +140,24 @@ struct TernaryTile {
       for (int t = 0; t < 8; ++t)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          S vb[NI][2];
+          S right_value[NI][2];
 #pragma unroll
           for (int n = 0; n < NI; ++n)
 #pragma unroll
             for (int c = 0; c < 2; ++c)
-              vb[n][c] = operand[(n * 8 + q() * 2 + c) * stride + part * 16 + 2 * t + e];
+              right_value[n][c] = operand[(n * 8 + q() * 2 + c) * stride + part * 16 + 2 * t + e];
 #pragma unroll
           for (int m = 0; m < MI; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const uint32_t top = decode_top(word[m][h], t, e);
-              const S va = from_top(top, S{});
+              const S left_value = from_top(top, S{});
               if (top != 0) {
 #pragma unroll
                 for (int n = 0; n < NI; ++n)
 #pragma unroll
-                  for (int c = 0; c < 2; ++c) warp.acc[m][n][2 * h + c] += va * vb[n][c];
+                  for (int c = 0; c < 2; ++c)
+                    warp.acc[m][n][2 * h + c] += left_value * right_value[n][c];
               }
             }
         }

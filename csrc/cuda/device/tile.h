@@ -1,5 +1,8 @@
-// A warp's share of a matrix product from shared memory: C (16 MI, 8 NI) += A (16 MI, k) B (k, 8
-// NI).
+// A warp's share of a matrix product from shared memory:
+//
+//   acc (16 MI, 8 NI) += left (16 MI, k) right (k, 8 NI)
+//
+// MI x NI are tiles of mma's m16n8.
 //
 // Three engines with one interface and one accumulator layout, that of mma's C fragment (ptx.h), so
 // that a kernel is written once for every dtype:
@@ -8,7 +11,7 @@
 //   double      FMA
 //
 // Operands lie in shared memory in one of two orders:
-//   by_line   element (line, k) at p[line * stride + k]   (line: row of A, column of B)
+//   by_line   element (line, k) at p[line * stride + k]   (line: row of left, column of right)
 //   by_k      element (line, k) at p[k * stride + line]
 // For 16-bit types p and stride * sizeof(S) must be 16-byte aligned; a stride of 8 modulo 64
 // elements keeps ldmatrix free of bank conflicts.
@@ -55,100 +58,109 @@ struct WarpTile {
     return n * 8 + (threadIdx.x % 4) * 2 + e % 2;
   }
 
-  // One step of kStep. a points at line 0, k 0 of the warp's lines of A; b likewise.
-  template <Order OA, Order OB>
-  __device__ __forceinline__ void step(const S* a, int a_stride, const S* b, int b_stride) {
+  // One step of kStep. `left` points at line 0, k 0 of the warp's lines, `right` likewise.
+  template <Order Left, Order Right>
+  __device__ __forceinline__ void step(const S* left, int left_stride, const S* right,
+                                       int right_stride) {
     if constexpr (sizeof(S) == 2) {
-      uint32_t fb[NI][2];
-      load_b<OB>(fb, b, b_stride);
+      uint32_t right_part[NI][2];
+      load_right<Right>(right_part, right, right_stride);
 #pragma unroll
       for (int m = 0; m < MI; ++m) {
-        uint32_t fa[4];
-        load_a<OA>(fa, a, a_stride, m * 16);
+        uint32_t left_part[4];
+        load_left<Left>(left_part, left, left_stride, m * 16);
 #pragma unroll
-        for (int n = 0; n < NI; ++n) mma(acc[m][n], fa, fb[n], S{});
+        for (int n = 0; n < NI; ++n) mma(acc[m][n], left_part, right_part[n], S{});
       }
     } else if constexpr (Tf32) {
-      tf32_step<OA, OB>(a, a_stride, b, b_stride);
+      tf32_step<Left, Right>(left, left_stride, right, right_stride);
     } else {
-      fma_step<OA, OB>(a, a_stride, b, b_stride);
+      fma_step<Left, Right>(left, left_stride, right, right_stride);
     }
   }
 
   // The 16-bit right fragments of a step.
-  template <Order O>
-  static __device__ __forceinline__ void load_b(uint32_t (&fb)[NI][2], const S* b, int stride) {
+  template <Order Lines>
+  static __device__ __forceinline__ void load_right(uint32_t (&right_part)[NI][2], const S* right,
+                                                    int stride) {
     static_assert(NI % 2 == 0, "ldmatrix x4 loads two column tiles");
     const int l = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < NI; n += 2) {
       uint32_t r[4];  // k 0-7 and k 8-15 of columns 8n.., then of columns 8n+8..
-      if constexpr (O == Order::by_line)
-        ldmatrix_x4(r, b + (n * 8 + l % 8 + l / 16 * 8) * stride + l / 8 % 2 * 8);
+      if constexpr (Lines == Order::by_line)
+        ldmatrix_x4(r, right + (n * 8 + l % 8 + l / 16 * 8) * stride + l / 8 % 2 * 8);
       else
-        ldmatrix_x4_trans(r, b + (l % 16) * stride + n * 8 + l / 16 * 8);
-      fb[n][0] = r[0], fb[n][1] = r[1], fb[n + 1][0] = r[2], fb[n + 1][1] = r[3];
+        ldmatrix_x4_trans(r, right + (l % 16) * stride + n * 8 + l / 16 * 8);
+      right_part[n][0] = r[0];
+      right_part[n][1] = r[1];
+      right_part[n + 1][0] = r[2];
+      right_part[n + 1][1] = r[3];
     }
   }
 
  private:
-  template <Order O>
+  template <Order Lines>
   static __device__ __forceinline__ S at(const S* p, int stride, int line, int k) {
-    return O == Order::by_line ? p[line * stride + k] : p[k * stride + line];
+    return Lines == Order::by_line ? p[line * stride + k] : p[k * stride + line];
   }
 
-  template <Order O>
-  static __device__ __forceinline__ void load_a(uint32_t (&fa)[4], const S* a, int stride,
-                                                int line) {
+  template <Order Lines>
+  static __device__ __forceinline__ void load_left(uint32_t (&left_part)[4], const S* left,
+                                                   int stride, int line) {
     const int l = threadIdx.x % 32;
-    if constexpr (O == Order::by_line)
-      ldmatrix_x4(fa, a + (line + l % 16) * stride + l / 16 * 8);
+    if constexpr (Lines == Order::by_line)
+      ldmatrix_x4(left_part, left + (line + l % 16) * stride + l / 16 * 8);
     else  // matrices: lines 0-7 k 0-7, lines 8-15 k 0-7, lines 0-7 k 8-15, lines 8-15 k 8-15
-      ldmatrix_x4_trans(fa, a + (l % 8 + l / 16 * 8) * stride + line + l / 8 % 2 * 8);
+      ldmatrix_x4_trans(left_part, left + (l % 8 + l / 16 * 8) * stride + line + l / 8 % 2 * 8);
   }
 
-  template <Order OA, Order OB>
-  __device__ __forceinline__ void tf32_step(const S* a, int a_stride, const S* b, int b_stride) {
+  template <Order Left, Order Right>
+  __device__ __forceinline__ void tf32_step(const S* left, int left_stride, const S* right,
+                                            int right_stride) {
     const int g = (threadIdx.x % 32) / 4, q = threadIdx.x % 4;
 #pragma unroll
     for (int k = 0; k < kStep; k += 8) {
-      uint32_t fb[NI][2];
+      uint32_t right_part[NI][2];
 #pragma unroll
       for (int n = 0; n < NI; ++n)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          fb[n][h] = round_tf32(at<OB>(b, b_stride, n * 8 + g, k + q + 4 * h));
+          right_part[n][h] = round_tf32(at<Right>(right, right_stride, n * 8 + g, k + q + 4 * h));
 #pragma unroll
       for (int m = 0; m < MI; ++m) {
-        uint32_t fa[4];
+        uint32_t left_part[4];
 #pragma unroll
         for (int h = 0; h < 4; ++h)
-          fa[h] = round_tf32(at<OA>(a, a_stride, m * 16 + g + h % 2 * 8, k + q + h / 2 * 4));
+          left_part[h] =
+              round_tf32(at<Left>(left, left_stride, m * 16 + g + h % 2 * 8, k + q + h / 2 * 4));
 #pragma unroll
-        for (int n = 0; n < NI; ++n) mma_tf32(acc[m][n], fa, fb[n]);
+        for (int n = 0; n < NI; ++n) mma_tf32(acc[m][n], left_part, right_part[n]);
       }
     }
   }
 
-  template <Order OA, Order OB>
-  __device__ __forceinline__ void fma_step(const S* a, int a_stride, const S* b, int b_stride) {
+  template <Order Left, Order Right>
+  __device__ __forceinline__ void fma_step(const S* left, int left_stride, const S* right,
+                                           int right_stride) {
     const int g = (threadIdx.x % 32) / 4, q = threadIdx.x % 4;
 #pragma unroll 4
     for (int k = 0; k < kStep; ++k) {
-      S vb[NI][2];
+      S right_value[NI][2];
 #pragma unroll
       for (int n = 0; n < NI; ++n)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) vb[n][h] = at<OB>(b, b_stride, n * 8 + q * 2 + h, k);
+        for (int h = 0; h < 2; ++h)
+          right_value[n][h] = at<Right>(right, right_stride, n * 8 + q * 2 + h, k);
 #pragma unroll
       for (int m = 0; m < MI; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const S va = at<OA>(a, a_stride, m * 16 + g + h * 8, k);
+          const S left_value = at<Left>(left, left_stride, m * 16 + g + h * 8, k);
 #pragma unroll
           for (int n = 0; n < NI; ++n) {
-            acc[m][n][2 * h] += va * vb[n][0];
-            acc[m][n][2 * h + 1] += va * vb[n][1];
+            acc[m][n][2 * h] += left_value * right_value[n][0];
+            acc[m][n][2 * h + 1] += left_value * right_value[n][1];
           }
         }
     }

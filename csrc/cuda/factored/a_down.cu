@@ -53,20 +53,22 @@ __global__ void __launch_bounds__(256, 1)
     down_kernel(Support a, const S* __restrict__ values, const S* __restrict__ U, int64_t T,
                 int range, int chunk, bool u_aligned, S* __restrict__ out, bool accumulate,
                 bool out_aligned) {
-  using B = Down<S, MI, NI, Tf32>;
-  using C = typename B::C;
-  using Tile = typename B::Tile;
-  constexpr int L = kPerAccess<S>, kPieces = B::kDepth / L;
-  S* u_shared = reinterpret_cast<S*>(shared_memory());            // (kStages, kTokens, kStride)
-  S* v_shared = u_shared + B::kStages * B::kTokens * B::kStride;  // (kStages, chunk, kStride)
-  const typename B::Sums sums = {reinterpret_cast<C*>(shared_memory() + B::stage_bytes(chunk))};
+  using Shape = Down<S, MI, NI, Tf32>;
+  using C = typename Shape::C;
+  using Tile = typename Shape::Tile;
+  constexpr int kWidth = kPerAccess<S>, kPieces = Shape::kDepth / kWidth;
+  S* u_shared = reinterpret_cast<S*>(shared_memory());  // (kStages, kTokens, kStride)
+  S* v_shared =
+      u_shared + Shape::kStages * Shape::kTokens * Shape::kStride;  // (kStages, chunk, kStride)
+  const typename Shape::Sums sums = {
+      reinterpret_cast<C*>(shared_memory() + Shape::stage_bytes(chunk))};
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
 
   const int64_t ranges = ceil_div(a.d, range);
   const int64_t k0 = blockIdx.x % ranges * range, k1 = min(a.d, k0 + range);
-  const int64_t t0 = blockIdx.x / ranges * B::kTokens;
+  const int64_t t0 = blockIdx.x / ranges * Shape::kTokens;
   const int columns = static_cast<int>(k1 - k0),
-            tokens = static_cast<int>(min(T - t0, int64_t{B::kTokens}));
+            tokens = static_cast<int>(min(T - t0, int64_t{Shape::kTokens}));
 
   // The stage loaded last: bases from i0 on; entries of j from `at` on, before `end`. The bounds of
   // j + 1 are fetched ahead.
@@ -74,9 +76,9 @@ __global__ void __launch_bounds__(256, 1)
   int at = 0, end = 0, next_low = a.before(0, k0), next_end = a.before(0, k1);
   // A thread copies the same piece of every row_step-th row.
   const int first_row = threadIdx.x / kPieces, row_step = blockDim.x / kPieces;
-  const int base = threadIdx.x % kPieces * L;
+  const int base = threadIdx.x % kPieces * kWidth;
   const auto load = [&](int buffer) -> Stage {
-    i0 += B::kDepth;
+    i0 += Shape::kDepth;
     if (i0 >= a.n) {
       i0 = 0, at += chunk;
       while (at >= end) {
@@ -93,16 +95,17 @@ __global__ void __launch_bounds__(256, 1)
     // Both operands are zero from n to the end of the k-step. Missing rows keep old data: they
     // reach no result.
     const int64_t left = a.n - i0;
-    const int depth = left < B::kDepth ? static_cast<int>((left + 15) / 16 * 16) : B::kDepth;
-    S* u_stage = u_shared + buffer * B::kTokens * B::kStride;
+    const int depth =
+        left < Shape::kDepth ? static_cast<int>((left + 15) / 16 * 16) : Shape::kDepth;
+    S* u_stage = u_shared + buffer * Shape::kTokens * Shape::kStride;
     if (base < depth) {
       const bool there = i0 + base < a.bases;
-      S* to = v_shared + (buffer * chunk + first_row) * B::kStride + base;
+      S* to = v_shared + (buffer * chunk + first_row) * Shape::kStride + base;
       const S* from = there ? values + (stage.entry + first_row) * a.bases + i0 + base : values;
       const int64_t step = there ? row_step * a.bases : 0;
       for (int row = first_row; row < stage.count; row += row_step) {
         cp_async16(to, from, there ? 16 : 0);
-        to += row_step * B::kStride, from += step;
+        to += row_step * Shape::kStride, from += step;
       }
     }
     const S* u = U + (t0 * a.r + j) * a.n + i0;
@@ -111,15 +114,15 @@ __global__ void __launch_bounds__(256, 1)
       const S* from = there ? u + first_row * a.r * a.n + base : U;
       const int64_t step = there ? row_step * a.r * a.n : 0;
       for (int row = first_row; row < tokens; row += row_step) {
-        cp_async16(u_stage + B::Sums::place_of_token(row) * B::kStride + base, from,
+        cp_async16(u_stage + Shape::Sums::place_of_token(row) * Shape::kStride + base, from,
                    there ? 16 : 0);
         from += step;
       }
     } else if (!u_aligned) {
-      for (int x = threadIdx.x; x < tokens * B::kDepth; x += blockDim.x) {
-        const int row = x / B::kDepth, i = x % B::kDepth;
+      for (int x = threadIdx.x; x < tokens * Shape::kDepth; x += blockDim.x) {
+        const int row = x / Shape::kDepth, i = x % Shape::kDepth;
         if (i < depth)
-          u_stage[B::Sums::place_of_token(row) * B::kStride + i] =
+          u_stage[Shape::Sums::place_of_token(row) * Shape::kStride + i] =
               i < left ? u[row * a.r * a.n + i] : S{};
       }
     }
@@ -128,12 +131,12 @@ __global__ void __launch_bounds__(256, 1)
   };
 
   Tile tile;
-  const int p0 = warp * B::kLines;  // the warp's first entry in a chunk
+  const int p0 = warp * Shape::kLines;  // the warp's first entry in a chunk
   const auto use = [&](const Stage& stage, int buffer) {
     if (p0 >= stage.count) return;
-    const int depth = static_cast<int>(min(a.n - stage.i0, int64_t{B::kDepth}));
-    const int64_t next = stage.i0 + B::kDepth;
-    const bool flushes = next >= a.n || next % B::kFlush == 0;
+    const int depth = static_cast<int>(min(a.n - stage.i0, int64_t{Shape::kDepth}));
+    const int64_t next = stage.i0 + Shape::kDepth;
+    const bool flushes = next >= a.n || next % Shape::kFlush == 0;
     int column[MI][2];
 #pragma unroll
     for (int m = 0; m < MI; ++m)
@@ -143,59 +146,62 @@ __global__ void __launch_bounds__(256, 1)
         column[m][h] =
             flushes && p < stage.count ? static_cast<int>(a.entry[stage.entry + p] / 2 - k0) : -1;
       }
-    const S* v = v_shared + (buffer * chunk + p0) * B::kStride;
-    const S* u = u_shared + buffer * B::kTokens * B::kStride;
-    if (depth == B::kDepth) {
+    const S* v = v_shared + (buffer * chunk + p0) * Shape::kStride;
+    const S* u = u_shared + buffer * Shape::kTokens * Shape::kStride;
+    if (depth == Shape::kDepth) {
 #pragma unroll
-      for (int i = 0; i < B::kDepth; i += Tile::kStep)
-        tile.template step<Order::by_line, Order::by_line>(v + i, B::kStride, u + i, B::kStride);
+      for (int i = 0; i < Shape::kDepth; i += Tile::kStep)
+        tile.template step<Order::by_line, Order::by_line>(v + i, Shape::kStride, u + i,
+                                                           Shape::kStride);
     } else {
 #pragma unroll 1
       for (int i = 0; i < depth; i += Tile::kStep)
-        tile.template step<Order::by_line, Order::by_line>(v + i, B::kStride, u + i, B::kStride);
+        tile.template step<Order::by_line, Order::by_line>(v + i, Shape::kStride, u + i,
+                                                           Shape::kStride);
     }
     if (!flushes) return;
     sums.add(tile, column);
     tile = {};
   };
 
-  for (int x = threadIdx.x; x < columns * B::kTokens; x += blockDim.x) sums.sums[x] = 0;
+  for (int x = threadIdx.x; x < columns * Shape::kTokens; x += blockDim.x) sums.sums[x] = 0;
   Stage now = load(0), next = load(1);
   for (int buffer = 0; now.count > 0;) {
-    cp_async_wait<B::kStages - 2>();
+    cp_async_wait<Shape::kStages - 2>();
     __syncthreads();
-    const Stage after = load(buffer == 0 ? B::kStages - 1 : buffer - 1);
+    const Stage after = load(buffer == 0 ? Shape::kStages - 1 : buffer - 1);
     use(now, buffer);
-    buffer = buffer == B::kStages - 1 ? 0 : buffer + 1;
+    buffer = buffer == Shape::kStages - 1 ? 0 : buffer + 1;
     now = next, next = after;
   }
   __syncthreads();
 
   if (out_aligned) {
-    // A warp stores L tokens x 32 / L packs, which lie in different banks of `sums`. It reads `out`
-    // for several packs before it stores the first, because no load may move above a store.
-    constexpr int kAcross = 32 / L, kAtOnce = 4;
-    const int lane = threadIdx.x % 32, across = (columns / L + kAcross - 1) / kAcross;
-    const int tiles = across * (B::kTokens / L);
+    // A warp stores kWidth tokens x 32 / kWidth packs, which lie in different banks of `sums`. It
+    // reads `out` for several packs before it stores the first, because no load may move above a
+    // store.
+    constexpr int kAcross = 32 / kWidth, kAtOnce = 4;
+    const int lane = threadIdx.x % 32, across = (columns / kWidth + kAcross - 1) / kAcross;
+    const int tiles = across * (Shape::kTokens / kWidth);
     for (int first = warp; first < tiles; first += kAtOnce * warps) {
       S* to[kAtOnce];
-      Pack<S, L> pack[kAtOnce];
+      Pack<S, kWidth> pack[kAtOnce];
       int column[kAtOnce], token[kAtOnce];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const int x = first + u * warps;
-        column[u] = (x % across * kAcross + lane % kAcross) * L;
-        token[u] = x / across * L + lane / kAcross;
+        column[u] = (x % across * kAcross + lane % kAcross) * kWidth;
+        token[u] = x / across * kWidth + lane / kAcross;
         const bool there = x < tiles && token[u] < tokens && column[u] < columns;
         to[u] = there ? out + (t0 + token[u]) * a.d + k0 + column[u] : nullptr;
         pack[u] = {};
-        if (there && accumulate) pack[u] = *reinterpret_cast<const Pack<S, L>*>(to[u]);
+        if (there && accumulate) pack[u] = *reinterpret_cast<const Pack<S, kWidth>*>(to[u]);
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         if (!to[u]) continue;
 #pragma unroll
-        for (int e = 0; e < L; ++e) {
+        for (int e = 0; e < kWidth; ++e) {
           const C sum = sums.at(column[u] + e, token[u]);
           pack[u].set(e, narrow<S>(accumulate ? widen(pack[u].get(e)) + sum : sum));
         }
@@ -219,11 +225,11 @@ struct TileSize {
   int64_t chunk, columns;
 };
 
-template <class B>
+template <class Shape>
 TileSize choose_tile(const Support& a, const Device& device, int warps) {
   for (int w = 1;; ++w) {
-    const int64_t chunk = w * B::kLines, room = device.shared_bytes - B::stage_bytes(chunk);
-    const int64_t columns = room / (B::kTokens * int64_t{sizeof(typename B::C)}) / 16 * 16;
+    const int64_t chunk = w * Shape::kLines, room = device.shared_bytes - Shape::stage_bytes(chunk);
+    const int64_t columns = room / (Shape::kTokens * int64_t{sizeof(typename Shape::C)}) / 16 * 16;
     const double entries = double(a.count) / double(a.r * a.d) * double(min(columns, a.d));
     if (w == warps || entries + 3 * std::sqrt(entries) <= double(chunk)) return {chunk, columns};
   }
@@ -238,18 +244,18 @@ void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
     using S = decltype(storage);
     constexpr bool kTf32 = decltype(tf32)::value;
     const auto start = [&](auto kernel, auto shape) {
-      using B = decltype(shape);
-      static_assert(B::shared(8 * B::kLines, 64) <= kLeastShared, "on every card");
+      using Shape = decltype(shape);
+      static_assert(Shape::shared(8 * Shape::kLines, 64) <= kLeastShared, "on every card");
       const int threads = min(256, device_.max_threads);
-      const TileSize tile = choose_tile<B>(a, device_, threads / 32);
+      const TileSize tile = choose_tile<Shape>(a, device_, threads / 32);
       // As wide as fits, but narrower (down to 64 columns) if SMs would be idle otherwise.
-      const int64_t token_tiles = ceil_div(T, B::kTokens);
+      const int64_t token_tiles = ceil_div(T, Shape::kTokens);
       const int64_t ranges =
           max(ceil_div(a.d, tile.columns),
               min(ceil_div(device_.multiprocessors, token_tiles), ceil_div(a.d, 64)));
       const int64_t range = ceil_div(ceil_div(a.d, ranges), 16) * 16;
       launch(device_, "a_down", kernel, token_tiles * ceil_div(a.d, range), threads,
-             B::shared(tile.chunk, range), a, values(true), U, T, range, tile.chunk,
+             Shape::shared(tile.chunk, range), a, values(true), U, T, range, tile.chunk,
              aligned_rows(a.n, kPerAccess<S>, U), out, accumulate,
              aligned_rows(a.d, kPerAccess<S>, out));
     };

@@ -22,11 +22,13 @@ namespace {
 
 template <class S, int MI, int NI, bool Tf32>
 struct Grad : BlockTile<S, MI, NI, Tf32> {
-  using B = BlockTile<S, MI, NI, Tf32>;
-  static constexpr int kUStride = B::kN + B::kPad;
-  static constexpr int kStage = B::kM * B::kLineStride + B::kDepth * kUStride;  // elements
-  static constexpr int64_t kStageBytes = B::kStages * kStage * int64_t{sizeof(S)};
-  static constexpr int64_t kShared = kStageBytes > B::kStoreBytes ? kStageBytes : B::kStoreBytes;
+  using Shape = BlockTile<S, MI, NI, Tf32>;
+  static constexpr int kUStride = Shape::kN + Shape::kPad;
+  static constexpr int kStage =
+      Shape::kM * Shape::kLineStride + Shape::kDepth * kUStride;  // elements
+  static constexpr int64_t kStageBytes = Shape::kStages * kStage * int64_t{sizeof(S)};
+  static constexpr int64_t kShared =
+      kStageBytes > Shape::kStoreBytes ? kStageBytes : Shape::kStoreBytes;
 };
 
 template <class S, int MI, int NI, bool Tf32>
@@ -34,68 +36,70 @@ __global__ void __launch_bounds__(128)
     grad_kernel(Support a, const S* __restrict__ panels, int width, const S* __restrict__ U,
                 int64_t T, int64_t split, bool aligned, bool accumulate,
                 ComputeOf<S>* __restrict__ P) {
-  using B = Grad<S, MI, NI, Tf32>;
-  using C = typename B::C;
-  using Tile = typename B::Tile;
-  constexpr int L = kPerAccess<S>, kZPieces = B::kDepth / L, kUPieces = B::kN / L;
-  constexpr int kRows = B::kM * kZPieces / B::kThreads;  // rows of z that a thread copies
+  using Shape = Grad<S, MI, NI, Tf32>;
+  using C = typename Shape::C;
+  using Tile = typename Shape::Tile;
+  constexpr int kWidth = kPerAccess<S>, kZPieces = Shape::kDepth / kWidth,
+                kUPieces = Shape::kN / kWidth;
+  constexpr int kRows = Shape::kM * kZPieces / Shape::kThreads;  // rows of z that a thread copies
   S* shared = reinterpret_cast<S*>(shared_memory());
 
-  const int64_t base_tiles = ceil_div(a.n, B::kN);
-  const int64_t i0 = blockIdx.x % base_tiles * B::kN, number = blockIdx.x / base_tiles;
-  const int64_t j = line_of_tile(a.offset, a.r, number, B::kM);
-  const int64_t p0 = (number - first_tile(a.offset, j, B::kM)) * B::kM, entries = a.size(j) - p0;
+  const int64_t base_tiles = ceil_div(a.n, Shape::kN);
+  const int64_t i0 = blockIdx.x % base_tiles * Shape::kN, number = blockIdx.x / base_tiles;
+  const int64_t j = line_of_tile(a.offset, a.r, number, Shape::kM);
+  const int64_t p0 = (number - first_tile(a.offset, j, Shape::kM)) * Shape::kM,
+                entries = a.size(j) - p0;
   if (entries <= 0) return;
   const int64_t e0 = a.first(j) + p0;
   const int64_t t0 = blockIdx.y * split, t1 = min(T, t0 + split);
-  const int steps = static_cast<int>(ceil_div(t1 - t0, B::kDepth));
+  const int steps = static_cast<int>(ceil_div(t1 - t0, Shape::kDepth));
 
   const S* row_of[kRows];  // null past the last entry
-  each_piece<B::kM, kZPieces, B::kThreads>([&](int row, int piece, int u) {
+  each_piece<Shape::kM, kZPieces, Shape::kThreads>([&](int row, int piece, int u) {
     row_of[u] =
-        row < entries ? panels + int64_t{a.entry[e0 + row] / 2} * width + piece * L : nullptr;
+        row < entries ? panels + int64_t{a.entry[e0 + row] / 2} * width + piece * kWidth : nullptr;
   });
   const auto load = [&](int step, int stage) {
-    S* z_stage = shared + stage * B::kStage;
-    S* u_stage = z_stage + B::kM * B::kLineStride;
-    const int64_t t = t0 + step * B::kDepth;
+    S* z_stage = shared + stage * Shape::kStage;
+    S* u_stage = z_stage + Shape::kM * Shape::kLineStride;
+    const int64_t t = t0 + step * Shape::kDepth;
     const int64_t panel = t / width * a.d * width + t % width;
-    each_piece<B::kM, kZPieces, B::kThreads>([&](int row, int piece, int u) {
-      cp_async16(z_stage + row * B::kLineStride + piece * L, row_of[u] ? row_of[u] + panel : panels,
-                 row_of[u] ? 16 : 0);
+    each_piece<Shape::kM, kZPieces, Shape::kThreads>([&](int row, int piece, int u) {
+      cp_async16(z_stage + row * Shape::kLineStride + piece * kWidth,
+                 row_of[u] ? row_of[u] + panel : panels, row_of[u] ? 16 : 0);
     });
     // Tokens past T are zero in the panels and must be zero here too: 0 * NaN is NaN.
     const S* from = U + t * a.r * a.n + j * a.n + i0;
     if (aligned) {
-      each_piece<B::kDepth, kUPieces, B::kThreads>([&](int row, int piece, int) {
-        const bool there = t + row < T && i0 + piece * L < a.n;
-        cp_async16(u_stage + row * B::kUStride + piece * L,
-                   there ? from + row * a.r * a.n + piece * L : U, there ? 16 : 0);
+      each_piece<Shape::kDepth, kUPieces, Shape::kThreads>([&](int row, int piece, int) {
+        const bool there = t + row < T && i0 + piece * kWidth < a.n;
+        cp_async16(u_stage + row * Shape::kUStride + piece * kWidth,
+                   there ? from + row * a.r * a.n + piece * kWidth : U, there ? 16 : 0);
       });
     } else {
-      for (int x = threadIdx.x; x < B::kDepth * B::kN; x += B::kThreads) {
-        const int row = x / B::kN, i = x % B::kN;
-        u_stage[row * B::kUStride + i] =
+      for (int x = threadIdx.x; x < Shape::kDepth * Shape::kN; x += Shape::kThreads) {
+        const int row = x / Shape::kN, i = x % Shape::kN;
+        u_stage[row * Shape::kUStride + i] =
             t + row < T && i0 + i < a.n ? from[row * a.r * a.n + i] : S{};
       }
     }
   };
 
   Tile tile;
-  const int wm = B::warp_m(), wn = B::warp_n();
+  const int wm = Shape::warp_m(), wn = Shape::warp_n();
   const bool works = wm < entries && i0 + wn < a.n;
-  pipeline<B::kStages>(steps, load, [&](int stage) {
-    const S* z_stage = shared + stage * B::kStage + wm * B::kLineStride;
-    const S* u_stage = shared + stage * B::kStage + B::kM * B::kLineStride + wn;
+  pipeline<Shape::kStages>(steps, load, [&](int stage) {
+    const S* z_stage = shared + stage * Shape::kStage + wm * Shape::kLineStride;
+    const S* u_stage = shared + stage * Shape::kStage + Shape::kM * Shape::kLineStride + wn;
     if (works)
 #pragma unroll
-      for (int k = 0; k < B::kDepth; k += Tile::kStep)
-        tile.template step<Order::by_line, Order::by_k>(z_stage + k, B::kLineStride,
-                                                        u_stage + k * B::kUStride, B::kUStride);
+      for (int k = 0; k < Shape::kDepth; k += Tile::kStep)
+        tile.template step<Order::by_line, Order::by_k>(
+            z_stage + k, Shape::kLineStride, u_stage + k * Shape::kUStride, Shape::kUStride);
   });
   __syncthreads();  // store_rows reuses the stages' memory
   if (works)
-    store_rows(tile, reinterpret_cast<C*>(shared) + threadIdx.x / 32 * 16 * B::kStoreStride,
+    store_rows(tile, reinterpret_cast<C*>(shared) + threadIdx.x / 32 * 16 * Shape::kStoreStride,
                P + (blockIdx.y * a.room() + e0 + wm) * a.bases + i0 + wn, a.bases, entries - wm,
                a.bases - i0 - wn, true, accumulate);
 }
@@ -192,8 +196,8 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
     using S = decltype(storage);
     using C = ComputeOf<S>;
     const auto start = [&](auto kernel, auto shape) {
-      using B = decltype(shape);
-      const int64_t tiles = most_tiles(a.count, a.r, B::kM) * ceil_div(a.n, B::kN);
+      using Shape = decltype(shape);
+      const int64_t tiles = most_tiles(a.count, a.r, Shape::kM) * ceil_div(a.n, Shape::kN);
       // Enough splits for two blocks per SM, but of at least 256 tokens: a shorter split would not
       // pay for its P. Each part of the tokens adds to the P of earlier parts, split by split.
       const int64_t tokens = max(part_, int64_t{1});
@@ -211,9 +215,9 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
       for (int64_t t = 0; t < T_; t += part_) {
         const Panels& z = panels(t);
         const int64_t T = min(part_, T_ - t);
-        launch(device_, "a_grad", kernel, {tiles, ceil_div(T, split)}, B::kThreads, B::kShared, a,
-               z.data, z.width, static_cast<const S*>(U) + t * a.r * a.n, T, split,
-               aligned_rows(a.n, kPerAccess<S>, U), t > 0, partial_);
+        launch(device_, "a_grad", kernel, {tiles, ceil_div(T, split)}, Shape::kThreads,
+               Shape::kShared, a, z.data, z.width, static_cast<const S*>(U) + t * a.r * a.n, T,
+               split, aligned_rows(a.n, kPerAccess<S>, U), t > 0, partial_);
       }
     };
     constexpr bool kTf32 = decltype(tf32)::value;

@@ -148,7 +148,7 @@ __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile
                                            int64_t rows, int64_t cols, bool aligned,
                                            bool accumulate) {
   using Tile = WarpTile<S, MI, NI, Tf32>;
-  constexpr int kCols = 8 * NI, kStride = kCols + 8, L = kPerAccess<Out>;
+  constexpr int kCols = 8 * NI, kStride = kCols + 8, kWidth = kPerAccess<Out>;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int m = 0; m < MI; ++m) {
@@ -159,14 +159,14 @@ __device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile
         shared[Tile::row(0, e) * kStride + Tile::col(n, e)] = tile.acc[m][n][e];
     __syncwarp();
     if (aligned) {
-      for (int x = lane; x < 16 * (kCols / L); x += 32) {
-        const int row = x / (kCols / L), col = x % (kCols / L) * L;
+      for (int x = lane; x < 16 * (kCols / kWidth); x += 32) {
+        const int row = x / (kCols / kWidth), col = x % (kCols / kWidth) * kWidth;
         if (m * 16 + row >= rows || col >= cols) continue;
         Out* at = to + (m * 16 + row) * stride + col;
-        Pack<Out, L> pack = {};
-        if (accumulate) pack = *reinterpret_cast<const Pack<Out, L>*>(at);
+        Pack<Out, kWidth> pack = {};
+        if (accumulate) pack = *reinterpret_cast<const Pack<Out, kWidth>*>(at);
 #pragma unroll
-        for (int e = 0; e < L; ++e) {
+        for (int e = 0; e < kWidth; ++e) {
           const auto sum = shared[row * kStride + col + e];
           pack.set(e, narrow<Out>(accumulate ? widen(pack.get(e)) + sum : sum));
         }

@@ -16,11 +16,12 @@ namespace {
 
 template <class S, int MI, int NI, bool Tf32>
 struct Up : BlockTile<S, MI, NI, Tf32> {
-  using B = BlockTile<S, MI, NI, Tf32>;
-  static constexpr int kZStride = B::kM + B::kPad, kVStride = B::kN + B::kPad;
-  static constexpr int kStage = B::kDepth * (kZStride + kVStride);  // elements
-  static constexpr int64_t kStageBytes = B::kStages * kStage * int64_t{sizeof(S)};
-  static constexpr int64_t kShared = kStageBytes > B::kStoreBytes ? kStageBytes : B::kStoreBytes;
+  using Shape = BlockTile<S, MI, NI, Tf32>;
+  static constexpr int kZStride = Shape::kM + Shape::kPad, kValueStride = Shape::kN + Shape::kPad;
+  static constexpr int kStage = Shape::kDepth * (kZStride + kValueStride);  // elements
+  static constexpr int64_t kStageBytes = Shape::kStages * kStage * int64_t{sizeof(S)};
+  static constexpr int64_t kShared =
+      kStageBytes > Shape::kStoreBytes ? kStageBytes : Shape::kStoreBytes;
 };
 
 template <class S, int MI, int NI, bool Tf32>
@@ -28,23 +29,25 @@ __global__ void __launch_bounds__(128)
     up_kernel(Support a, const S* __restrict__ values, const S* __restrict__ panels, int width,
               int64_t T, const ComputeOf<S>* __restrict__ lam, ComputeOf<S> scale,
               S* __restrict__ V, bool aligned) {
-  using B = Up<S, MI, NI, Tf32>;
-  using C = typename B::C;
-  using Tile = typename B::Tile;
-  constexpr int L = kPerAccess<S>, kZPieces = B::kM / L, kVPieces = B::kN / L;
-  constexpr int kCopies = B::kDepth * kZPieces / B::kThreads;
+  using Shape = Up<S, MI, NI, Tf32>;
+  using C = typename Shape::C;
+  using Tile = typename Shape::Tile;
+  constexpr int kWidth = kPerAccess<S>, kZPieces = Shape::kM / kWidth,
+                kValuePieces = Shape::kN / kWidth;
+  constexpr int kCopies = Shape::kDepth * kZPieces / Shape::kThreads;
   S* shared = reinterpret_cast<S*>(shared_memory());
 
-  const int64_t base_tiles = ceil_div(a.n, B::kN);
+  const int64_t base_tiles = ceil_div(a.n, Shape::kN);
   int64_t block = blockIdx.x;
-  const int64_t i0 = block % base_tiles * B::kN;
+  const int64_t i0 = block % base_tiles * Shape::kN;
   block /= base_tiles;
-  const int64_t j = block % a.r, t0 = block / a.r * B::kM;
+  const int64_t j = block % a.r, t0 = block / a.r * Shape::kM;
   const int64_t first = a.first(j);
-  const int steps = static_cast<int>(ceil_div(a.size(j), B::kDepth));
+  const int steps = static_cast<int>(ceil_div(a.size(j), Shape::kDepth));
 
   // A thread always copies the same tokens of z and the same bases of the values.
-  const int64_t t = t0 + threadIdx.x % kZPieces * L, i = i0 + threadIdx.x % kVPieces * L;
+  const int64_t t = t0 + threadIdx.x % kZPieces * kWidth,
+                i = i0 + threadIdx.x % kValuePieces * kWidth;
   const bool has_tokens = t < T, has_bases = i < a.bases;
   const S* z = panels + (t / width * a.d * width + t % width);
   const int32_t* entry = a.entry + first;
@@ -52,37 +55,39 @@ __global__ void __launch_bounds__(128)
 
   int32_t code[kCopies];  // for the next load, fetched one step ahead
   const auto fetch = [&](int step) {
-    each_piece<B::kDepth, kZPieces, B::kThreads>(
-        [&](int row, int, int u) { code[u] = step < steps ? entry[step * B::kDepth + row] : -1; });
+    each_piece<Shape::kDepth, kZPieces, Shape::kThreads>([&](int row, int, int u) {
+      code[u] = step < steps ? entry[step * Shape::kDepth + row] : -1;
+    });
   };
   const auto load = [&](int step, int stage) {
-    S* z_stage = shared + stage * B::kStage;
-    S* v_stage = z_stage + B::kDepth * B::kZStride;
-    each_piece<B::kDepth, kZPieces, B::kThreads>([&](int row, int piece, int u) {
+    S* z_stage = shared + stage * Shape::kStage;
+    S* v_stage = z_stage + Shape::kDepth * Shape::kZStride;
+    each_piece<Shape::kDepth, kZPieces, Shape::kThreads>([&](int row, int piece, int u) {
       const bool there = has_tokens && code[u] >= 0;
-      cp_async16(z_stage + row * B::kZStride + piece * L,
+      cp_async16(z_stage + row * Shape::kZStride + piece * kWidth,
                  there ? z + int64_t{code[u] / 2} * width : panels, there ? 16 : 0);
     });
-    each_piece<B::kDepth, kVPieces, B::kThreads>([&](int row, int piece, int) {
-      cp_async16(v_stage + row * B::kVStride + piece * L,
-                 has_bases ? value + (step * B::kDepth + row) * a.bases : values,
+    each_piece<Shape::kDepth, kValuePieces, Shape::kThreads>([&](int row, int piece, int) {
+      cp_async16(v_stage + row * Shape::kValueStride + piece * kWidth,
+                 has_bases ? value + (step * Shape::kDepth + row) * a.bases : values,
                  has_bases ? 16 : 0);
     });
     fetch(step + 1);
   };
 
   Tile tile;
-  const int wm = B::warp_m(), wn = B::warp_n();
+  const int wm = Shape::warp_m(), wn = Shape::warp_n();
   const bool works = i0 + wn < a.n;
   fetch(0);
-  pipeline<B::kStages>(steps, load, [&](int stage) {
-    const S* z_stage = shared + stage * B::kStage + wm;
-    const S* v_stage = shared + stage * B::kStage + B::kDepth * B::kZStride + wn;
+  pipeline<Shape::kStages>(steps, load, [&](int stage) {
+    const S* z_stage = shared + stage * Shape::kStage + wm;
+    const S* v_stage = shared + stage * Shape::kStage + Shape::kDepth * Shape::kZStride + wn;
     if (works)
 #pragma unroll
-      for (int k = 0; k < B::kDepth; k += Tile::kStep)
-        tile.template step<Order::by_k, Order::by_k>(z_stage + k * B::kZStride, B::kZStride,
-                                                     v_stage + k * B::kVStride, B::kVStride);
+      for (int k = 0; k < Shape::kDepth; k += Tile::kStep)
+        tile.template step<Order::by_k, Order::by_k>(z_stage + k * Shape::kZStride, Shape::kZStride,
+                                                     v_stage + k * Shape::kValueStride,
+                                                     Shape::kValueStride);
   });
 
 #pragma unroll
@@ -97,7 +102,7 @@ __global__ void __launch_bounds__(128)
     }
   __syncthreads();  // store_rows reuses the stages' memory
   if (works)
-    store_rows(tile, reinterpret_cast<C*>(shared) + threadIdx.x / 32 * 16 * B::kStoreStride,
+    store_rows(tile, reinterpret_cast<C*>(shared) + threadIdx.x / 32 * 16 * Shape::kStoreStride,
                V + (t0 + wm) * a.r * a.n + j * a.n + i0 + wn, a.r * a.n, T - t0 - wm, a.n - i0 - wn,
                aligned, false);
 }
@@ -110,14 +115,14 @@ void ASideCall::up(void* V) {
   with_engine(p_.dtype, device_.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);
     const auto start = [&](auto kernel, auto shape) {
-      using B = decltype(shape);
+      using Shape = decltype(shape);
       for (int64_t t = 0; t < T_; t += part_) {
         const int64_t T = min(part_, T_ - t);
         const Panels& z = panels(t);
         S* to = static_cast<S*>(V) + t * a.r * a.n;
-        const int64_t blocks = ceil_div(T, B::kM) * a.r * ceil_div(a.n, B::kN);
-        launch(device_, "a_up", kernel, blocks, B::kThreads, B::kShared, a, values(false), z.data,
-               z.width, T, p_.lam, p_.scale, to, aligned_rows(a.n, kPerAccess<S>, to));
+        const int64_t blocks = ceil_div(T, Shape::kM) * a.r * ceil_div(a.n, Shape::kN);
+        launch(device_, "a_up", kernel, blocks, Shape::kThreads, Shape::kShared, a, values(false),
+               z.data, z.width, T, p_.lam, p_.scale, to, aligned_rows(a.n, kPerAccess<S>, to));
       }
     };
     constexpr bool kTf32 = decltype(tf32)::value;

@@ -25,19 +25,21 @@ namespace randlora::cuda {
 namespace {
 
 // Lines of a warp between two barriers. One token makes few blocks, so each should be short.
-constexpr int lines_of_warp(int TT) { return TT == 1 ? 1 : 4; }
+constexpr int lines_of_warp(int tokens) { return tokens == 1 ? 1 : 4; }
 
-// A tile of TT tokens: a lane has kTokens of them, kAcross lanes have all.
-template <class S, int TT>
+// A tile of `Tokens`: a lane has kLaneTokens of them, kAcross lanes have all.
+template <class S, int Tokens>
 struct TokenTile {
-  static constexpr int kLines = lines_of_warp(TT);
-  static constexpr int kTokens = TT == 1 ? 1 : kPerAccess<S>, kAcross = TT / kTokens;
+  static constexpr int kLines = lines_of_warp(Tokens);
+  static constexpr int kLaneTokens = Tokens == 1 ? 1 : kPerAccess<S>,
+                       kAcross = Tokens / kLaneTokens;
   static constexpr int kEntries = 32 / kAcross;        // per step of the warp
   static constexpr int kAhead = kAcross == 2 ? 6 : 3;  // steps whose positions are fetched ahead
-  static constexpr int kOut = TT * kLines < 32 ? 1 : TT * kLines / 32;  // results a thread stores
+  static constexpr int kOut =
+      Tokens * kLines < 32 ? 1 : Tokens * kLines / 32;  // results a thread stores
 };
 
-struct Shape {
+struct Sizes {
   int64_t lines, features, T, range;  // range: lines per block, a multiple of its warps' lines
 };
 
@@ -50,50 +52,51 @@ constexpr int kResident = 4;
 #endif
 
 // Source: the operand (T, features) if it is staged or has one token, else token panels of width
-// TT.
-template <class S, class Index, int TT, bool Staged>
+// Tokens.
+template <class S, class Index, int Tokens, bool Staged>
 __global__ void __launch_bounds__(256, kResident)
-    sum_lists(Lists<Index> lists, Shape shape, const S* __restrict__ source, S* __restrict__ out,
+    sum_lists(Lists<Index> lists, Sizes sizes, const S* __restrict__ source, S* __restrict__ out,
               bool accumulate) {
-  using G = TokenTile<S, TT>;
+  using Tile = TokenTile<S, Tokens>;
   using C = ComputeOf<S>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  constexpr int kLines = G::kLines;
+  constexpr int kLines = Tile::kLines;
   const int chunk = kLines * warps, stride = chunk + 1;
-  S* staged = reinterpret_cast<S*>(shared_memory());  // (features, TT)
+  S* staged = reinterpret_cast<S*>(shared_memory());  // (features, Tokens)
   C* results =
-      reinterpret_cast<C*>(shared_memory() + (Staged ? shape.features * TT * sizeof(S) : 0));
-  // (2, TT, stride)
-  const int64_t ranges = ceil_div(shape.lines, shape.range);
-  const int64_t first = blockIdx.x % ranges * shape.range, tile = blockIdx.x / ranges;
-  const int64_t last = min(shape.lines, first + shape.range), t0 = tile * TT;
-  const S* rows = Staged ? staged : source + tile * shape.features * TT;
+      reinterpret_cast<C*>(shared_memory() + (Staged ? sizes.features * Tokens * sizeof(S) : 0));
+  // (2, Tokens, stride)
+  const int64_t ranges = ceil_div(sizes.lines, sizes.range);
+  const int64_t first = blockIdx.x % ranges * sizes.range, tile = blockIdx.x / ranges;
+  const int64_t last = min(sizes.lines, first + sizes.range), t0 = tile * Tokens;
+  const S* rows = Staged ? staged : source + tile * sizes.features * Tokens;
 
   if constexpr (Staged) {
     // Tokens past T repeat the last one and are not stored: unconditional loads overlap.
-    for (int64_t f = threadIdx.x; f < shape.features; f += blockDim.x) {
-      S value[TT];
+    for (int64_t f = threadIdx.x; f < sizes.features; f += blockDim.x) {
+      S value[Tokens];
 #pragma unroll
-      for (int t = 0; t < TT; ++t) value[t] = source[min(t0 + t, shape.T - 1) * shape.features + f];
-      Pack<S, TT> row = {};
+      for (int t = 0; t < Tokens; ++t)
+        value[t] = source[min(t0 + t, sizes.T - 1) * sizes.features + f];
+      Pack<S, Tokens> row = {};
 #pragma unroll
-      for (int t = 0; t < TT; ++t) row.set(t, value[t]);
-      reinterpret_cast<Pack<S, TT>*>(staged)[f] = row;
+      for (int t = 0; t < Tokens; ++t) row.set(t, value[t]);
+      reinterpret_cast<Pack<S, Tokens>*>(staged)[f] = row;
     }
     __syncthreads();
   }
 
-  const int slot = lane / G::kAcross;
-  rows += lane % G::kAcross * G::kTokens;
-  C sum[G::kTokens] = {};
+  const int slot = lane / Tile::kAcross;
+  rows += lane % Tile::kAcross * Tile::kLaneTokens;
+  C sum[Tile::kLaneTokens] = {};
   const auto add = [&](Index position, C sign) {
-    if constexpr (TT == 1) {
+    if constexpr (Tokens == 1) {
       sum[0] += sign * widen(rows[position]);
     } else {
-      using Tokens = Pack<S, G::kTokens>;
-      const Tokens tokens = *reinterpret_cast<const Tokens*>(rows + int64_t{position} * TT);
+      using Run = Pack<S, Tile::kLaneTokens>;
+      const Run tokens = *reinterpret_cast<const Run*>(rows + int64_t{position} * Tokens);
 #pragma unroll
-      for (int t = 0; t < G::kTokens; ++t) sum[t] += sign * widen(tokens.get(t));
+      for (int t = 0; t < Tile::kLaneTokens; ++t) sum[t] += sign * widen(tokens.get(t));
     }
   };
 
@@ -103,11 +106,11 @@ __global__ void __launch_bounds__(256, kResident)
     return lists.offset[min(2 * (first + c * chunk + warp * kLines) + lane, 2 * last)];
   };
   const auto of_lane = [&](auto x, int l) { return __shfl_sync(kWarp, x, l); };
-  Index ahead[G::kAhead];
+  Index ahead[Tile::kAhead];
   const auto fetch = [&](const Index* line, int count) {
 #pragma unroll
-    for (int s = 0; s < G::kAhead; ++s)
-      ahead[s] = s * G::kEntries < count - slot ? line[s * G::kEntries + slot] : Index(0);
+    for (int s = 0; s < Tile::kAhead; ++s)
+      ahead[s] = s * Tile::kEntries < count - slot ? line[s * Tile::kEntries + slot] : Index(0);
   };
 
   int64_t origin = of_lane(offsets(0), 0);  // of the warp's first line; `offset` counts from it
@@ -115,15 +118,15 @@ __global__ void __launch_bounds__(256, kResident)
   fetch(lists.index + origin, of_lane(offset, 2));
   const int64_t chunks = ceil_div(last - first, chunk);
   for (int64_t c = 0; c < chunks; ++c) {
-    C* result = results + c % 2 * TT * stride;
+    C* result = results + c % 2 * Tokens * stride;
     const int64_t q0 = first + c * chunk;
-    S old[G::kOut] = {};
+    S old[Tile::kOut] = {};
     const auto each_result = [&](const auto& fn) {
 #pragma unroll
-      for (int u = 0; u < G::kOut; ++u) {
+      for (int u = 0; u < Tile::kOut; ++u) {
         const int x = threadIdx.x + u * blockDim.x, t = x / chunk, q = x % chunk;
-        if (t < TT && t0 + t < shape.T && q0 + q < last)
-          fn(u, result + t * stride + q, out + (t0 + t) * shape.lines + q0 + q);
+        if (t < Tokens && t0 + t < sizes.T && q0 + q < last)
+          fn(u, result + t * stride + q, out + (t0 + t) * sizes.lines + q0 + q);
       }
     };
     if (accumulate) each_result([&](int u, C*, S* to) { old[u] = *to; });
@@ -135,28 +138,28 @@ __global__ void __launch_bounds__(256, kResident)
       const int begin = of_lane(offset, 2 * q), end = of_lane(offset, 2 * q + 2);
       const int plus = of_lane(offset, 2 * q + 1) - begin, count = end - begin;
       const Index* line = lists.index + origin + begin;
-      Index position[G::kAhead];
+      Index position[Tile::kAhead];
 #pragma unroll
-      for (int s = 0; s < G::kAhead; ++s) position[s] = ahead[s];
+      for (int s = 0; s < Tile::kAhead; ++s) position[s] = ahead[s];
       if (q + 1 < kLines)
         fetch(line + count, of_lane(offset, 2 * q + 4) - end);
       else
         fetch(lists.index + next_origin, of_lane(next_offset, 2));
 
 #pragma unroll
-      for (int t = 0; t < G::kTokens; ++t) sum[t] = 0;
+      for (int t = 0; t < Tile::kLaneTokens; ++t) sum[t] = 0;
       int p = slot;
 #pragma unroll
-      for (int s = 0; s < G::kAhead; ++s, p += G::kEntries)
+      for (int s = 0; s < Tile::kAhead; ++s, p += Tile::kEntries)
         if (p < count) add(position[s], p < plus ? C(1) : C(-1));
 #pragma unroll 4
-      for (; p < count; p += G::kEntries) add(line[p], p < plus ? C(1) : C(-1));
+      for (; p < count; p += Tile::kEntries) add(line[p], p < plus ? C(1) : C(-1));
 
-      constexpr int kHolders = 32 / G::kTokens;
-      const C total = warp_sums<G::kTokens, G::kAcross>(sum);
-      if (lane % kHolders < G::kAcross)
-        result[(lane % kHolders * G::kTokens + lane / kHolders) * stride + warp * kLines + q] =
-            total;
+      constexpr int kHolders = 32 / Tile::kLaneTokens;
+      const C total = warp_sums<Tile::kLaneTokens, Tile::kAcross>(sum);
+      if (lane % kHolders < Tile::kAcross)
+        result[(lane % kHolders * Tile::kLaneTokens + lane / kHolders) * stride + warp * kLines +
+               q] = total;
     }
     __syncthreads();
     each_result([&](int u, C* from, S* to) {
@@ -176,37 +179,43 @@ void b_lists(const BSide& p, Device& device) {
   with_dtype(p.dtype, [&](auto storage) {
     using S = decltype(storage);
     using C = ComputeOf<S>;
-    constexpr int L = kPerAccess<S>;
-    const auto chunk_of = [&](int TT) { return lines_of_warp(TT) * threads / 32; };
-    const auto results = [&](int TT) { return 2 * TT * (chunk_of(TT) + 1) * int64_t{sizeof(C)}; };
-    const auto staged = [&](int TT) { return features * TT * int64_t{sizeof(S)}; };
-    const auto fits = [&](int TT) { return staged(TT) + results(TT) <= device.shared_bytes; };
+    constexpr int kWidth = kPerAccess<S>;
+    const auto chunk_of = [&](int tokens) { return lines_of_warp(tokens) * threads / 32; };
+    const auto results = [&](int tokens) {
+      return 2 * tokens * (chunk_of(tokens) + 1) * int64_t{sizeof(C)};
+    };
+    const auto staged = [&](int tokens) { return features * tokens * int64_t{sizeof(S)}; };
+    const auto fits = [&](int tokens) {
+      return staged(tokens) + results(tokens) <= device.shared_bytes;
+    };
 
-    const auto start = [&](auto kernel, const auto& lists, int TT, bool stages, int blocks_an_sm) {
-      const int64_t tiles = ceil_div(T, TT), chunk = chunk_of(TT);
+    const auto start = [&](auto kernel, const auto& lists, int tokens, bool stages,
+                           int blocks_an_sm) {
+      const int64_t tiles = ceil_div(T, tokens), chunk = chunk_of(tokens);
       const int64_t ranges =
           min(ceil_div(lines, chunk), ceil_div(blocks_an_sm * device.multiprocessors, tiles));
-      Shape shape;
-      shape.lines = lines;
-      shape.features = features;
-      shape.T = T;
-      shape.range = ceil_div(ceil_div(lines, ranges), chunk) * chunk;
+      Sizes sizes;
+      sizes.lines = lines;
+      sizes.features = features;
+      sizes.T = T;
+      sizes.range = ceil_div(ceil_div(lines, ranges), chunk) * chunk;
       const void* source = p.from;
-      if (TT > 1 && !stages) {
-        const Panels panels = make_panels(T, features, TT, p.dtype, device);
+      if (tokens > 1 && !stages) {
+        const Panels panels = make_panels(T, features, tokens, p.dtype, device);
         fill_panels(p.from, T, panels, p.dtype, device);
         source = panels.data;
       }
-      launch(device, "b_lists", kernel, tiles * ceil_div(lines, shape.range), threads,
-             (stages ? staged(TT) : 0) + results(TT), lists, shape, source, p.to, p.accumulate);
+      launch(device, "b_lists", kernel, tiles * ceil_div(lines, sizes.range), threads,
+             (stages ? staged(tokens) : 0) + results(tokens), lists, sizes, source, p.to,
+             p.accumulate);
     };
     (p.up ? b.b_rows : b.b_cols).typed([&](auto lists) {
       using Index = typename decltype(lists)::Index;
       if (T == 1) return start(sum_lists<S, Index, 1, false>, lists, 1, false, 4);
-      if (T > L && fits(2 * L))
-        return start(sum_lists<S, Index, 2 * L, true>, lists, 2 * L, true, 1);
-      if (fits(L)) return start(sum_lists<S, Index, L, true>, lists, L, true, 2);
-      start(sum_lists<S, Index, 2 * L, false>, lists, 2 * L, false, 4);
+      if (T > kWidth && fits(2 * kWidth))
+        return start(sum_lists<S, Index, 2 * kWidth, true>, lists, 2 * kWidth, true, 1);
+      if (fits(kWidth)) return start(sum_lists<S, Index, kWidth, true>, lists, kWidth, true, 2);
+      start(sum_lists<S, Index, 2 * kWidth, false>, lists, 2 * kWidth, false, 4);
     });
   });
 }

@@ -3,7 +3,7 @@
 //   up     y (T, D) = V (T, K) B^T [+ y]      lines are rows of B
 //   down   U (T, K) = x (T, D) B              lines are columns of B
 //
-// A block computes 128 lines of N tokens (ternary_tile.h), N = 16 for few tokens. While it
+// A block computes 128 lines of some tokens (ternary_tile.h), 16 if they are few. While it
 // multiplies one step, cp.async brings the next step's tokens; the next step's plane words come
 // through registers and become codes in the other half of shared memory. If there are fewer tiles
 // than the card has room for, blocks share the contraction of a tile, and a second kernel adds
@@ -82,16 +82,16 @@ struct Product {
 
 // Steps of kSlots of the contraction that a thread block loads at a time: more if the tokens are
 // few, to keep enough bytes in flight.
-template <class S, int N>
-constexpr int kTiles = N == 16 ? 8 / int(sizeof(S)) : 1;
+template <class S, int Tokens>
+constexpr int kTiles = Tokens == 16 ? 8 / int(sizeof(S)) : 1;
 
-template <class S, int N>
+template <class S, int Tokens>
 struct SharedMemory {
-  static constexpr int kStride = TernaryTile<S, N>::stride(kTiles<S, N> * kSlots);
-  static constexpr int kCodes = kTiles<S, N> * kCodeWords, kTokens = N * kStride;
+  static constexpr int kStride = TernaryTile<S, Tokens>::stride(kTiles<S, Tokens> * kSlots);
+  static constexpr int kCodes = kTiles<S, Tokens> * kCodeWords, kTokens = Tokens * kStride;
   static int64_t bytes() {
     const int64_t loop = 2 * (kCodes * int64_t(sizeof(uint32_t)) + kTokens * int64_t(sizeof(S)));
-    return std::max(loop, store_bytes<TernaryTile<S, N>>());
+    return std::max(loop, store_bytes<TernaryTile<S, Tokens>>());
   }
   static __device__ __forceinline__ uint32_t* codes(int64_t half) {
     return reinterpret_cast<uint32_t*>(shared_memory()) + half * kCodes;
@@ -101,24 +101,24 @@ struct SharedMemory {
   }
 };
 
-template <class S, bool Tf32, bool Up, int N>
+template <class S, bool Tf32, bool Up, int Tokens>
 __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p) {
-  using Shared = SharedMemory<S, N>;
-  constexpr int kStep = kTiles<S, N> * kSlots;
+  using Shared = SharedMemory<S, Tokens>;
+  constexpr int kStep = kTiles<S, Tokens> * kSlots;
   const int64_t tile_index = blockIdx.x % (p.line_blocks * p.token_blocks);
   const int64_t split = blockIdx.x / (p.line_blocks * p.token_blocks);
   const int64_t line0 = tile_index % p.line_blocks * kLines;
-  const int64_t token0 = tile_index / p.line_blocks * N;
+  const int64_t token0 = tile_index / p.line_blocks * Tokens;
   const int64_t first = split * p.slots, last = min(first + p.slots, p.depth);
 
-  PlaneWords<Up, kTiles<S, N>> words;
+  PlaneWords<Up, kTiles<S, Tokens>> words;
   const auto load = [&](int64_t slot, int64_t half) {
     words.load(p.b, p.D, line0, slot);
-    load_operand<N, kStep>(Shared::tokens(half), Shared::kStride, p.tokens, p.T, p.depth, token0,
-                           slot, p.aligned);
+    load_operand<Tokens, kStep>(Shared::tokens(half), Shared::kStride, p.tokens, p.T, p.depth,
+                                token0, slot, p.aligned);
     cp_async_commit();
   };
-  TernaryTile<S, N, Tf32> tile;
+  TernaryTile<S, Tokens, Tf32> tile;
   load(first, 0);
   words.store(Shared::codes(0));
 #pragma unroll 1
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
     const bool more = slot + kStep < last;
     if (more) load(slot + kStep, half ^ 1);
 #pragma unroll
-    for (int i = 0; i < kTiles<S, N>; ++i)
+    for (int i = 0; i < kTiles<S, Tokens>; ++i)
       tile.step(Shared::codes(half) + i * kCodeWords, Shared::tokens(half) + i * kSlots,
                 Shared::kStride);
     if (more) words.store(Shared::codes(half ^ 1));
@@ -147,20 +147,20 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
   }
 }
 
-template <class S, bool Tf32, int N>
+template <class S, bool Tf32, int Tokens>
 void run(Product<S>& p, bool up, Device& device) {
   using C = ComputeOf<S>;
-  constexpr int64_t kStep = kTiles<S, N> * kSlots;
-  p.line_blocks = ceil_div(p.lines, kLines), p.token_blocks = ceil_div(p.T, N);
+  constexpr int64_t kStep = kTiles<S, Tokens> * kSlots;
+  p.line_blocks = ceil_div(p.lines, kLines), p.token_blocks = ceil_div(p.T, Tokens);
   const int64_t tiles = p.line_blocks * p.token_blocks, steps = ceil_div(p.depth, kStep);
   // Two blocks per multiprocessor if memory bounds the time (few tokens), one if arithmetic does.
-  const int64_t wanted = (N == 16 ? 2 : 1) * device.multiprocessors / tiles;
+  const int64_t wanted = (Tokens == 16 ? 2 : 1) * device.multiprocessors / tiles;
   p.slots = ceil_div(steps, std::max<int64_t>(1, std::min(wanted, steps))) * kStep;
   p.splits = ceil_div(p.depth, p.slots);
   p.partial = p.splits > 1 ? scratch<C>(device, p.splits * p.T * p.lines) : nullptr;
   launch(device, up ? "b_up_planes" : "b_down_planes",
-         up ? b_planes_kernel<S, Tf32, true, N> : b_planes_kernel<S, Tf32, false, N>,
-         tiles * p.splits, kTileThreads, SharedMemory<S, N>::bytes(), p);
+         up ? b_planes_kernel<S, Tf32, true, Tokens> : b_planes_kernel<S, Tf32, false, Tokens>,
+         tiles * p.splits, kTileThreads, SharedMemory<S, Tokens>::bytes(), p);
   if (p.partial) sum_parts(p.partial, p.splits, p.T * p.lines, p.out.store, device);
 }
 
@@ -169,8 +169,8 @@ void run(Product<S>& p, bool up, Device& device) {
 void b_planes(const BSide& side, Device& device) {
   if (side.T == 0) return;
   const Basis& b = side.basis;
-  with_engine(side.dtype, device.tf32, [&](auto s, auto tf32) {
-    using S = decltype(s);
+  with_engine(side.dtype, device.tf32, [&](auto storage, auto tf32) {
+    using S = decltype(storage);
     Product<S> p{};
     p.b = b.b_planes;
     p.D = b.D;

@@ -21,20 +21,20 @@ constexpr int kStride = kFeatures + (sizeof(S) == 2 ? 2 : 1);
 template <class S>
 __global__ void fill(const S* __restrict__ z, int64_t T, int64_t features, int width, bool aligned,
                      S* __restrict__ data) {
-  constexpr int L = kPerAccess<S>;
+  constexpr int kWidth = kPerAccess<S>;
   S* tile = reinterpret_cast<S*>(shared_memory());  // (width, kStride)
   const int64_t tiles = ceil_div(features, kFeatures);
   const int64_t panel = blockIdx.x / tiles, f0 = blockIdx.x % tiles * kFeatures;
   const int64_t t0 = panel * width;
 
-  if (aligned) {  // features is a multiple of L
-    for (int x = threadIdx.x; x < width * (kFeatures / L); x += blockDim.x) {
-      const int t = x / (kFeatures / L), f = x % (kFeatures / L) * L;
-      Pack<S, L> pack = {};
+  if (aligned) {  // features is a multiple of kWidth
+    for (int x = threadIdx.x; x < width * (kFeatures / kWidth); x += blockDim.x) {
+      const int t = x / (kFeatures / kWidth), f = x % (kFeatures / kWidth) * kWidth;
+      Pack<S, kWidth> pack = {};
       if (t0 + t < T && f0 + f < features)
-        pack = *reinterpret_cast<const Pack<S, L>*>(z + (t0 + t) * features + f0 + f);
+        pack = *reinterpret_cast<const Pack<S, kWidth>*>(z + (t0 + t) * features + f0 + f);
 #pragma unroll
-      for (int e = 0; e < L; ++e) tile[t * kStride<S> + f + e] = pack.get(e);
+      for (int e = 0; e < kWidth; ++e) tile[t * kStride<S> + f + e] = pack.get(e);
     }
   } else {
     for (int x = threadIdx.x; x < width * kFeatures; x += blockDim.x) {
@@ -45,13 +45,13 @@ __global__ void fill(const S* __restrict__ z, int64_t T, int64_t features, int w
     }
   }
   __syncthreads();
-  const int in_row = width / L;
+  const int in_row = width / kWidth;
   for (int x = threadIdx.x; x < kFeatures * in_row; x += blockDim.x) {
-    const int f = x / in_row, t = x % in_row * L;
+    const int f = x / in_row, t = x % in_row * kWidth;
     if (f0 + f >= features) continue;
-    Pack<S, L> pack = {};
+    Pack<S, kWidth> pack = {};
 #pragma unroll
-    for (int e = 0; e < L; ++e) pack.set(e, tile[(t + e) * kStride<S> + f]);
+    for (int e = 0; e < kWidth; ++e) pack.set(e, tile[(t + e) * kStride<S> + f]);
     pack.store(data + ((panel * features + f0 + f) * width + t));
   }
 }
@@ -59,8 +59,8 @@ __global__ void fill(const S* __restrict__ z, int64_t T, int64_t features, int w
 }  // namespace
 
 void fill_panels(const void* z, int64_t T, const Panels& panels, DType dtype, Device& device) {
-  with_dtype(dtype, [&](auto s) {
-    using S = decltype(s);
+  with_dtype(dtype, [&](auto storage) {
+    using S = decltype(storage);
     const int64_t blocks =
         ceil_div(T, panels.width) * ceil_div(panels.features, int64_t{kFeatures});
     launch(device, "fill_panels", fill<S>, blocks, min(256, device.max_threads),

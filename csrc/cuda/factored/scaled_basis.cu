@@ -38,26 +38,26 @@ __global__ void scaled_basis_kernel(int64_t r, int64_t n, int64_t d, const C* __
                                     const C* __restrict__ lam, const C* __restrict__ gam,
                                     S* __restrict__ out, int64_t col_blocks, int64_t base_blocks,
                                     int64_t bases) {
-  constexpr int V = kPerAccess<S>;
+  constexpr int kWidth = kPerAccess<S>;
   const int64_t rest = blockIdx.x / col_blocks;
   const int64_t first_i = rest % base_blocks * bases, first_j = rest / base_blocks * kRows;
   const int rows = static_cast<int>(min(int64_t{kRows}, r - first_j));
-  const Columns<V, Aligned> c(blockIdx.x % col_blocks * blockDim.x * V, threadIdx.x, d);
-  Pack<C, V> a[kRows];
+  const Columns<kWidth, Aligned> c(blockIdx.x % col_blocks * blockDim.x * kWidth, threadIdx.x, d);
+  Pack<C, kWidth> a[kRows];
 #pragma unroll
   for (int q = 0; q < kRows; ++q)
     if (q < rows) a[q] = c.load(A + (first_j + q) * d);
 #pragma unroll 1
   for (int64_t i = first_i; i < min(n, first_i + bases); ++i) {
-    const Pack<C, V> g = c.load(gam + i * d);
+    const Pack<C, kWidth> g = c.load(gam + i * d);
 #pragma unroll
     for (int q = 0; q < kRows; ++q) {
       if (q >= rows) break;
       const int64_t row = (first_j + q) * n + i;
       const C l = lam[row];
-      Pack<S, V> x = {};
+      Pack<S, kWidth> x = {};
 #pragma unroll
-      for (int v = 0; v < V; ++v) x.set(v, narrow<S>(l * a[q].get(v) * g.get(v)));
+      for (int v = 0; v < kWidth; ++v) x.set(v, narrow<S>(l * a[q].get(v) * g.get(v)));
       c.store(out + row * d, x);
     }
   }
@@ -79,7 +79,7 @@ __global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
                                              const C* __restrict__ gam, const S* __restrict__ grad,
                                              C* __restrict__ dlam, C* __restrict__ dgam,
                                              int64_t parts, int64_t base_blocks) {
-  constexpr int V = kPerAccess<S>;
+  constexpr int kWidth = kPerAccess<S>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   auto* of_lane = reinterpret_cast<C*>(shared_memory() + warp * shared_of_warp<C>());
   const int64_t part = blockIdx.x % parts, rest = blockIdx.x / parts;
@@ -87,11 +87,11 @@ __global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
   if (i >= n) return;
   const int64_t batch = rest / base_blocks, first_j = batch * kBatch;
   const int rows = static_cast<int>(min(int64_t{kBatch}, r - first_j));
-  const Columns<V, Aligned> c(part * 32 * V, lane, d);
-  const Pack<C, V> g = c.load(gam + i * d);
-  C dg[V] = {};
+  const Columns<kWidth, Aligned> c(part * 32 * kWidth, lane, d);
+  const Pack<C, kWidth> g = c.load(gam + i * d);
+  C dg[kWidth] = {};
   for (int first = 0; first < rows; first += kAhead) {
-    Pack<S, V> G[kAhead];
+    Pack<S, kWidth> G[kAhead];
 #pragma unroll
     for (int q = 0; q < kAhead; ++q)
       G[q] = c.load(grad + ((first_j + min(first + q, rows - 1)) * n + i) * d);
@@ -99,11 +99,11 @@ __global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
     for (int q = 0; q < kAhead; ++q) {
       if (first + q >= rows) break;
       const int64_t j = first_j + first + q;
-      const Pack<C, V> a = c.load(A + j * d);
+      const Pack<C, kWidth> a = c.load(A + j * d);
       const C l = lam[j * n + i];
       C sum = 0;
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
+      for (int v = 0; v < kWidth; ++v) {
         const C GA = widen(G[q].get(v)) * a.get(v);
         sum += GA * g.get(v);
         dg[v] += GA * l;
@@ -111,9 +111,9 @@ __global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
       of_lane[(first + q) * kStride + lane] = sum;
     }
   }
-  Pack<C, V> x = {};
+  Pack<C, kWidth> x = {};
 #pragma unroll
-  for (int v = 0; v < V; ++v) x.set(v, dg[v]);
+  for (int v = 0; v < kWidth; ++v) x.set(v, dg[v]);
   c.store(dgam + (batch * n + i) * d, x);
   __syncwarp();
   if (lane >= rows) return;
@@ -126,20 +126,21 @@ __global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
 }  // namespace
 
 void scaled_basis(const ScaledBasis& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
+  with_dtype(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
     using C = ComputeOf<S>;
-    constexpr int V = kPerAccess<S>;
-    const int64_t col_warps = ceil_div(p.d, 32 * V), row_blocks = ceil_div(p.r, kRows);
+    constexpr int kWidth = kPerAccess<S>;
+    const int64_t col_warps = ceil_div(p.d, 32 * kWidth), row_blocks = ceil_div(p.r, kRows);
     const int64_t threads =
         std::clamp<int64_t>(32 * col_warps, 32, std::min(128, device.max_threads));
-    const int64_t col_blocks = ceil_div(p.d, threads * V);
+    const int64_t col_blocks = ceil_div(p.d, threads * kWidth);
     // Threads walk several bases only if every multiprocessor still has eight warps.
     const int64_t warps = col_warps * row_blocks * p.n;  // with one base each
     const int64_t bases = std::clamp<int64_t>(warps / (8 * device.multiprocessors), 1, kBases);
     const int64_t base_blocks = ceil_div(p.n, bases);
-    const auto kernel = aligned_rows(p.d, V, p.A, p.gam, p.out) ? scaled_basis_kernel<S, true, C>
-                                                                : scaled_basis_kernel<S, false, C>;
+    const auto kernel = aligned_rows(p.d, kWidth, p.A, p.gam, p.out)
+                            ? scaled_basis_kernel<S, true, C>
+                            : scaled_basis_kernel<S, false, C>;
     launch(device, "scaled_basis", kernel, col_blocks * base_blocks * row_blocks,
            static_cast<int>(threads), 0, p.r, p.n, p.d, p.A, p.lam, p.gam, p.out, col_blocks,
            base_blocks, bases);
@@ -147,17 +148,17 @@ void scaled_basis(const ScaledBasis& p, Device& device) {
 }
 
 void scaled_basis_backward(const ScaledBasisBackward& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
+  with_dtype(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
     using C = ComputeOf<S>;
-    constexpr int V = kPerAccess<S>;
+    constexpr int kWidth = kPerAccess<S>;
     const int threads = std::min(128, device.max_threads), warps = threads / 32;
     const int64_t K = p.r * p.n, base_blocks = ceil_div(p.n, warps);
-    const int64_t parts = ceil_div(p.d, 32 * V), batches = ceil_div(p.r, kBatch);
+    const int64_t parts = ceil_div(p.d, 32 * kWidth), batches = ceil_div(p.r, kBatch);
     C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
     C* dlam_parts = parts > 1 ? scratch<C>(device, parts * K) : dlam;
     C* dgam_parts = batches > 1 ? scratch<C>(device, batches * p.n * p.d) : dgam;
-    const auto kernel = aligned_rows(p.d, V, p.A, p.gam, p.grad, p.dgam)
+    const auto kernel = aligned_rows(p.d, kWidth, p.A, p.gam, p.grad, p.dgam)
                             ? scaled_basis_backward_kernel<S, true, C>
                             : scaled_basis_backward_kernel<S, false, C>;
     launch(device, "scaled_basis_backward", kernel, parts * base_blocks * batches, threads,

@@ -19,25 +19,25 @@ RANDLORA_HD int64_t numbers_of(int log) {
   return ((int64_t{1} << log) + (int64_t{1} << log >> 3)) * kColumns;
 }
 
-// N adjacent elements, aligned, or the first `count`, if not `whole`.
-template <int N>
+// Width adjacent elements, aligned, or the first `count`, if not `whole`.
+template <int Width>
 struct Some {
   int count;
   bool whole;
   template <class S>
-  __device__ __forceinline__ Pack<S, N> load(const S* from) const {
-    if (whole) return *reinterpret_cast<const Pack<S, N>*>(from);
-    Pack<S, N> pack = {};
+  __device__ __forceinline__ Pack<S, Width> load(const S* from) const {
+    if (whole) return *reinterpret_cast<const Pack<S, Width>*>(from);
+    Pack<S, Width> pack = {};
 #pragma unroll
-    for (int u = 0; u < N; ++u)
+    for (int u = 0; u < Width; ++u)
       if (u < count) pack.set(u, from[u]);
     return pack;
   }
   template <class S>
-  __device__ __forceinline__ void store(const Pack<S, N>& pack, S* to) const {
-    if (whole) *reinterpret_cast<Pack<S, N>*>(to) = pack;
+  __device__ __forceinline__ void store(const Pack<S, Width>& pack, S* to) const {
+    if (whole) *reinterpret_cast<Pack<S, Width>*>(to) = pack;
 #pragma unroll
-    for (int u = 0; u < N; ++u)
+    for (int u = 0; u < Width; ++u)
       if (!whole && u < count) to[u] = pack.get(u);
   }
 };
@@ -64,8 +64,8 @@ Tiling tiling_of(const HadamardExperts& p, const void* out) {
 // memory: columns if Reduce, else rows.
 template <class S, bool Reduce>
 struct Patch {
-  static constexpr int W = kPerAccess<ComputeOf<S>>;
-  static constexpr int kLines = Reduce ? W : 8, kAlong = Reduce ? 8 : W;
+  static constexpr int kWidth = kPerAccess<ComputeOf<S>>;
+  static constexpr int kLines = Reduce ? kWidth : 8, kAlong = Reduce ? 8 : kWidth;
   Pack<S, kAlong> line[kLines] = {};
   int64_t first;
   int next, lines;
@@ -113,7 +113,7 @@ __device__ __forceinline__ void each_patch(const HadamardExperts& p, const Tilin
   };
 #pragma unroll 1
   for (int o = (part << tiling.log) + 8 * g; o < D; o += 1 << tiling.log_all)
-    if (tiling.aligned && o + 8 <= D && k + Patch<S, Reduce>::W <= d)
+    if (tiling.aligned && o + 8 <= D && k + Patch<S, Reduce>::kWidth <= d)
       at(std::true_type{}, o);
     else
       at(std::false_type{}, o);
@@ -121,21 +121,21 @@ __device__ __forceinline__ void each_patch(const HadamardExperts& p, const Tilin
 
 // The transform over all bits but the first three, in passes of three; each ends with a barrier.
 // `numbers` is where the thread's columns begin.
-template <int K = 3, class C>
+template <int Bits = 3, class C>
 __device__ __forceinline__ void column_pass(C* numbers, int bit, int log) {
-  if constexpr (K > 1)
-    if (log - bit < K) return column_pass<K - 1>(numbers, bit, log);
-  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
+  if constexpr (Bits > 1)
+    if (log - bit < Bits) return column_pass<Bits - 1>(numbers, bit, log);
+  constexpr int kWidth = kPerAccess<C>, kAcross = kColumns / kWidth;
   const int step = 9 << bit;  // from row q to row q + (1 << bit)
-  for (int g = threadIdx.x / kAcross; g < 1 << (log - K); g += blockDim.x / kAcross) {
-    C* at = row_at(numbers, (g >> bit << (bit + K)) | (g & ((1 << bit) - 1)));
-    C v[W << K];
+  for (int g = threadIdx.x / kAcross; g < 1 << (log - Bits); g += blockDim.x / kAcross) {
+    C* at = row_at(numbers, (g >> bit << (bit + Bits)) | (g & ((1 << bit) - 1)));
+    C v[kWidth << Bits];
     const C* from = at;
 #pragma unroll
-    for (int e = 0; e < 1 << K; ++e, from += step) load_run<W>(from, v + e * W);
-    hadamard<W>(v);
+    for (int e = 0; e < 1 << Bits; ++e, from += step) load_run<kWidth>(from, v + e * kWidth);
+    hadamard<kWidth>(v);
 #pragma unroll
-    for (int e = 0; e < 1 << K; ++e, at += step) store_run<W>(v + e * W, at);
+    for (int e = 0; e < 1 << Bits; ++e, at += step) store_run<kWidth>(v + e * kWidth, at);
   }
 }
 template <class C>

@@ -22,7 +22,7 @@ namespace {
 template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void hadamard_gamma_kernel(HadamardGamma p, Factors<C> factors, int gamma_blocks,
                                       int col_blocks) {
-  constexpr int V = kPerAccess<S>;
+  constexpr int kWidth = kPerAccess<S>;
   const int block = blockIdx.x;
   if (block >= gamma_blocks) {
     const int c = (block - gamma_blocks) * blockDim.x + threadIdx.x;
@@ -32,11 +32,11 @@ __global__ void hadamard_gamma_kernel(HadamardGamma p, Factors<C> factors, int g
   }
   const int i = block / col_blocks;
   const int64_t d = p.sizes.d;
-  const Columns<V, Aligned> c((block - i * col_blocks) * blockDim.x * V, threadIdx.x, d);
-  const Pack<C, V> gam = c.load(static_cast<const C*>(p.gam) + i * d);
-  Pack<S, V> out = {};
+  const Columns<kWidth, Aligned> c((block - i * col_blocks) * blockDim.x * kWidth, threadIdx.x, d);
+  const Pack<C, kWidth> gam = c.load(static_cast<const C*>(p.gam) + i * d);
+  Pack<S, kWidth> out = {};
 #pragma unroll
-  for (int v = 0; v < V; ++v)
+  for (int v = 0; v < kWidth; ++v)
     if (c.inside(v)) out.set(v, narrow<S>(gam.get(v) * p.a_signs[c.at(v)]));
   c.store(static_cast<S*>(p.out) + i * d, out);
 }
@@ -74,16 +74,16 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks,
 
 // One launch.
 void hadamard_gamma(const HadamardGamma& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = ClassOf<decltype(s)>;
-    constexpr int V = kPerAccess<S>;
+  with_dtype(p.dtype, [&](auto storage) {
+    using S = ClassOf<decltype(storage)>;
+    constexpr int kWidth = kPerAccess<S>;
     const int threads = std::min(device.max_threads, 256);
-    const int col_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * V));
+    const int col_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * kWidth));
     const int gamma_blocks = col_blocks * static_cast<int>(p.sizes.n);
     const Factors<ComputeOf<S>> factors(p.sizes, p.factors);
     launch(device, "hadamard_gamma",
-           aligned_rows(p.sizes.d, V, p.gam, p.out) ? hadamard_gamma_kernel<S, true>
-                                                    : hadamard_gamma_kernel<S, false>,
+           aligned_rows(p.sizes.d, kWidth, p.gam, p.out) ? hadamard_gamma_kernel<S, true>
+                                                         : hadamard_gamma_kernel<S, false>,
            gamma_blocks + ceil_div(p.sizes.factors(), threads), threads, 0, p, factors,
            gamma_blocks, col_blocks);
   });
@@ -91,8 +91,8 @@ void hadamard_gamma(const HadamardGamma& p, Device& device) {
 
 // One launch.
 void hadamard_diagonals(const HadamardDiagonals& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = ClassOf<decltype(s)>;
+  with_dtype(p.dtype, [&](auto storage) {
+    using S = ClassOf<decltype(storage)>;
     const int threads = std::min(device.max_threads, 256);
     const int row_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * kEach));
     const int gamma_blocks = p.P ? row_blocks * static_cast<int>(p.sizes.n) : 0;

@@ -23,7 +23,7 @@ template <class S, bool Aligned, class C = ComputeOf<S>>
 __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& rows, int log, int t0,
                                        int tokens) {
   using At = Edge<S, Aligned>;
-  constexpr int V = At::V;
+  constexpr int kWidth = At::kWidth;
   const int D = static_cast<int>(p.sizes.D), N = 1 << log;
   for (int g = threadIdx.x; g < tokens << log >> kBits<C>; g += blockDim.x) {
     const At at(g, log);
@@ -42,10 +42,10 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& row
         const auto sign = c.load(signs);
         const auto from = c.load(y);
 #pragma unroll
-        for (int u = 0; u < V; ++u) v[e * V + u] += widen(from.get(u)) * sign.get(u);
+        for (int u = 0; u < kWidth; ++u) v[e * kWidth + u] += widen(from.get(u)) * sign.get(u);
       }
     }
-    hadamard<V>(v);
+    hadamard<kWidth>(v);
     at.store(v, rows);
   }
 }
@@ -53,15 +53,15 @@ __device__ __forceinline__ void read_y(const HadamardDown& p, const Rows<C>& row
 // sum[e] += a[e] b[e], for kValues numbers.
 template <class C>
 __device__ __forceinline__ void add_products(const C (&a)[kValues<C>], const C* b, C* sum) {
-  constexpr int V = kPerAccess<C>;
+  constexpr int kWidth = kPerAccess<C>;
 #pragma unroll
-  for (int e = 0; e < kValues<C>; e += V) {
-    C factors[V], sums[V];
-    load_run<V>(b + e, factors);
-    load_run<V>(sum + e, sums);
+  for (int e = 0; e < kValues<C>; e += kWidth) {
+    C factors[kWidth], sums[kWidth];
+    load_run<kWidth>(b + e, factors);
+    load_run<kWidth>(sum + e, sums);
 #pragma unroll
-    for (int u = 0; u < V; ++u) sums[u] += a[e + u] * factors[u];
-    store_run<V>(sums, sum + e);
+    for (int u = 0; u < kWidth; ++u) sums[u] += a[e + u] * factors[u];
+    store_run<kWidth>(sums, sum + e);
   }
 }
 
@@ -111,16 +111,16 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 bool hadamard_fits(const HadamardSizes& sizes, DType dtype, const Device& device) {
   bool fits = false;
-  with_dtype(dtype, [&](auto s) {
-    fits = Plan<decltype(s)>(sizes, 1, device, kParts).shared <= device.shared_bytes;
+  with_dtype(dtype, [&](auto storage) {
+    fits = Plan<decltype(storage)>(sizes, 1, device, kParts).shared <= device.shared_bytes;
   });
   return fits;
 }
 
 // One launch.
 void hadamard_down(const HadamardDown& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
+  with_dtype(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
     const int64_t blocks = p.z ? p.slots : device.multiprocessors;
     const Plan<S> plan(p.sizes, p.T / blocks, device, p.z ? kParts : 1);
     launch(device, "hadamard_down",

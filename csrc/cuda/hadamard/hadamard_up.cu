@@ -23,7 +23,7 @@ template <class S, bool Aligned, class C = ComputeOf<S>>
 __device__ __forceinline__ void write_rows(const HadamardUp& p, const Rows<C>& rows, int log,
                                            int64_t t0, int count) {
   using At = Edge<S, Aligned>;
-  constexpr int V = At::V;
+  constexpr int kWidth = At::kWidth;
   S* y = static_cast<S*>(p.y);
   const RoundedStore<S> store{y, p.accumulate ? y : nullptr, static_cast<C>(p.scale)};
   const int N = 1 << log;
@@ -31,7 +31,7 @@ __device__ __forceinline__ void write_rows(const HadamardUp& p, const Rows<C>& r
     const At at(g, log);
     C v[kValues<C>];
     at.load(rows, v);
-    hadamard<V>(v);
+    hadamard<kWidth>(v);
     int64_t begin = (t0 + at.row) * p.sizes.D;
     const float* signs = p.row_signs;
 #pragma unroll 1
@@ -39,7 +39,7 @@ __device__ __forceinline__ void write_rows(const HadamardUp& p, const Rows<C>& r
       const int end = min(left, N);
       // All loads before the first store, which the compiler cannot know to be elsewhere.
       if constexpr (Aligned) {
-        Pack<S, V> x[At::kCount] = {};
+        Pack<S, kWidth> x[At::kCount] = {};
 #pragma unroll
         for (int e = 0; e < At::kCount; ++e)
           if (store.base) x[e] = at.columns(e, end).load(store.base + begin);
@@ -49,21 +49,21 @@ __device__ __forceinline__ void write_rows(const HadamardUp& p, const Rows<C>& r
           if (!c.inside(0)) continue;
           const auto sign = c.load(signs);
 #pragma unroll
-          for (int u = 0; u < V; ++u)
-            x[e].set(u, store.rounded(v[e * V + u] * sign.get(u), x[e].get(u)));
+          for (int u = 0; u < kWidth; ++u)
+            x[e].set(u, store.rounded(v[e * kWidth + u] * sign.get(u), x[e].get(u)));
           c.store(store.out + begin, x[e]);
         }
       } else {
 #pragma unroll
         for (int e = 0; e < At::kCount; ++e) {
-          S old[V] = {};
+          S old[kWidth] = {};
 #pragma unroll
-          for (int u = 0; u < V; ++u)
+          for (int u = 0; u < kWidth; ++u)
             if (store.base && at.at(e, u) < end) old[u] = store.base[begin + at.at(e, u)];
 #pragma unroll
-          for (int u = 0; u < V; ++u) {
+          for (int u = 0; u < kWidth; ++u) {
             const int o = at.at(e, u);
-            if (o < end) store.out[begin + o] = store.rounded(v[e * V + u] * signs[o], old[u]);
+            if (o < end) store.out[begin + o] = store.rounded(v[e * kWidth + u] * signs[o], old[u]);
           }
         }
       }
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // One launch.
 void hadamard_up(const HadamardUp& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
+  with_dtype(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
     const Plan<S> plan(p.sizes, p.T / device.multiprocessors, device);
     launch(device, "hadamard_up",
            aligned_rows(p.sizes.D, kPerAccess<S>, p.y, p.row_signs, p.z)

@@ -1,8 +1,8 @@
 // W + dW in one pass, all experts in one launch: column k of dW is the transform of
 //
-//   v[c] = col_signs[c] lam[c] H[j, m] a_signs[k] gam[i, k],   c = j * n + i,   m the class of column k
+//   v[c] = col_signs[c] lam[c] H[j, m] a_signs[k] gam[i, k]
 //
-// with row_signs, and rows o and o + N of H are equal.
+// with c = j * n + i and m the class of column k, times row_signs. Rows o and o + N of H are equal.
 //
 // A thread block makes kColumns columns, for as many rows of H as fit shared memory: rows
 // [part << log, (part + 1) << log). It adds the v of all c that are equal in their last `log` bits,
@@ -28,42 +28,43 @@ template <class S, bool Reduce, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
     hadamard_weight_kernel(HadamardWeight all, Tiling tiling, bool aligned_gam) {
   const HadamardWeight p = all.expert(blockIdx.y);
-  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
+  constexpr int kWidth = kPerAccess<C>, kAcross = kColumns / kWidth;
   const int d = static_cast<int>(p.sizes.d), K = static_cast<int>(p.sizes.K());
   const int n = static_cast<int>(p.sizes.n), part = blockIdx.x / tiling.tiles, log = tiling.log;
-  const int from_k = threadIdx.x % kAcross * W, k = blockIdx.x % tiling.tiles * kColumns + from_k;
+  const int from_k = threadIdx.x % kAcross * kWidth,
+            k = blockIdx.x % tiling.tiles * kColumns + from_k;
   C* numbers = reinterpret_cast<C*>(shared_memory()) + from_k;
 
   const C *lam = static_cast<const C*>(p.lam), *gam = static_cast<const C*>(p.gam) + k;
-  int m[W];
+  int m[kWidth];
 #pragma unroll
-  for (int u = 0; u < W; ++u) m[u] = (k + u) / n;
+  for (int u = 0; u < kWidth; ++u) m[u] = (k + u) / n;
   // v, added. c moves on by 1 << log, q by the threads; j and i follow without a division.
   const auto add = [&](auto whole) {
     constexpr bool Whole = decltype(whole)::value;
-    const Some<W> some{d - k, Whole};
+    const Some<kWidth> some{d - k, Whole};
     const int move_q = blockDim.x / kAcross, more_j = (1 << log) / n, more_i = (1 << log) % n;
     const int q0 = threadIdx.x / kAcross, next_j = move_q / n, next_i = move_q % n;
     int j0 = q0 / n, i0 = q0 % n;
     for (int q = q0; q < 1 << log; q += move_q) {
-      C sum[W] = {};
+      C sum[kWidth] = {};
       int j = j0, i = i0;
       for (int c = q, above = 0; c < K; c += 1 << log, ++above) {
         const C sign = minus((above & part) ^ (m[0] & j), ~0) ? C(-1) : C(1);
         const C x = sign * lam[c] * p.col_signs[c];
         const auto g = some.load(gam + int64_t{i} * d);
 #pragma unroll
-        for (int u = 0; u < W; ++u)
+        for (int u = 0; u < kWidth; ++u)
           sum[u] += !Whole && minus(m[u] ^ m[0], j) ? -(x * g.get(u)) : x * g.get(u);
         j += more_j, i += more_i;
         if (i >= n) i -= n, ++j;
       }
-      store_run<W>(sum, row_at(numbers, q));
+      store_run<kWidth>(sum, row_at(numbers, q));
       j0 += next_j, i0 += next_i;
       if (i0 >= n) i0 -= n, ++j0;
     }
   };
-  if (aligned_gam && k + W <= d && m[0] == m[W - 1])
+  if (aligned_gam && k + kWidth <= d && m[0] == m[kWidth - 1])
     add(std::true_type{});
   else
     add(std::false_type{});
@@ -71,22 +72,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   column_passes(numbers, log);
   const RoundedStore<S> store{static_cast<S*>(p.out), static_cast<const S*>(p.weight),
                               static_cast<C>(p.scale)};
-  C s[W];
+  C a_sign[kWidth];
 #pragma unroll
-  for (int u = 0; u < W; ++u) s[u] = k + u < d ? p.a_signs[k + u] : 0;
+  for (int u = 0; u < kWidth; ++u) a_sign[u] = k + u < d ? p.a_signs[k + u] : 0;
   for (int g = threadIdx.x / kAcross; g < 1 << (log - 3); g += blockDim.x / kAcross) {
-    C v[8 * W];
+    C v[8 * kWidth];
     const C* from = row_at(numbers, 8 * g);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) load_run<W>(from + e * kColumns, v + e * W);
-    hadamard<W>(v);
-    each_patch<S, Reduce>(p, tiling, part, g, k, [&](auto patch, const auto& sign) {
+    for (int e = 0; e < 8; ++e) load_run<kWidth>(from + e * kColumns, v + e * kWidth);
+    hadamard<kWidth>(v);
+    each_patch<S, Reduce>(p, tiling, part, g, k, [&](auto patch, const auto& row_sign) {
       if (store.base) patch.load(store.base);
 #pragma unroll
       for (int e = 0; e < 8; ++e)
 #pragma unroll
-        for (int u = 0; u < W; ++u)
-          patch.set(e, u, store.rounded(v[e * W + u] * sign[e] * s[u], patch.get(e, u)));
+        for (int u = 0; u < kWidth; ++u)
+          patch.set(e, u,
+                    store.rounded(v[e * kWidth + u] * row_sign[e] * a_sign[u], patch.get(e, u)));
       patch.store(store.out);
     });
   }
@@ -96,8 +98,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // One launch.
 void hadamard_weight(const HadamardWeight& p, Device& device) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
+  with_dtype(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
     using C = ComputeOf<S>;
     Tiling t = tiling_of<S>(p, p.out);
     const auto shared = [&] { return numbers_of(t.log) * int64_t{sizeof(C)}; };

@@ -30,20 +30,20 @@ struct Ranks {
 template <bool Reduce, class S, class C = ComputeOf<S>>
 __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const Tiling& tiling,
                                           int part, int k, C* numbers) {
-  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
+  constexpr int kWidth = kPerAccess<C>, kAcross = kColumns / kWidth;
   for (int g = threadIdx.x / kAcross; g < 1 << (tiling.log - 3); g += blockDim.x / kAcross) {
-    C v[8 * W] = {};
-    each_patch<S, Reduce>(p, tiling, part, g, k, [&](auto patch, const auto& sign) {
+    C v[8 * kWidth] = {};
+    each_patch<S, Reduce>(p, tiling, part, g, k, [&](auto patch, const auto& row_sign) {
       patch.load(static_cast<const S*>(p.weight));
 #pragma unroll
       for (int e = 0; e < 8; ++e)
 #pragma unroll
-        for (int u = 0; u < W; ++u) v[e * W + u] += widen(patch.get(e, u)) * sign[e];
+        for (int u = 0; u < kWidth; ++u) v[e * kWidth + u] += widen(patch.get(e, u)) * row_sign[e];
     });
-    hadamard<W>(v);
+    hadamard<kWidth>(v);
     C* to = row_at(numbers, 8 * g);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) store_run<W>(v + e * W, to + e * kColumns);
+    for (int e = 0; e < 8; ++e) store_run<kWidth>(v + e * kWidth, to + e * kColumns);
   }
 }
 
@@ -55,25 +55,25 @@ template <bool Whole, class C>
 __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, int log,
                                          const Ranks& ranks, int part, int k, const C* numbers,
                                          const C* x, C* sums) {
-  constexpr int W = kPerAccess<C>, kAcross = kColumns / W;
+  constexpr int kWidth = kPerAccess<C>, kAcross = kColumns / kWidth;
   const int n = static_cast<int>(p.sizes.n), r = static_cast<int>(p.sizes.r);
   const int d = static_cast<int>(p.sizes.d), lane = threadIdx.x % 32 / kAcross;
   const int of_warp = 32 / kAcross >> ranks.split, share = lane / of_warp;
   const int first = share * ranks.of_lane, last = first + ranks.of_lane;
   C* dgam = static_cast<C*>(p.dgam);
-  const Some<W> some{d - k, ranks.aligned && k + W <= d};
-  int m[W];
-  C s[W];
+  const Some<kWidth> some{d - k, ranks.aligned && k + kWidth <= d};
+  int m[kWidth];
+  C a_sign[kWidth];
 #pragma unroll
-  for (int u = 0; u < W; ++u) m[u] = (k + u) / n, s[u] = k + u < d ? p.a_signs[k + u] : 0;
+  for (int u = 0; u < kWidth; ++u) m[u] = (k + u) / n, a_sign[u] = k + u < d ? p.a_signs[k + u] : 0;
   for (int i0 = threadIdx.x / 32 * of_warp; i0 < n; i0 += blockDim.x / 32 * of_warp) {
     const bool inside = i0 + lane % of_warp < n;
     const int i = inside ? i0 + lane % of_warp : 0;  // others work for nothing
     const int64_t at = int64_t{i} * d + k;
-    const Pack<C, W> gam = some.load(static_cast<const C*>(p.gam) + at);
-    C g[W], of_gam[W] = {};
+    const Pack<C, kWidth> gam = some.load(static_cast<const C*>(p.gam) + at);
+    C g[kWidth], of_gam[kWidth] = {};
 #pragma unroll
-    for (int u = 0; u < W; ++u) g[u] = gam.get(u) * s[u];
+    for (int u = 0; u < kWidth; ++u) g[u] = gam.get(u) * a_sign[u];
     for (int j = first; j < last; j += kAcross) {
       C of_lam[kAcross] = {};
 #pragma unroll
@@ -82,10 +82,10 @@ __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, int lo
         const int c = (j + b) * n + i, above = c >> log;
         const C sign = minus((above & part) ^ (m[0] & (j + b)), ~0) ? C(-1) : C(1);
         const C factor = sign * x[c];
-        C v[W];
-        load_run<W>(row_at(numbers, c & ((1 << log) - 1)), v);
+        C v[kWidth];
+        load_run<kWidth>(row_at(numbers, c & ((1 << log) - 1)), v);
 #pragma unroll
-        for (int u = 0; u < W; ++u) {
+        for (int u = 0; u < kWidth; ++u) {
           if (!Whole && minus(m[u] ^ m[0], j + b)) v[u] = -v[u];
           of_gam[u] += factor * v[u];
           of_lam[b] += g[u] * v[u];
@@ -98,11 +98,12 @@ __device__ __forceinline__ void mix_part(const HadamardWeightBackward& p, int lo
     }
     for (int bit = 16; bit >= kAcross * of_warp; bit /= 2)
 #pragma unroll
-      for (int u = 0; u < W; ++u) of_gam[u] += __shfl_xor_sync(kWarp, of_gam[u], bit);
+      for (int u = 0; u < kWidth; ++u) of_gam[u] += __shfl_xor_sync(kWarp, of_gam[u], bit);
     if (!inside || share > 0) continue;
-    Pack<C, W> out = part > 0 ? some.load(dgam + at) : Pack<C, W>{};
+    Pack<C, kWidth> out = part > 0 ? some.load(dgam + at) : Pack<C, kWidth>{};
 #pragma unroll
-    for (int u = 0; u < W; ++u) out.set(u, out.get(u) + static_cast<C>(p.scale) * s[u] * of_gam[u]);
+    for (int u = 0; u < kWidth; ++u)
+      out.set(u, out.get(u) + static_cast<C>(p.scale) * a_sign[u] * of_gam[u]);
     some.store(out, dgam + at);
   }
 }
@@ -111,11 +112,11 @@ template <class S, bool Reduce, class C = ComputeOf<S>>
 __global__ void __launch_bounds__(kThreads, 2)
     hadamard_weight_backward_kernel(HadamardWeightBackward all, Tiling tiling, Ranks ranks,
                                     C* of_slots) {
-  constexpr int W = kPerAccess<C>;
+  constexpr int kWidth = kPerAccess<C>;
   const HadamardWeightBackward p = all.expert(blockIdx.y);
   const int slots = gridDim.x, slot = blockIdx.x;
   const int K = static_cast<int>(p.sizes.K()), n = static_cast<int>(p.sizes.n);
-  const int from_k = threadIdx.x % (kColumns / W) * W;
+  const int from_k = threadIdx.x % (kColumns / kWidth) * kWidth;
   C* numbers = reinterpret_cast<C*>(shared_memory()) + from_k;
   C *sums = numbers - from_k + numbers_of(tiling.log), *x = sums + K;
   for (int c = threadIdx.x; c < K; c += blockDim.x)
@@ -142,10 +143,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // Two launches.
 void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
-  with_dtype(p.dtype, [&](auto element) {
-    using S = decltype(element);
+  with_dtype(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
     using C = ComputeOf<S>;
-    constexpr int W = kPerAccess<C>, kAcross = kColumns / W, kLanes = 32 / kAcross;
+    constexpr int kWidth = kPerAccess<C>, kAcross = kColumns / kWidth, kLanes = 32 / kAcross;
     const int64_t d = p.sizes.d, D = p.sizes.D, n = p.sizes.n, r = p.sizes.r, K = p.sizes.K();
     Tiling t = tiling_of<S>(p, nullptr);
     const auto shared = [&] { return (numbers_of(t.log) + 2 * K) * int64_t{sizeof(C)}; };
@@ -153,7 +154,7 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
     while (t.log > 3 && shared() > device.shared_bytes / (t.log > 10 ? 2 : 1) - 1024) --t.log;
     t.parts = static_cast<int>(ceil_div(std::min(D, int64_t{1} << t.log_all), int64_t{1} << t.log));
     const int threads = threads_of<C>(t.log, device);
-    Ranks ranks{0, 0, aligned_rows(d, W, p.gam, p.dgam)};
+    Ranks ranks{0, 0, aligned_rows(d, kWidth, p.gam, p.dgam)};
     while (1 << ranks.split < kLanes && n << (ranks.split + 1) <= threads / 32 * kLanes &&
            kAcross << ranks.split < r)
       ++ranks.split;

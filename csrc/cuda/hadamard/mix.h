@@ -1,7 +1,7 @@
 // The transform over the rank indices: for one token and one base i, r numbers become r others.
 //
-// A thread holds M of the results, those of ranks block * M .. block * M + M - 1, and reads all the
-// r numbers, M at a time: over the bits below M it transforms them in registers, and over the bits
+// The ranks are cut into blocks. A thread holds the results of one, and reads all the r numbers,
+// block by block: over the bits within a block it transforms them in registers, and over the bits
 // above it adds them with the sign that H has for the two blocks. So ranks up to kValues need one
 // block, each number is read once, and larger ranks need no memory for anything in between.
 #pragma once
@@ -13,15 +13,15 @@ __device__ __forceinline__ bool minus(int a, int b) { return __popc(a & b) & 1; 
 
 // Walks: numbers whose ranks follow each other. An address that moves on takes fewer registers than
 // one for each number; even and odd ranks have their own.
-template <class T, class Step>
+template <class Element, class Step>
 struct Walk {
-  T *at, *other;
+  Element *at, *other;
   Step step;  // of two ranks
   __device__ __forceinline__ void skip_even(int ranks) {
     at += ranks / 2 * step, other += ranks / 2 * step;
   }
-  __device__ __forceinline__ T* next() {
-    T* here = at;
+  __device__ __forceinline__ Element* next() {
+    Element* here = at;
     at = other, other = here + step;
     return here;
   }
@@ -38,61 +38,61 @@ struct RowWalk {
   }
 };
 
-// W adjacent elements: one, or two of 16 bits in a word.
-template <int W, class S, class C>
+// Width adjacent elements: one, or two of 16 bits in a word.
+template <int Width, class S, class C>
 __device__ __forceinline__ void load_wide(const S* from, C* to) {
-  if constexpr (W == 1) {
+  if constexpr (Width == 1) {
     to[0] = widen(*from);
   } else {
-    const auto pack = *reinterpret_cast<const Pack<S, W>*>(from);
+    const auto pack = *reinterpret_cast<const Pack<S, Width>*>(from);
     to[0] = widen(pack.get(0)), to[1] = widen(pack.get(1));
   }
 }
-template <int W, class S, class C>
+template <int Width, class S, class C>
 __device__ __forceinline__ void store_wide(const C* from, S* to) {
-  if constexpr (W == 1) {
+  if constexpr (Width == 1) {
     *to = narrow<S>(from[0]);
   } else if constexpr (std::is_same_v<S, float>) {  // a row in shared memory
     store8(to, from[0], from[1]);
   } else {
-    Pack<S, W> pack = {};
+    Pack<S, Width> pack = {};
     pack.set(0, narrow<S>(from[0])), pack.set(1, narrow<S>(from[1]));
-    *reinterpret_cast<Pack<S, W>*>(to) = pack;
+    *reinterpret_cast<Pack<S, Width>*>(to) = pack;
   }
 }
 
-// to[k] = sum over l < end of H[k, l] from[l] for the ranks k < to_end of a block of M, and for W
-// adjacent bases. Whole: M divides both ends.
-template <bool Whole, int M, int W, class C, class From, class To>
+// to[k] = sum over l < end of H[k, l] from[l] for the ranks k < to_end of a block, which has
+// PerBlock of them, and for Width adjacent bases. Whole: PerBlock divides both ends.
+template <bool Whole, int PerBlock, int Width, class C, class From, class To>
 __device__ __forceinline__ void mix_block(int block, From from, int end, To to, int to_end) {
-  C v[M * W];
+  C v[PerBlock * Width];
 #pragma unroll
-  for (int e = 0; e < M; ++e) {
+  for (int e = 0; e < PerBlock; ++e) {
     const auto* at = from.next();
     if (Whole || e < end)
-      load_wide<W>(at, v + e * W);
+      load_wide<Width>(at, v + e * Width);
     else
-      v[e * W] = C(0);
+      v[e * Width] = C(0);
   }
 #pragma unroll 1
-  for (int first = M; first < end; first += M) {
-    const bool negative = minus(block, first / M);
+  for (int first = PerBlock; first < end; first += PerBlock) {
+    const bool negative = minus(block, first / PerBlock);
 #pragma unroll
-    for (int e = 0; e < M; ++e) {
+    for (int e = 0; e < PerBlock; ++e) {
       const auto* at = from.next();
       if (!Whole && first + e >= end) continue;
-      C x[W];
-      load_wide<W>(at, x);
+      C x[Width];
+      load_wide<Width>(at, x);
 #pragma unroll
-      for (int u = 0; u < W; ++u) v[e * W + u] += negative ? -x[u] : x[u];
+      for (int u = 0; u < Width; ++u) v[e * Width + u] += negative ? -x[u] : x[u];
     }
   }
-  hadamard<W>(v);
-  to.skip_even(block * M);
+  hadamard<Width>(v);
+  to.skip_even(block * PerBlock);
 #pragma unroll
-  for (int e = 0; e < M; ++e) {
+  for (int e = 0; e < PerBlock; ++e) {
     auto* at = to.next();
-    if (Whole || block * M + e < to_end) store_wide<W>(v + e * W, at);
+    if (Whole || block * PerBlock + e < to_end) store_wide<Width>(v + e * Width, at);
   }
 }
 
@@ -112,11 +112,11 @@ __device__ __forceinline__ void mix(const HadamardSizes& sizes, Z* z, int64_t T,
   const int d = static_cast<int>(sizes.d);
   const auto with = [&](auto m, auto whole) {
     constexpr bool Whole = decltype(whole)::value, kUp = std::is_const_v<Z>;
-    constexpr int M = decltype(m)::value, W = Whole && sizeof(Z) == 2 ? 2 : 1;
-    const int classes = Whole ? r : (d + n - 1) / n, columns = tokens * n / W;
-    const int items = columns * (((kUp ? r : classes) + M - 1) / M);
+    constexpr int kPerBlock = decltype(m)::value, kWidth = Whole && sizeof(Z) == 2 ? 2 : 1;
+    const int classes = Whole ? r : (d + n - 1) / n, columns = tokens * n / kWidth;
+    const int items = columns * (((kUp ? r : classes) + kPerBlock - 1) / kPerBlock);
     for (int item = threadIdx.x; item < items; item += blockDim.x) {
-      const int block = items > columns ? item / columns : 0, q = (item - block * columns) * W;
+      const int block = items > columns ? item / columns : 0, q = (item - block * columns) * kWidth;
       const int t = tokens > 1 ? q / n : 0, i = q - t * n;
       Z* from = z + t0 * n + q;
       const Walk<Z, int64_t> at_z{from, from + T * n, 2 * T * n};
@@ -128,9 +128,9 @@ __device__ __forceinline__ void mix(const HadamardSizes& sizes, Z* z, int64_t T,
           return RowWalk<C>{row, i, n};
       }();
       if constexpr (kUp)
-        mix_block<Whole, M, W, C>(block, at_z, classes, at_row, r);
+        mix_block<Whole, kPerBlock, kWidth, C>(block, at_z, classes, at_row, r);
       else
-        mix_block<Whole, M, W, C>(block, at_row, r, at_z, classes);
+        mix_block<Whole, kPerBlock, kWidth, C>(block, at_row, r, at_z, classes);
     }
   };
   const auto with_ranks = [&](auto m) {

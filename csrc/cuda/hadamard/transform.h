@@ -41,12 +41,12 @@ template <class S>
 constexpr int kEdgeBits = kBits<ComputeOf<S>> - log_of(kPerAccess<S>);
 
 // Over the bits of e / Apart, where v[e].
-template <int Apart, int M, class C>
-__device__ __forceinline__ void hadamard(C (&v)[M]) {
+template <int Apart, int Count, class C>
+__device__ __forceinline__ void hadamard(C (&v)[Count]) {
 #pragma unroll
-  for (int half = Apart; half < M; half *= 2)
+  for (int half = Apart; half < Count; half *= 2)
 #pragma unroll
-    for (int e = 0; e < M; ++e)
+    for (int e = 0; e < Count; ++e)
       if (!(e & half)) {
         const C a = v[e], b = v[e + half];
         v[e] = a + b;
@@ -88,12 +88,12 @@ __device__ __forceinline__ void low_pass(const Rows<C>& rows, int log, int count
   }
 }
 
-// lam[c] col_signs[c] in the order in which the low pass reads them. A thread has a group of kValues
-// adjacent c, and its lanes read the first 16 bytes of each group, then the second, and so on: in
-// the order of c they would lie 128 bytes apart, each in a sector of its own.
+// lam[c] col_signs[c] in the order in which the low pass reads them. A thread has a group of
+// kValues adjacent c, and its lanes read the first 16 bytes of each group, then the second, and so
+// on: in the order of c they would lie 128 bytes apart, each in a sector of its own.
 template <class C>
 struct Factors {
-  static constexpr int V = kPerAccess<C>;
+  static constexpr int kWidth = kPerAccess<C>;
   C* numbers;
   int K, groups;
 
@@ -105,19 +105,19 @@ struct Factors {
   // The factor of c, which may lie in the last group behind K.
   __device__ __forceinline__ C* at(int c) const {
     const int in_group = c % kValues<C>;
-    return numbers + (in_group / V * groups + c / kValues<C>)*V + in_group % V;
+    return numbers + (in_group / kWidth * groups + c / kValues<C>)*kWidth + in_group % kWidth;
   }
   // v[e] *= the factor of c + e, and zero past K. c begins a group.
   __device__ __forceinline__ void apply(C (&v)[kValues<C>], int c) const {
     const C* from = at(c);
 #pragma unroll
-    for (int e = 0; e < kValues<C>; e += V, from += groups * V) {
-      C factors[V];
-      load_run<V>(from, factors);
+    for (int e = 0; e < kValues<C>; e += kWidth, from += groups * kWidth) {
+      C factors[kWidth];
+      load_run<kWidth>(from, factors);
 #pragma unroll
-      for (int u = 0; u < V; ++u) v[e + u] *= factors[u];
+      for (int u = 0; u < kWidth; ++u) v[e + u] *= factors[u];
       // Not all loads at once: registers do not suffice.
-      if ((e + V) % 16 == 0) asm volatile("" ::: "memory");
+      if ((e + kWidth) % 16 == 0) asm volatile("" ::: "memory");
     }
     if (c + kValues<C> <= K) return;
 #pragma unroll
@@ -126,23 +126,24 @@ struct Factors {
   }
 };
 
-// Bits [bit, bit + bits), bit >= kBits, by at most K bits. With `First` bit is kBits, a constant.
-template <bool First, class C, int K = kBits<C>>
-__device__ __forceinline__ void middle_pass(const Rows<C>& rows, int bit, int bits, int count) {
-  if constexpr (K > 1)
-    if (bits < K) return middle_pass<First, C, K - 1>(rows, bit, bits, count);
+// Bits [bit, bit + bits), bit >= kBits, at most kBits of them; the pass is compiled for each Bits.
+// With `First` bit is kBits, a constant.
+template <bool First, class C, int Bits = kBits<C>>
+__device__ __forceinline__ void middle_pass(const Rows<C>& rows, int bit, int bits, int numbers) {
+  if constexpr (Bits > 1)
+    if (bits < Bits) return middle_pass<First, C, Bits - 1>(rows, bit, bits, numbers);
   if (First) bit = kBits<C>;
-  constexpr int V = 1 << (kBits<C> - K);
+  constexpr int kWidth = 1 << (kBits<C> - Bits);
   const int step = rows.step(bit);
-  for (int g = threadIdx.x; g < count / kValues<C>; g += blockDim.x) {
+  for (int g = threadIdx.x; g < numbers / kValues<C>; g += blockDim.x) {
     C v[kValues<C>];
-    C* at = rows.at((g * V >> bit << (bit + K)) | (g * V & ((1 << bit) - 1)));
+    C* at = rows.at((g * kWidth >> bit << (bit + Bits)) | (g * kWidth & ((1 << bit) - 1)));
     C* from = at;
 #pragma unroll
-    for (int e = 0; e < 1 << K; ++e, from += step) load_run<V>(from, v + e * V);
-    hadamard<V>(v);
+    for (int e = 0; e < 1 << Bits; ++e, from += step) load_run<kWidth>(from, v + e * kWidth);
+    hadamard<kWidth>(v);
 #pragma unroll
-    for (int e = 0; e < 1 << K; ++e, at += step) store_run<V>(v + e * V, at);
+    for (int e = 0; e < 1 << Bits; ++e, at += step) store_run<kWidth>(v + e * kWidth, at);
   }
 }
 
@@ -163,16 +164,17 @@ __device__ __forceinline__ void middle_passes(const Rows<C>& rows, int log, int 
 
 // ---- the edge -----------------------------------------------------------------------------------
 
-// The columns of a thread at the edge: it holds kValues numbers, V for each e < 1 << kEdgeBits,
+// The columns of a thread at the edge: it holds kValues numbers, kWidth for each
+// e < 1 << kEdgeBits,
 //
-//   v[e * V + u]  at position  row * N + at(e, u)
+//   v[e * kWidth + u]  at position  row * N + at(e, u)
 //
 // Its columns are adjacent if the matrix in global memory allows accesses of 16 bytes; otherwise
 // neighbouring threads have adjacent columns.
 template <class S, bool Aligned>
 struct Edge {
   using C = ComputeOf<S>;
-  static constexpr int V = kPerAccess<S>, kCount = 1 << kEdgeBits<S>;
+  static constexpr int kWidth = kPerAccess<S>, kCount = 1 << kEdgeBits<S>;
   int row, first, apart, log;
 
   // Item g of those that `count / kValues` numbers make.
@@ -181,15 +183,15 @@ struct Edge {
     const int item = g & ((1 << of_row) - 1);
     row = g >> of_row;
     apart = Aligned ? 1 : min(32, 1 << of_row);
-    first = Aligned ? item * V : item / apart * apart * V + item % apart;
+    first = Aligned ? item * kWidth : item / apart * apart * kWidth + item % apart;
   }
-  // The position of v[e * V + u] in its row.
+  // The position of v[e * kWidth + u] in its row.
   __device__ __forceinline__ int at(int e, int u = 0) const {
     return first + u * apart + (e << (log - kEdgeBits<S>));
   }
-  // v[e * V + u] for all u, in rows of which these `end` are left.
-  __device__ __forceinline__ Columns<V, Aligned> columns(int e, int end) const {
-    Columns<V, Aligned> c(0, 0, end);
+  // v[e * kWidth + u] for all u, in rows of which these `end` are left.
+  __device__ __forceinline__ Columns<kWidth, Aligned> columns(int e, int end) const {
+    Columns<kWidth, Aligned> c(0, 0, end);
     c.first = at(e), c.apart = apart;
     return c;
   }
@@ -199,10 +201,10 @@ struct Edge {
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
       if constexpr (Aligned) {
-        load_run<V>(from.at(at(e)), v + e * V);
+        load_run<kWidth>(from.at(at(e)), v + e * kWidth);
       } else {
 #pragma unroll
-        for (int u = 0; u < V; ++u) v[e * V + u] = *from.at(at(e, u));
+        for (int u = 0; u < kWidth; ++u) v[e * kWidth + u] = *from.at(at(e, u));
       }
     }
   }
@@ -211,10 +213,10 @@ struct Edge {
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
       if constexpr (Aligned) {
-        store_run<V>(v + e * V, to.at(at(e)));
+        store_run<kWidth>(v + e * kWidth, to.at(at(e)));
       } else {
 #pragma unroll
-        for (int u = 0; u < V; ++u) *to.at(at(e, u)) = v[e * V + u];
+        for (int u = 0; u < kWidth; ++u) *to.at(at(e, u)) = v[e * kWidth + u];
       }
     }
   }

@@ -17,17 +17,17 @@ namespace {
 template <class S, bool Aligned>
 __global__ void planes_to_dense_kernel(Planes p, int64_t rows, int64_t cols, double value, S* out) {
   using C = ComputeOf<S>;
-  constexpr int V = kPerAccess<S>;
+  constexpr int kWidth = kPerAccess<S>;
   const S plus = narrow<S>(static_cast<C>(value)), minus = narrow<S>(static_cast<C>(-value));
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x)
-    for (int64_t from = int64_t{blockIdx.y} * blockDim.x * V; from < cols;
-         from += int64_t{gridDim.y} * blockDim.x * V) {
-      const Columns<V, Aligned> c(from, threadIdx.x, cols);
+    for (int64_t from = int64_t{blockIdx.y} * blockDim.x * kWidth; from < cols;
+         from += int64_t{gridDim.y} * blockDim.x * kWidth) {
+      const Columns<kWidth, Aligned> c(from, threadIdx.x, cols);
       const uint32_t is_plus = c.bits(p.plus + row * p.words);
       const uint32_t is_minus = c.bits(p.minus + row * p.words);
-      Pack<S, V> x = {};
+      Pack<S, kWidth> x = {};
 #pragma unroll
-      for (int v = 0; v < V; ++v)
+      for (int v = 0; v < kWidth; ++v)
         x.set(v, is_plus >> v & 1 ? plus : is_minus >> v & 1 ? minus : S{});
       c.store(out + row * cols, x);
     }
@@ -37,12 +37,12 @@ template <class S, class Index, bool Aligned>
 __global__ void lists_to_dense_kernel(Lists<Index> lists, int64_t rows, int64_t cols, double value,
                                       S* out) {
   using C = ComputeOf<S>;
-  constexpr int V = kPerAccess<S>;
+  constexpr int kWidth = kPerAccess<S>;
   const S plus = narrow<S>(static_cast<C>(value)), minus = narrow<S>(static_cast<C>(-value));
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     S* to = out + row * cols;
-    for (int64_t from = 0; from < cols; from += blockDim.x * V)
-      Columns<V, Aligned>(from, threadIdx.x, cols).store(to, Pack<S, V>{});
+    for (int64_t from = 0; from < cols; from += blockDim.x * kWidth)
+      Columns<kWidth, Aligned>(from, threadIdx.x, cols).store(to, Pack<S, kWidth>{});
     __syncthreads();
     const int64_t turn = lists.minus(row), end = lists.end(row);
     for (int64_t e = lists.plus(row) + threadIdx.x; e < end; e += blockDim.x)
@@ -63,8 +63,8 @@ Grid grid_of_rows(int64_t rows, int64_t parts) {
 }  // namespace
 
 void planes_to_dense(const PlanesToDense& p, Device& device) {
-  with_dtype(p.dtype, [&](auto tag) {
-    using S = decltype(tag);
+  with_dtype(p.dtype, [&](auto storage) {
+    using S = decltype(storage);
     const int64_t accesses = ceil_div(p.cols, kPerAccess<S>);
     const int64_t threads = threads_for(accesses, device);
     const auto kernel = aligned_rows(p.cols, kPerAccess<S>, p.out)
@@ -76,9 +76,9 @@ void planes_to_dense(const PlanesToDense& p, Device& device) {
 }
 
 void lists_to_dense(const ListsToDense& p, Device& device) {
-  with_dtype(p.dtype, [&](auto tag) {
+  with_dtype(p.dtype, [&](auto storage) {
     p.lists.typed([&](auto lists) {
-      using S = decltype(tag);
+      using S = decltype(storage);
       using Index = typename decltype(lists)::Index;
       const auto kernel = aligned_rows(p.cols, kPerAccess<S>, p.out)
                               ? lists_to_dense_kernel<S, Index, true>

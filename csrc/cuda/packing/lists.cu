@@ -22,12 +22,12 @@ namespace randlora::cuda {
 namespace {
 
 // The sum of x over this lane and those below it.
-template <class T>
-__device__ __forceinline__ T scan_warp(T x) {
+template <class Number>
+__device__ __forceinline__ Number scan_warp(Number x) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const T below = __shfl_up_sync(kWarp, x, step);
+    const Number below = __shfl_up_sync(kWarp, x, step);
     if (lane >= step) x += below;
   }
   return x;

@@ -1,5 +1,5 @@
-// How a call on Hadamard bases takes its tokens: in chunks, one after the other. Sizes alone decide,
-// so that results do not depend on the number of threads.
+// How a call on Hadamard bases takes its tokens: in chunks, one after the other. Sizes alone
+// decide, so that results do not depend on the number of threads.
 #pragma once
 #include "../backend.h"
 
