@@ -112,7 +112,7 @@ struct HadamardRow {
   C *factors, *row_factors;  // lam * col_signs (K), scale * row_signs (D)
   C *v, *mixed;              // (N); (R, padded)
 
-  RANDLORA_HOST_MEMBER explicit HadamardRow(const HadamardSizes& sizes) : s(sizes) {}
+  RANDLORA_HOST_MEMBER explicit HadamardRow(const HadamardSizes& of_layer) : sizes(of_layer) {}
 
   // Takes scratch memory for all threads, with `more` numbers for each and `shared` at the end,
   // which it returns. Without `col_signs`, `lam` has them already.
