@@ -10,10 +10,16 @@
 namespace randlora::RANDLORA_ISA {
 
 const Kernels& kernels() {
-#define RANDLORA_FUNCTION(name, Operator) name,
-  static constexpr Kernels table = {RANDLORA_TEXT(RANDLORA_ISA),
-                                    RANDLORA_OPERATORS(RANDLORA_FUNCTION) hadamard_add, pack_dense};
-#undef RANDLORA_FUNCTION
+  static constexpr Kernels table = [] {
+    Kernels all{};
+    all.isa = RANDLORA_TEXT(RANDLORA_ISA);
+    all.hadamard_add = hadamard_add;
+    all.pack_dense = pack_dense;
+#define RANDLORA_SET(name, Operator) all.name = name;
+    RANDLORA_OPERATORS(RANDLORA_SET)
+#undef RANDLORA_SET
+    return all;
+  }();
   return table;
 }
 

@@ -12,11 +12,19 @@
 extern "C" __attribute__((visibility("default"))) const randlora::CudaKernels*
 randlora_cuda_kernels() {
   using namespace randlora;
-#define RANDLORA_FUNCTION(name, Operator) cuda::name,
-  static constexpr CudaKernels table = {kCudaInterface,      RANDLORA_COMPILER,
-                                        cuda::describe,      cuda::make_current,
-                                        cuda::refusal,       cuda::support_tables,
-                                        cuda::hadamard_fits, RANDLORA_OPERATORS(RANDLORA_FUNCTION)};
-#undef RANDLORA_FUNCTION
+  static constexpr CudaKernels table = [] {
+    CudaKernels all{};
+    all.interface = kCudaInterface;
+    all.build = RANDLORA_COMPILER;
+    all.describe = cuda::describe;
+    all.make_current = cuda::make_current;
+    all.refusal = cuda::refusal;
+    all.support_tables = cuda::support_tables;
+    all.hadamard_fits = cuda::hadamard_fits;
+#define RANDLORA_SET(name, Operator) all.name = cuda::name;
+    RANDLORA_OPERATORS(RANDLORA_SET)
+#undef RANDLORA_SET
+    return all;
+  }();
   return &table;
 }

@@ -61,12 +61,13 @@ HadamardAdapter::HadamardAdapter(const Tensor& lam, const Tensor& gam, const Ten
       col_signs(col_signs),
       expand(expand),
       scale(scale),
-      sizes(lam.dim() == 3 ? check_experts(lam, gam, a_signs, row_signs, col_signs)
-                           : check_basis(lam, gam, a_signs, row_signs, col_signs)) {}
+      has_experts(lam.dim() == 3),
+      sizes(has_experts ? check_experts(lam, gam, a_signs, row_signs, col_signs)
+                        : check_basis(lam, gam, a_signs, row_signs, col_signs)) {}
 
 void check_weights(const Tensor& t, const char* name, const HadamardAdapter& adapter) {
   const int64_t out = adapter.out(), in = adapter.in();
-  if (!adapter.has_experts()) return check_weight(t, name, out, in, adapter.lam);
+  if (!adapter.has_experts) return check_weight(t, name, out, in, adapter.lam);
   RANDLORA_CHECK(t.dim() == 3 && t.size(0) == adapter.experts(), name,
                  " must be (experts, out, in) = (", adapter.experts(), ", ", out, ", ", in,
                  "), got ", describe(t));

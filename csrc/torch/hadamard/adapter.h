@@ -13,14 +13,14 @@ struct HadamardAdapter {
   const Tensor &a_signs, &row_signs, &col_signs;
   bool expand;
   double scale;
+  bool has_experts;
   HadamardSizes sizes;  // of one expert
 
   // Throws if anything disagrees.
   HadamardAdapter(const Tensor& lam, const Tensor& gam, const Tensor& a_signs,
                   const Tensor& row_signs, const Tensor& col_signs, bool expand, double scale);
 
-  bool has_experts() const { return lam.dim() == 3; }
-  int64_t experts() const { return has_experts() ? lam.size(0) : 1; }
+  int64_t experts() const { return has_experts ? lam.size(0) : 1; }
   int64_t in() const { return expand ? sizes.d : sizes.D; }
   int64_t out() const { return expand ? sizes.D : sizes.d; }
 };

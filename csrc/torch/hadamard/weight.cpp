@@ -35,7 +35,7 @@ Tensor hadamard_weight(OptionalTensor weight, Tensor lam, Tensor gam, Tensor a_s
     return std::get<0>(call_torch<Tensor>("randlora::hadamard_weight_plain", weight, lam, gam,
                                           a_signs, row_signs, col_signs, expand, scale));
   std::vector<int64_t> shape{adapter.out(), adapter.in()};
-  if (adapter.has_experts()) shape.insert(shape.begin(), adapter.experts());
+  if (adapter.has_experts) shape.insert(shape.begin(), adapter.experts());
   const Tensor out = allocate(shape, scalar_type(dtype), lam);
   const Tensor lam_copy = compute_copy(lam, dtype), gam_copy = compute_copy(gam, dtype);
   if (weight) weight = as_contiguous(*weight);
