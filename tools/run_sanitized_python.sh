@@ -31,7 +31,8 @@ case $sanitizers in
     export OMP_NUM_THREADS=1 ;;
   *)
     libraries="libasan libubsan" choice=""
-    tests=$(echo tests/ops/test_{linear,autograd,weights,errors,nonfinite,properties,isa}.py \
+    tests=$(echo tests/ops/test_{linear,autograd,weights,errors,operator_errors}.py \
+      tests/ops/test_{nonfinite,properties,isa}.py \
       tests/basis/test_{packed,basis,basis_spec}.py tests/nn/test_{layer,merge}.py) ;;
 esac
 [ $# -gt 0 ] || set -- $tests -k "$choice"

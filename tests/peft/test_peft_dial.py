@@ -43,45 +43,115 @@ def deltas(model, adapter="default"):
     return [layer.get_delta_weight(adapter).detach() for layer in layers(model)]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@torch.no_grad()
-def test_every_door(kind, tmp_path):
-    model, before = turned(**kind)
+X = uneven(2, 9, seed=1)
+
+
+@pytest.fixture(params=KINDS, ids=str)
+def options(request):
+    return request.param
+
+
+@pytest.fixture
+def model(options):
+    return turned(**options)[0]
+
+
+def test_the_factor_multiplies_dw(options):
+    model, before = turned(**options)
     for now, was in zip(deltas(model), before, strict=True):
         assert relative(now, was.double() * FACTOR) < 1e-6
-    x = uneven(2, 9, seed=1)
-    want = model(x)
+
+
+def by_from_pretrained(model, bare, folder):
+    return opened(folder).eval()
+
+
+def by_load_adapter_over_another(model, bare, folder):
+    bare.load_adapter(folder, "default")
+    return bare
+
+
+def by_hotswap_adapter(model, bare, folder):
+    accelerated.hotswap_adapter(bare, folder)
+    return bare
+
+
+def by_load_adapter_beside_another(model, bare, folder):
+    bare.load_adapter(folder, "two")
+    bare.set_adapter("two")
+    return bare
+
+
+def by_load_state_dict(model, bare, folder):
+    bare.load_state_dict(copy.deepcopy(model.state_dict()))
+    return bare
+
+
+def by_set_peft_model_state_dict(model, bare, folder):
+    peft.set_peft_model_state_dict(bare, peft.get_peft_model_state_dict(model))
+    return bare
+
+
+def by_deepcopy(model, bare, folder):
+    return copy.deepcopy(model)
+
+
+DOORS = [
+    by_from_pretrained,
+    by_load_adapter_over_another,
+    by_hotswap_adapter,
+    by_load_adapter_beside_another,
+    by_load_state_dict,
+    by_set_peft_model_state_dict,
+    by_deepcopy,
+]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@torch.no_grad()
+def test_the_factor_goes_through_every_door(options, model, door, tmp_path):
     model.save_pretrained(tmp_path)
-    bare = [made(seed=4, **kind).eval() for _ in range(5)]
-    bare[0].load_adapter(tmp_path, "default")
-    accelerated.hotswap_adapter(bare[1], tmp_path)
-    bare[2].load_adapter(tmp_path, "two")
-    bare[2].set_adapter("two")
-    bare[3].load_state_dict(copy.deepcopy(model.state_dict()))
-    peft.set_peft_model_state_dict(bare[4], peft.get_peft_model_state_dict(model))
-    for door in (opened(tmp_path).eval(), *bare, copy.deepcopy(model)):
-        assert torch.equal(door(x), want)
-    merged = copy.deepcopy(model).merge_and_unload()
-    assert relative(merged(x), want) < 1e-5
-    kept = model.base_model.model.a.base_layer.weight.clone()
-    model.merge_adapter()
-    assert relative(model(x), want) < 1e-5
-    model.unmerge_adapter()
-    assert torch.equal(model.base_model.model.a.base_layer.weight, kept)
+    bare = made(seed=4, **options).eval()
+    assert torch.equal(door(model, bare, tmp_path)(X), model(X))
 
 
 @torch.no_grad()
-def test_lora_and_stock_peft(tmp_path):
+def test_the_factor_is_merged_and_unloaded(model):
+    want = model(X)
+    assert relative(model.merge_and_unload()(X), want) < 1e-5
+
+
+@torch.no_grad()
+def test_the_factor_is_merged(model):
+    want = model(X)
+    model.merge_adapter()
+    assert relative(model(X), want) < 1e-5
+
+
+@torch.no_grad()
+def test_unmerging_restores_every_bit(model):
+    weight = model.base_model.model.a.base_layer.weight
+    before = weight.clone()
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(weight, before)
+
+
+@torch.no_grad()
+def test_the_factor_goes_into_lora(tmp_path):
     model, _ = turned(basis="hadamard")
-    x = uneven(2, 9, seed=1)
-    want = model(x)
-    peft.save_as_lora(tmp_path / "lora", model, rank=24)
-    assert relative(opened(tmp_path / "lora").eval()(x), want) < 1e-5
+    want = model(X)
+    peft.save_as_lora(tmp_path, model, rank=24)
+    assert relative(opened(tmp_path).eval()(X), want) < 1e-5
+
+
+@torch.no_grad()
+def test_the_factor_goes_to_stock_peft(tmp_path):
     model, _ = turned(sparse=True)
-    want = model(x)
-    model.save_pretrained(tmp_path / "ours")
+    want = model(X)
+    model.save_pretrained(tmp_path)
     accelerated.disable()
-    assert relative(opened(tmp_path / "ours").eval()(x), want) < 1e-5
+    assert relative(opened(tmp_path).eval()(X), want) < 1e-5
 
 
 @torch.no_grad()
@@ -97,13 +167,16 @@ def test_merged_without_a_model(tmp_path):
     assert relative(merged(tokens).logits, model(tokens).logits) < 1e-5
 
 
-def test_experts_and_adapters_of_stock_peft():
+def test_the_factor_multiplies_dw_of_experts():
     chosen = {"basis": "hadamard", "targets": [], "target_parameters": expert_models.EXPERTS}
     model = adapted(expert_models.make("Mixtral"), r=4, **chosen)
     before = deltas(model)
     set_dial(model, FACTOR)
     for now, was in zip(deltas(model), before, strict=True):
         assert relative(now, was.double() * FACTOR) < 1e-6
+
+
+def test_layers_of_stock_peft_have_no_dial():
     with pytest.raises(ValueError, match="adapter_name must be one of"):
         set_dial(stock_made(), FACTOR)
 
@@ -111,10 +184,9 @@ def test_experts_and_adapters_of_stock_peft():
 @torch.no_grad()
 def test_the_curve_under_peft():
     model, _ = turned(basis="hadamard")
-    x = uneven(2, 9, seed=1)
 
     def size(model):
-        return model(x).norm()
+        return model(X).norm()
 
     whole, none = randlora_ext.dial_curve(model, size, size, (1.0, 0.0))
     assert whole.task == pytest.approx(float(size(model)), rel=1e-6)

@@ -46,5 +46,6 @@ for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done
 RANDLORA_GPU_RUN_DRY=1 python -m pytest -q -n 2 -p no:cacheprovider "${deselected[@]}" "$@" \
   tests/project/test_gpu_run_dry.py::test_the_whole_dry_run tests/gpu \
   tests/ops/test_{linear,weights,autograd,experts}.py \
-  tests/ops/test_{nonfinite,determinism,errors,operator_errors}.py tests/basis/test_{basis_spec,packed}.py \
-  tests/nn/test_{layer,merge}.py tests/peft/test_{peft,peft_adapters}.py
+  tests/ops/test_{nonfinite,determinism,errors,operator_errors}.py \
+  tests/basis/test_{basis_spec,packed}.py \
+  tests/nn/test_{layer,merge}.py tests/peft/test_peft{,_adapters,_rows,_changes}.py

@@ -1,0 +1,100 @@
+"""randlora_ext.peft: what a call reuses from the one before is dropped when it becomes wrong."""
+
+import pytest
+import torch
+from layer_cases import delta_by_reference
+from peft_helpers import (
+    accelerated,
+    adapted,
+    config,
+    layers,
+    randomize,
+    relative,
+)
+from torch import nn
+
+from randlora_ext import Basis
+from randlora_ext.peft.bases import new_bases
+
+
+class Expected:
+    """A layer of two adapters, and by hand what it must compute."""
+
+    def __init__(self):
+        base = nn.Sequential(nn.Linear(24, 40))
+        self.model = adapted(base, "0", basis="hadamard", projection_prng_key=1)
+        self.model.add_adapter("two", config(3, accelerated.RandLoraConfig, "0", density=0.3))
+        (self.layer,) = layers(randomize(self.model))
+        self.bases = {"default": Basis(24, 40, 5, seed=1), "two": Basis(24, 40, 3, 0.3, seed=0)}
+        self.scales = {}
+
+    def replace_bases(self):
+        new = Basis(24, 40, 5, seed=self.bases["default"].seed + 1)
+        options = {"basis": "hadamard", "projection_prng_key": new.seed}
+        A, B = new_bases(config(5, accelerated.RandLoraConfig, **options), 40, 24)
+        self.layer.randlora_A["default"], self.layer.randlora_B["default"] = A, B
+        self.bases["default"] = new
+
+    def scale_inputs(self):
+        self.scales["default"] = torch.rand(24) + 0.5
+        self.layer.set_input_scale("default", self.scales["default"])
+
+    def set_scaling(self):
+        self.layer.scaling["default"] = 3.0
+
+    def change_lambda(self):
+        self.layer.randlora_lambda["default"].data.mul_(-2)
+
+    def replace_gamma(self):
+        gamma = self.layer.randlora_gamma
+        gamma["default"] = nn.Parameter(gamma["default"].detach() / 3)
+
+    def replace_base_layer(self):
+        self.layer.base_layer = nn.Linear(24, 40, bias=False)
+
+    def choose_two(self):
+        self.model.set_adapter("two")
+
+    def choose_both(self):
+        self.model.base_model.set_adapter(["default", "two"])
+
+    def change_weight(self):
+        self.layer.base_layer.weight.data.mul_(2)
+
+    def cast(self):
+        self.model.double()
+
+    def hook(self):
+        self.layer.base_layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    def assert_right(self):
+        x = torch.randn(7, 24, dtype=self.layer.base_layer.weight.dtype)
+        y = self.layer.base_layer(x).double()
+        for name in self.layer.active_adapters:
+            lam = self.layer.randlora_lambda[name].double()
+            gam = self.layer.randlora_gamma[name].double()
+            scaling, scale = self.layer.scaling[name], self.scales.get(name)
+            y = y + x.double() @ delta_by_reference(self.bases[name], lam, gam, scaling, scale).T
+        assert relative(self.model(x), y) < 1e-6
+
+
+CHANGES = [
+    Expected.replace_bases, Expected.scale_inputs, Expected.set_scaling, Expected.change_lambda,
+    Expected.replace_gamma, Expected.replace_base_layer, Expected.choose_two,
+    Expected.choose_both, Expected.change_weight, Expected.cast, Expected.hook,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_shows_in_the_next_call(change):
+    expected = Expected()
+    expected.assert_right()
+    change(expected)
+    expected.assert_right()
+
+
+def test_every_change_on_top_of_the_others_shows_in_the_next_call():
+    expected = Expected()
+    for change in (*CHANGES, *CHANGES):
+        change(expected)
+        expected.assert_right()
