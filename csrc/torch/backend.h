@@ -57,7 +57,8 @@ class TorchDevice : public Device {
   std::vector<Tensor> held_;
 };
 
-// Runs operator `p` by the kernels for the device of `on`.
+// Runs operator `p` by the kernel for the device of `on`: HadamardDown by hadamard_down, and so on
+// (csrc/cpu, csrc/cuda).
 #define RANDLORA_DECLARE(name, Operator) void run(const Tensor& on, const Operator& p);
 RANDLORA_OPERATORS(RANDLORA_DECLARE)
 #undef RANDLORA_DECLARE
