@@ -57,9 +57,9 @@ def test_wide_lists(shape, density):
     basis = layer.basis
     wide = max(shape) > 65536
     packed = basis.packed("cpu")
-    kind = torch.int32 if wide else torch.int16
+    dtype = torch.int32 if wide else torch.int16
     indices = packed[1:7:5] + packed[4:6:2] if basis.format == "lists" else packed[1:2]
-    assert {t.dtype for t in indices} == {kind}
+    assert {t.dtype for t in indices} == {dtype}
     oracle = exact(layer)
     for name, value in ours(layer).items():
         assert largest_error(value, oracle[name]) <= 1e-12, name

@@ -86,12 +86,12 @@ def spoiled(weights: bytes) -> dict[str, bytes]:
 
 
 def test_a_spoiled_file_raises_and_changes_nothing(victim):
-    for kind, weights in spoiled(victim.weights).items():
+    for case, weights in spoiled(victim.weights).items():
         victim.write(weights)
         for load in (victim.load_over, victim.load_anew):
             with pytest.raises(Exception) as caught:  # safetensors has its own class
                 load()
-            assert not isinstance(caught.value, (AssertionError, AttributeError)), kind
+            assert not isinstance(caught.value, (AssertionError, AttributeError)), case
             victim.assert_unchanged()
 
 

@@ -65,13 +65,13 @@ def sharding(trainer):
     return Sharding
 
 
-def trainer_of_transformers(kind, options, **rest):
-    make = transformers.Trainer if kind == "DDP" else sharding(transformers.Trainer)
+def trainer_of_transformers(method, options, **rest):
+    make = transformers.Trainer if method == "DDP" else sharding(transformers.Trainer)
     return make(args=transformers.TrainingArguments(**options), **rest)
 
 
-def trainer_of_trl(kind, options, train_dataset, **rest):
-    make = trl.SFTTrainer if kind == "DDP" else sharding(trl.SFTTrainer)
+def trainer_of_trl(method, options, train_dataset, **rest):
+    make = trl.SFTTrainer if method == "DDP" else sharding(trl.SFTTrainer)
     words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"
@@ -84,14 +84,14 @@ def trainer_of_trl(kind, options, train_dataset, **rest):
     )
 
 
-def train(place, kind, make, rows, folder, callbacks, **resume):
+def train(place, method, make, rows, folder, callbacks, **resume):
     """Trains a new model; returns it, the trainer, and what the steps of this rank saw."""
     AcceleratorState._reset_state(reset_partial_state=True)
     ranks = {"RANK": place.rank, "WORLD_SIZE": place.world}
     ranks |= {"LOCAL_RANK": place.rank, "LOCAL_WORLD_SIZE": place.world}
     os.environ |= {name: str(value) for name, value in ranks.items()}
     options = {"output_dir": str(folder), **OPTIONS}
-    if kind == "FSDP2":
+    if method == "FSDP2":
         options["fsdp"] = True
         options["fsdp_config"] = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
     model, batches, seen = new_model(), [], []
@@ -102,9 +102,9 @@ def train(place, kind, make, rows, folder, callbacks, **resume):
             seen.append([scale.clone() for scale in scales(module)])
 
     model.register_forward_pre_hook(note, with_kwargs=True)
-    run = make(kind, options, model=model, train_dataset=rows, callbacks=callbacks)
+    run = make(method, options, model=model, train_dataset=rows, callbacks=callbacks)
     run.train(**resume)
-    assert isinstance(run.model_wrapped, WRAPPED[kind])
+    assert isinstance(run.model_wrapped, WRAPPED[method])
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     return SimpleNamespace(model=model, run=run, batches=batches, seen=seen, losses=losses)
 
@@ -129,11 +129,13 @@ def of_all_ranks(place, tensor):
     return every
 
 
-def compare(place, kind, make, rows):
+def compare(place, method, make, rows):
     """With one process, with a run without the callback, and with a run that resumes."""
-    folder = place.folder / "-".join(["trainer", kind, make.__name__, type(rows).__name__])
-    plain = train(place, kind, make, rows, folder / "plain", [])
-    ours = train(place, kind, make, rows, folder, [randlora_ext.CalibrateCallback(batches=BATCHES)])
+    folder = place.folder / "-".join(["trainer", method, make.__name__, type(rows).__name__])
+    plain = train(place, method, make, rows, folder / "plain", [])
+    ours = train(
+        place, method, make, rows, folder, [randlora_ext.CalibrateCallback(batches=BATCHES)]
+    )
     assert not any(are_calibrated(plain.model)) and all(are_calibrated(ours.model))
 
     assert len(ours.batches) == len(plain.batches) == STEPS
@@ -157,7 +159,13 @@ def compare(place, kind, make, rows):
 
     callback = randlora_ext.CalibrateCallback(batches=1)  # would measure something else
     resumed = train(
-        place, kind, make, rows, folder, [callback], resume_from_checkpoint=f"{folder}/checkpoint-2"
+        place,
+        method,
+        make,
+        rows,
+        folder,
+        [callback],
+        resume_from_checkpoint=f"{folder}/checkpoint-2",
     )
     assert len(resumed.batches) == 1
     assert all(map(torch.equal, scales(resumed.model), scales(ours.model)))
@@ -167,7 +175,7 @@ def compare(place, kind, make, rows):
 
 @worlds(2)
 def check_trainers_that_calibrate(place: Place):
-    for kind in WRAPPED:
-        compare(place, kind, trainer_of_transformers, ROWS)
-        compare(place, kind, trainer_of_transformers, Stream())
-        compare(place, kind, trainer_of_trl, None)
+    for method in WRAPPED:
+        compare(place, method, trainer_of_transformers, ROWS)
+        compare(place, method, trainer_of_transformers, Stream())
+        compare(place, method, trainer_of_trl, None)

@@ -30,9 +30,9 @@ def gather(held: dict[nn.Parameter, torch.Tensor]):
         parameter.data = values
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_adapters_are_added_without_the_weight(kind):
-    base = make_base(*SIZES, kind)
+@pytest.mark.parametrize("layer_type", ["linear", "conv1d"])
+def test_adapters_are_added_without_the_weight(layer_type):
+    base = make_base(*SIZES, layer_type)
     partition(base.weight)
     made = RandLoraLinear(base, r=5)
     assert (made.in_features, made.out_features) == SIZES

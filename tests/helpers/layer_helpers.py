@@ -16,13 +16,13 @@ from randlora_ext import RandLoraLinear
 from randlora_ext.reference import linear_reference
 
 
-def make_base(in_features, out_features, kind="linear", bias=True, dtype=torch.float32):
+def make_base(in_features, out_features, layer_type="linear", bias=True, dtype=torch.float32):
     torch.manual_seed(in_features * 1000 + out_features)
-    if kind == "conv1d":
+    if layer_type == "conv1d":
         Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
         base = Conv1D(out_features, in_features)
         nn.init.normal_(base.bias)
-    elif kind == "subclass":
+    elif layer_type == "subclass":
         base = type("Special", (nn.Linear,), {})(in_features, out_features, bias=bias)
     else:
         base = nn.Linear(in_features, out_features, bias=bias)

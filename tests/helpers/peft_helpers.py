@@ -27,10 +27,10 @@ RANDLORA = peft.PeftType.RANDLORA
 class Net(nn.Module):
     """Two more targeted layers of other shapes make PEFT's shared bases larger than needed."""
 
-    def __init__(self, in_features, out_features, kind=nn.Linear):
+    def __init__(self, in_features, out_features, layer_type=nn.Linear):
         super().__init__()
         torch.manual_seed(in_features * 1000 + out_features)
-        make = (lambda i, o: kind(o, i)) if kind is not nn.Linear else nn.Linear
+        make = (lambda i, o: layer_type(o, i)) if layer_type is not nn.Linear else nn.Linear
         self.a, self.b = make(in_features, out_features), make(out_features, in_features)
         self.c = nn.Linear(72, 80)
 

@@ -86,10 +86,10 @@ def layers(draw) -> Layer:
     layer = replace(layer, lam=layer.lam.to(diagonals), gam=layer.gam.to(diagonals))
     for name in ("x", "weight", "bias", "dy", "lam", "gam"):
         setattr(layer, name, laid_out(getattr(layer, name), draw(layouts)))
-    kind = draw(st.sampled_from(["weight and bias", "weight", "adapter"]))
-    if kind == "adapter":
+    parts = draw(st.sampled_from(["weight and bias", "weight", "adapter"]))
+    if parts == "adapter":
         return layer.without_weight()
-    return replace(layer, bias=None) if kind == "weight" else layer
+    return replace(layer, bias=None) if parts == "weight" else layer
 
 
 def magnitudes(layer: Layer) -> dict[str, Tensor]:

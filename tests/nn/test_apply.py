@@ -200,7 +200,7 @@ def test_modules_to_save_are_trained_whole():
     apply_randlora(model, "all-linear", modules_to_save=["0.norm", "head"], r=2)
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "randlora" not in n}
     whole = "blocks.0.norm.", "head.0.", "head.1."
-    assert trained == {f"{name}{kind}" for name in whole for kind in ("weight", "bias")}
+    assert trained == {f"{name}{part}" for name in whole for part in ("weight", "bias")}
     assert len(layers(model)) == 4 and type(model["head"][0]) is nn.Linear
     apply_randlora(model, ["head.0"], r=2)  # which leaves the rest as it is
     assert model["head"][1].weight.requires_grad and not model["head"][0].weight.requires_grad

@@ -44,13 +44,13 @@ SPECIAL = {"fifo": os.mkfifo, "socket": make_socket}
 
 
 @pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("special_file", SPECIAL)
 @pytest.mark.parametrize("writer", WRITERS)
-def test_special_files_stay(tmp_path, monkeypatch, writer, kind, linked):
+def test_special_files_stay(tmp_path, monkeypatch, writer, special_file, linked):
     """A rename would replace them by a plain file, a device as well."""
     monkeypatch.chdir(tmp_path)
     path = special = tmp_path / "special"
-    SPECIAL[kind](special)
+    SPECIAL[special_file](special)
     before = special.stat()
     if linked:
         (path := tmp_path / "link").symlink_to(special)

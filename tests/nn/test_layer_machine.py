@@ -29,14 +29,14 @@ class Machine(RuleBasedStateMachine):
     @initialize(
         in_features=st.integers(1, 30),
         out_features=st.integers(1, 30),
-        kind=st.sampled_from(["linear", "linear", "subclass", "conv1d"]),
+        layer_type=st.sampled_from(["linear", "linear", "subclass", "conv1d"]),
         bias=st.booleans(),
         r=st.integers(1, 9),
         density=densities,
         key=seeds,
     )
-    def make(self, in_features, out_features, kind, bias, r, density, key):
-        base = make_base(in_features, out_features, kind, bias, torch.float64)
+    def make(self, in_features, out_features, layer_type, bias, r, density, key):
+        base = make_base(in_features, out_features, layer_type, bias, torch.float64)
         self.W = base.weight.detach().clone()
         self.layer = RandLoraLinear(base, r, density=density, seed=key, basis="independent")
         self.merged, self.active, self.disabled = [], ["default"], False

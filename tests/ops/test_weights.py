@@ -81,7 +81,7 @@ def test_scaled_basis_multiplies_in_32_or_64_bits_and_rounds_once(size, dtype):
     r, n, d = size
     wide = torch.promote_types(dtype, torch.float32)
     lam, gam = normal(r, n, dtype=wide), normal(n, d, dtype=wide)
-    for kind, A in {
+    for layout, A in {
         "contiguous": normal(r, d, dtype=dtype),
         "transposed": normal(d, r, dtype=dtype).T,
         "strided": normal(2 * r, 3 * d, dtype=dtype)[::2, ::3],
@@ -89,7 +89,7 @@ def test_scaled_basis_multiplies_in_32_or_64_bits_and_rounds_once(size, dtype):
     }.items():
         out = scaled_basis(A, lam, gam)
         assert out.dtype == dtype and out.is_contiguous() and out.shape == (r * n, d)
-        assert torch.equal(out, scaled_basis_reference(A.to(wide), lam, gam).to(dtype)), kind
+        assert torch.equal(out, scaled_basis_reference(A.to(wide), lam, gam).to(dtype)), layout
 
 
 @pytest.mark.parametrize("a_type", ALL_TYPES, ids=str)

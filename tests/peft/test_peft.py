@@ -84,18 +84,18 @@ def test_adapters_err_at_most_twice_as_much_as_stock(shape, dtype, autocast_adap
         assert relative(mine, wanted) <= 2 * relative(theirs, wanted)
 
 
-@pytest.mark.parametrize("kind", ["conv1d", "uniform conv1d", "subclass"])
-def test_other_base_layers(kind):
+@pytest.mark.parametrize("case", ["conv1d", "uniform conv1d", "subclass"])
+def test_other_base_layers(case):
     from transformers.pytorch_utils import Conv1D
 
-    conv1d = "conv1d" in kind
+    conv1d = "conv1d" in case
     base = Net(24, 40, Conv1D if conv1d else nn.Linear).double()
     if conv1d:
         nn.init.normal_(base.a.bias)
-    if kind == "subclass":
+    if case == "subclass":
         base.a.__class__ = type("Special", (nn.Linear,), {})
     targets = "a" if conv1d else "abc"
-    options = {"fan_in_fan_out": conv1d, "sparse": "uniform" not in kind}
+    options = {"fan_in_fan_out": conv1d, "sparse": "uniform" not in case}
     stock, ours = pair(base, lambda: config(5, targets=targets, **options))
     stock.double(), ours.double()
     x, dy = inputs(24, 40, torch.float64)
