@@ -137,7 +137,8 @@ class Basis(Shape):
 
             # Without the orientation, which packed tensors do not have.
             key = self.D, self.d, self.r, self._matrices.identity, on, dtype
-            found = self._packed[on, dtype] = get_or_make(key, on, make)
+            found = get_or_make(key, on, make)
+            self._packed[on, dtype] = found
             if new and not elsewhere:
                 self._warn_of_zeros(found.tensors)
         return found.on_current_stream()

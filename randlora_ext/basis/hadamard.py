@@ -32,7 +32,8 @@ class HadamardMatrices(Matrices):
     kind = "hadamard"
 
     def __init__(self, description: BasisDescription) -> None:
-        self.description = self.identity = description
+        self.description = description
+        self.identity = description
         self.seed = description.seed
 
     def format(self, shape: Shape) -> str:

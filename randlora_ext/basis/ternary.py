@@ -60,7 +60,8 @@ class GeneratedMatrices(TernaryMatrices):
     def __init__(self, description: BasisDescription) -> None:
         density = description.density
         assert density is not None
-        self.description = self.identity = description
+        self.description = description
+        self.identity = description
         self.seed, self.density = description.seed, density
         self.a_value = self.b_value = 1.0 / math.sqrt(density)
         self.scale = 1.0 / density  # without the square root's rounding

@@ -16,8 +16,10 @@ from torch import Tensor
 from . import CliError, errors_about
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Experts that lie one by one: path, number, and whether it is a part of gate_up_proj.
-_EXPERT = re.compile(r"(.+)\.(\d+)\.(?:(gate_proj|up_proj|w1|w3)|down_proj|w2)\.weight")
+# Experts that lie one by one.
+_EXPERT = re.compile(
+    r"(?P<path>.+)\.(?P<expert>\d+)\.(?:(?P<gate_or_up>gate_proj|up_proj|w1|w3)|down_proj|w2)\.weight"
+)
 
 
 class Place(NamedTuple):
@@ -126,14 +128,14 @@ def _experts(tensors: dict[str, Parameter]) -> dict[str, Parameter]:
     """The stacks, by their names in the model: expert by expert all rows, gate above up."""
     matches = [match for match in map(_EXPERT.fullmatch, tensors) if match]
     stacks: dict[str, list[re.Match]] = {}
-    for match in sorted(matches, key=lambda match: (int(match[2]), match[0])):
-        path = match[1].replace(".block_sparse_moe.", ".mlp.")  # Mixtral's
-        name = "gate_up_proj" if match[3] else "down_proj"
+    for match in sorted(matches, key=lambda match: (int(match["expert"]), match.string)):
+        path = match["path"].replace(".block_sparse_moe.", ".mlp.")  # Mixtral's
+        name = "gate_up_proj" if match["gate_or_up"] else "down_proj"
         stacks.setdefault(f"{path}.{name}", []).append(match)
     found = {}
     for name, matches in stacks.items():
-        parts = [tensors[match[0]] for match in matches]
-        experts = len({match[2] for match in matches})
+        parts = [tensors[match.string] for match in matches]
+        experts = len({match["expert"] for match in matches})
         dtype, shape = parts[0].dtype, parts[0].shape
         are_alike = all((part.dtype, part.shape) == (dtype, shape) for part in parts)
         if are_alike and len(shape) == 2 and len(parts) % experts == 0:

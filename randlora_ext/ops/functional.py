@@ -178,7 +178,9 @@ def linear(
         _check_tensor("bias", bias)
     device = x.device
     if autocast_is_on(device.type):
-        x, weight, bias = autocast(device.type, x, weight, bias)  # type: ignore[assignment]
+        x = autocast(device.type, x)
+        weight = None if weight is None else autocast(device.type, weight)
+        bias = None if bias is None else autocast(device.type, bias)
     module = _MODULES.get(basis.kind, independent)
     if module is independent and not (serve(device) or x.is_meta):
         raise ValueError(

@@ -77,16 +77,11 @@ def autocast_is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def autocast(device_type: str, *values: Tensor | None) -> list[Tensor | None]:
-    """Casts floating tensors other than float64 to autocast's dtype."""
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(value: Tensor | None) -> Tensor | None:
-        if value is None or value.dtype is torch.float64 or not value.is_floating_point():
-            return value
-        return value.to(dtype)
-
-    return [cast(value) for value in values]
+def autocast(device_type: str, t: Tensor) -> Tensor:
+    """A floating tensor other than float64 in autocast's dtype; others as they are."""
+    if t.dtype is torch.float64 or not t.is_floating_point():
+        return t
+    return t.to(torch.get_autocast_dtype(device_type))
 
 
 def _register_autocast(name: str, cast: Collection[str]) -> None:
@@ -98,8 +93,10 @@ def _register_autocast(name: str, cast: Collection[str]) -> None:
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
         def casting(*inputs, device_type=device_type):
-            pairs = zip(inputs, is_cast, strict=True)
-            inputs = [autocast(device_type, v)[0] if which else v for v, which in pairs]
+            inputs = list(inputs)
+            for i, value in enumerate(inputs):
+                if is_cast[i] and value is not None:
+                    inputs[i] = autocast(device_type, value)
             torch.set_autocast_enabled(device_type, False)  # torch.autocast would take 10 us
             try:
                 return op(*inputs)
