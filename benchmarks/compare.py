@@ -64,7 +64,10 @@ def _time(methods: dict[str, nn.Module], x: Tensor, dy: Tensor, repeats: int) ->
     Each turn begins with a call that is not counted either: the caches and the allocator's free
     pages then are those of this method, as in training, and not of the one before. If a step takes
     several tenths of a second, this makes no difference, and the call is left out.
+
+    With one thread processor time counts, so that other programs disturb less.
     """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     work = x.numel() * dy.shape[1]
     calls = min(60, max(1, int(1e9 / (work + 1e6))))
     warm = int(work < 8e9)
@@ -74,10 +77,10 @@ def _time(methods: dict[str, nn.Module], x: Tensor, dy: Tensor, repeats: int) ->
             leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
             for call in range(calls + warm):
                 if call == warm:
-                    start = time.perf_counter()
+                    start = clock()
                 for leaf in leaves:
                     leaf.grad = None
                 layer(x).backward(dy)
             if repeat:
-                times[name].append((time.perf_counter() - start) / calls)
+                times[name].append((clock() - start) / calls)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
