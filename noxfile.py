@@ -31,7 +31,7 @@ tests/ops/test_autocast.py
 tests/nn --ignore tests/nn/test_callback.py
 tests/cli/test_cli.py tests/cli/test_cli_merge.py tests/cli/test_card_without_code.py
 tests/peft/test_peft.py tests/peft/test_peft_basis.py tests/peft/test_peft_packed_bases.py
-tests/peft/test_peft_adapters.py
+tests/peft/test_peft_adapters.py tests/peft/test_peft_rows.py tests/peft/test_peft_changes.py
 tests/project/test_packaging.py tests/project/test_public_names.py
 """.split()
 
