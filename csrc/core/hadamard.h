@@ -54,7 +54,7 @@ RANDLORA_HD bool hadamard_minus(int64_t a, int64_t b) {
 }
 
 // What a call does once for all its tokens:
-//   out[i, k] = s[k] * gam[i, k]
+//   out[i, k] = s[k] * gam[i, k], unless `out` is null: then x has the signs (HadamardSigned)
 //   factors = lam[c] * col[c] for all c, in the order in which hadamard_up and hadamard_down of the
 //             same device read them
 struct HadamardGamma {
@@ -68,7 +68,8 @@ struct HadamardGamma {
   DType dtype;
 };
 
-// dgam[i, k] = scale * s[k] * P[m, i, k'], with column k at place k' of its class m. The class
+// dgam[i, k] = scale * s[k] * P[m, i, k'], with column k at place k' of its class m; without s[k]
+// if `s` is null, because P comes from HadamardSigned. The class
 // products give P (classes, n, n) in the class dtype; places of columns from d on are never read.
 // dlam[c] = scale * col[c] * the sum over slots q of sums[q, c].
 struct HadamardDiagonals {
@@ -115,12 +116,24 @@ struct HadamardDown {
   int64_t T;
 };
 
-// y[t, k] += scale * from[m, t, k'], or y = ... unless `accumulate`, with column k at place k' of
-// its class m. CPU only: torch's GEMM copies a result whose rows are not contiguous.
+// out[t, k] = s[k] * x[t, k]. CPU only, for products with gam itself: of few tokens, x has fewer
+// numbers than gam.
+struct HadamardSigned {
+  HadamardSizes sizes;
+  const void* x;  // (T, d) in `dtype`
+  const float* s;
+  void* out;  // (T, d) in the class dtype
+  DType dtype;
+  int64_t T;
+};
+
+// y[t, k] += scale * s[k] * from[m, t, k'], or y = ... unless `accumulate`, with column k at place
+// k' of its class m. CPU only: torch's GEMM copies a result whose rows are not contiguous.
 struct HadamardAdd {
   HadamardSizes sizes;
   const void* from;  // (classes, T, n) in the class dtype
-  void* y;           // (T, d)
+  const float* s;
+  void* y;  // (T, d)
   DType dtype;
   int64_t T;
   double scale;

@@ -155,6 +155,7 @@ struct Kernels {
   RANDLORA_OPERATORS(RANDLORA_MEMBER)
 #undef RANDLORA_MEMBER
   // Only the CPU has these.
+  void (*hadamard_signed)(const HadamardSigned&, Runtime&);
   void (*hadamard_add)(const HadamardAdd&, Runtime&);
   void (*pack_dense)(const PackDense&, Runtime&);
 };

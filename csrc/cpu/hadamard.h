@@ -261,12 +261,29 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
 }
 
 template <class S>
+void hadamard_signed_as(const HadamardSigned& p, Runtime& rt) {
+  using C = ComputeOf<S>;
+  const int64_t d = p.sizes.d;
+  rt.set_single(p.T * d < kHadamardOneThread);
+  rt.split(p.T, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const S* x = static_cast<const S*>(p.x) + t * d;
+      ClassOf<S>* out = static_cast<ClassOf<S>*>(p.out) + t * d;
+      for (int64_t k = 0; k < d; ++k) narrow(C(widen(x[k])) * C(p.s[k]), out + k);
+    }
+  });
+}
+
+template <class S>
 void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
   using C = ComputeOf<S>;
   using V = Vec<C>;
   constexpr int L = kVectorBytes / int(sizeof(C));
   const int64_t n = p.sizes.n, d = p.sizes.d, classes = p.sizes.classes();
   rt.set_single(p.T * d < kHadamardOneThread);
+  C* signs = static_cast<C*>(rt.scratch(size_t(d + L) * sizeof(C)));  // a vector may reach past d
+  for (int64_t k = 0; k < d; ++k) signs[k] = C(p.scale) * C(p.s[k]);
+  for (int64_t l = 0; l < L; ++l) signs[d + l] = 0;
   rt.split(p.T, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t m = 0; m < classes; ++m) {
@@ -274,8 +291,10 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
         S* y = static_cast<S*>(p.y) + t * d + m * n;
         const int64_t count = d - m * n < n ? d - m * n : n;
         for (int64_t k = 0; k < count; k += L) {
-          const V sum = C(p.scale) * load_some<V>(from + k, count - k);
-          store_some(y + k, p.accumulate ? sum + load_some<V>(y + k, count - k) : sum, count - k);
+          const V sum = load_some<V>(from + k, count - k), sign = load<V>(signs + m * n + k);
+          store_some(y + k,
+                     p.accumulate ? fused(sum, sign, load_some<V>(y + k, count - k)) : sum * sign,
+                     count - k);
         }
       }
   });
@@ -295,7 +314,8 @@ void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
         const int64_t first = m * n, count = d - first < n ? d - first : n;
         const ClassOf<S>* from = P + (first + i) * n;
         C* to = dgam + i * d + first;
-        for (int64_t k = 0; k < count; ++k) to[k] = scale * C(p.s[first + k]) * C(widen(from[k]));
+        for (int64_t k = 0; k < count; ++k) to[k] = scale * C(widen(from[k]));
+        for (int64_t k = 0; p.s && k < count; ++k) to[k] *= C(p.s[first + k]);
       }
   });
   rt.split(K, 1024, [&](int64_t begin, int64_t end) {
@@ -456,7 +476,7 @@ void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
   ClassOf<S>* out = static_cast<ClassOf<S>*>(p.out);
   const int64_t n = p.sizes.n, d = p.sizes.d;
   rt.set_single(n * d < kHadamardOneThread);
-  rt.split(n, 1, [&](int64_t begin, int64_t end) {
+  rt.split(out ? n : 0, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t k = 0; k < d; ++k) narrow(gam[i * d + k] * C(p.s[k]), out + i * d + k);
   });
@@ -464,6 +484,7 @@ void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
 
 RANDLORA_BY_DTYPE(hadamard_up, HadamardUp)
 RANDLORA_BY_DTYPE(hadamard_down, HadamardDown)
+RANDLORA_BY_DTYPE(hadamard_signed, HadamardSigned)
 RANDLORA_BY_DTYPE(hadamard_add, HadamardAdd)
 RANDLORA_BY_DTYPE(hadamard_weight, HadamardWeight)
 RANDLORA_BY_DTYPE(hadamard_weight_backward, HadamardWeightBackward)

@@ -12,7 +12,8 @@ namespace randlora::RANDLORA_ISA {
 const Kernels& kernels() {
 #define RANDLORA_FUNCTION(name, Operator) name,
   static constexpr Kernels table = {RANDLORA_TEXT(RANDLORA_ISA),
-                                    RANDLORA_OPERATORS(RANDLORA_FUNCTION) hadamard_add, pack_dense};
+                                    RANDLORA_OPERATORS(RANDLORA_FUNCTION) hadamard_signed,
+                                    hadamard_add, pack_dense};
 #undef RANDLORA_FUNCTION
   return table;
 }

@@ -232,6 +232,9 @@ void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch
   if (failed) std::rethrow_exception(failed);
 }
 
+void multiply_whole(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
+              double alpha, double beta) { multiply_at_once(out, left, right, alpha, beta); }
+
 void load_cuda(const std::string& path, bool serve_cpu_tensors) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   RANDLORA_CHECK(handle, "cannot load ", path, ": ", dlerror());

@@ -82,6 +82,8 @@ struct MatrixBatch {
 // beta = 0, out is not read. On the CPU the result does not depend on the number of threads.
 void multiply(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
               double alpha, double beta);
+void multiply_whole(const MatrixBatch& out, const MatrixBatch& left, const MatrixBatch& right,
+              double alpha, double beta);
 // How many GEMMs `multiply` has started on cards, which tests/gpu counts.
 int64_t products();
 

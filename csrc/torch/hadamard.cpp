@@ -12,8 +12,73 @@
 
 #include "linear.h"
 
+#include <time.h>
+#include <immintrin.h>
+#include <cstdio>
+#include <cstring>
+#include <map>
 namespace randlora {
 namespace {
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,fma,avx512vl")
+namespace few {
+typedef float V __attribute__((vector_size(64)));
+static inline V ld(const float* p) { V v; memcpy(&v, p, 64); return v; }
+static inline void st(float* p, V v) { memcpy(p, &v, 64); }
+static inline V fma_(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline V all(float f) { return (V)_mm512_set1_ps(f); }
+static void outer(const float* w, const float* g, int64_t ldg, float* out, int64_t n, const float* sign, float scale, bool add) {
+  for (int64_t k = 0; k < n; k += 32)
+    for (int64_t t = 0; t < 16; t += 8) {
+      V s[8][2] = {};
+      for (int64_t i = 0; i < n; ++i) {
+        V b[2]; for (int c = 0; c < 2; ++c) b[c] = ld(g + i * ldg + k + 16 * c);
+        for (int q = 0; q < 8; ++q) { V a = all(w[(t + q) * n + i]); for (int c = 0; c < 2; ++c) s[q][c] = fma_(a, b[c], s[q][c]); }
+      }
+      for (int c = 0; c < 2; ++c) { V f = ld(sign + k + 16 * c) * scale;
+        for (int q = 0; q < 8; ++q) { float* to = out + (t + q) * ldg + k + 16 * c; st(to, add ? fma_(s[q][c], f, ld(to)) : s[q][c] * f); } }
+    }
+}
+static void gradient(const float* w, const float* x, int64_t ldx, float* out, int64_t n, const float* sign, float scale) {
+  for (int64_t i = 0; i < n; i += 8)
+    for (int64_t k = 0; k < n; k += 32) {
+      V s[8][2] = {};
+      for (int64_t t = 0; t < 16; ++t) {
+        V b[2]; for (int c = 0; c < 2; ++c) b[c] = ld(x + t * ldx + k + 16 * c);
+        for (int q = 0; q < 8; ++q) { V a = all(w[t * n + i + q]); for (int c = 0; c < 2; ++c) s[q][c] = fma_(a, b[c], s[q][c]); }
+      }
+      for (int c = 0; c < 2; ++c) { V f = ld(sign + k + 16 * c) * scale; for (int q = 0; q < 8; ++q) st(out + (i + q) * ldx + k + 16 * c, s[q][c] * f); }
+    }
+}
+static void transpose16(const float* from, int64_t ldf, float* to, int64_t ldt) {
+  for (int a = 0; a < 16; ++a) for (int b = 0; b < 16; ++b) to[b * ldt + a] = from[a * ldf + b];
+}
+static void inner(const float* x, int64_t ldx, const float* g, int64_t ldg, float* z, int64_t n, const float* sign, bool more) {
+  alignas(64) float panel[256 * 16], zT[256 * 16];
+  for (int64_t k = 0; k < n; k += 16) transpose16(x + k, ldx, panel + k * 16, 16);
+  for (int64_t k = 0; k < n; ++k) st(panel + k * 16, ld(panel + k * 16) * sign[k]);
+  for (int64_t i = 0; i < n; i += 8) {
+    if (more) for (int q = 0; q < 8; ++q) for (int64_t k = 0; k < n; k += 16) _mm_prefetch((const char*)(g + (i + q) * ldg + n + k), _MM_HINT_T0);
+    V s[8] = {};
+    for (int64_t k = 0; k < n; ++k) { V a = ld(panel + k * 16); for (int q = 0; q < 8; ++q) s[q] = fma_(all(g[(i + q) * ldg + k]), a, s[q]); }
+    for (int q = 0; q < 8; ++q) st(zT + (i + q) * 16, s[q]);
+  }
+  for (int64_t i = 0; i < n; i += 16) transpose16(zT + i * 16, 16, z + i, n);
+}
+}  // namespace few
+#pragma GCC pop_options
+struct Stages {
+  double of[2][16] = {}; long n[2] = {};
+  ~Stages() { if (getenv("STAGES")) for (int b = 0; b < 2; ++b) { fprintf(stderr, b ? "bwd" : "fwd");
+    static const char* names[] = {"check","base","ctor","inner","mix_up","mix_down","outer_mm","outer_add","gradient","diagonals","rest"};
+    double all = 0; for (int i = 0; i < 11; ++i) { fprintf(stderr, " %s %.1f", names[i], of[b][i] / n[b] / 1e3); all += of[b][i] / n[b] / 1e3;}
+    fprintf(stderr, " all %.1f calls %ld\n", all, n[b]); } }
+};
+Stages stages; int now_b = 0; double last_t = 0;
+double clock_ns() { timespec t; clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t); return t.tv_sec * 1e9 + t.tv_nsec; }
+void begin_stages(int b) { now_b = b; ++stages.n[b]; last_t = clock_ns(); }
+void stage(int i) { const double t = clock_ns(); stages.of[now_b][i] += t - last_t; last_t = t; }
 
 // lam, gam, s and row may be those of several experts, each with another dimension in front.
 struct HadamardBasis {
@@ -97,11 +162,13 @@ class Product {
         dtype_(activation_dtype(like, "x")),
         class_dtype_(class_dtype(dtype_)),
         T_(T) {
-    const Tensor lam = compute_copy(b.lam, dtype_), gam = compute_copy(b.gam, dtype_);
-    gam_ = Temporary(s_.n * s_.d, class_dtype_, like);
+    const Tensor lam = compute_copy(b.lam, dtype_);
+    gam_ = compute_copy(b.gam, dtype_);
+    if (!signs_in_x()) signed_gam_ = Temporary(s_.n * s_.d, class_dtype_, like);
     factors_ = Temporary(s_.factors(), compute_dtype(dtype_), like);
-    run(like, HadamardGamma{s_, gam.const_data_ptr(), floats(b.s), gam_.data(),
-                            lam.const_data_ptr(), floats(b.col), factors_.data(), dtype_});
+    run(like, HadamardGamma{s_, gam_->const_data_ptr(), floats(b.s),
+                            signs_in_x() ? nullptr : signed_gam_.data(), lam.const_data_ptr(), floats(b.col), factors_.data(),
+                            dtype_});
     const int64_t bytes = s_.classes() * s_.n * bytes_of(class_dtype_);
     const int64_t limit = (in_caches() ? int64_t{1} : int64_t{64}) << 20;
     int64_t most = std::max(limit / bytes, kFewest);
@@ -113,7 +180,8 @@ class Product {
     largest_ = chunks_ ? (T + chunks_ - 1) / chunks_ : 0;
     slots_ =
         runs_on_cuda(like) ? slots_on_card(largest_) : std::min<int64_t>((largest_ + 15) / 16, 64);
-    if (dtype_ != class_dtype_) wide_ = Temporary(largest_ * s_.d, class_dtype_, like);
+    if (signs_in_x() || dtype_ != class_dtype_)
+      of_classes_ = Temporary(largest_ * s_.d, class_dtype_, like);
   }
 
   // to (+)= the product of `from` with dW: `up` from d features to D, or down. With `other`, which
@@ -126,19 +194,27 @@ class Product {
     for (chunk_ = 0; chunk_ < chunks_; ++chunk_) {
       const int64_t t = chunk_ * T_ / chunks_;
       tokens_ = (chunk_ + 1) * T_ / chunks_ - t;
-      if (up || other) inner(*small, t, z);
-      if (up && to) mix_up(z, *to, t, accumulate);
-      if (!up || other) mix_down(*large, t, w, other ? &z : nullptr);
-      if (!up && to) outer(w, *to, t, accumulate, z);
-      if (other) gradient(w, *small, t);
+      stage(10);
+      if (up || other) inner(*small, t, z), stage(3);
+      if (up && to) mix_up(z, *to, t, accumulate), stage(4);
+      if (!up || other) mix_down(*large, t, w, other ? &z : nullptr), stage(5);
+      if (!up && to) outer(w, *to, t, accumulate, z), stage(7);
+      if (other) gradient(w, *small, t), stage(8);
     }
   }
   std::tuple<Tensor, Tensor> diagonals() const {
     const ScalarType type = scalar_type(compute_dtype(dtype_));
-    Tensor dlam = allocate({s_.r, s_.n}, type, like_), dgam = allocate({s_.n, s_.d}, type, like_);
+    Tensor dlam = allocate({s_.r, s_.n}, type, like_);
+    if (is_few()) {
+    run(like_, HadamardDiagonals{s_, nullptr, sums_.data(), chunks_ * slots_,
+                                 nullptr, floats(b_.col), dlam.mutable_data_ptr(), nullptr,
+                                 dtype_, b_.scale});
+      return {dlam, *dgam_};
+    }
+    Tensor dgam = allocate({s_.n, s_.d}, type, like_);
     class_dtype_ == DType::f64 ? sum_spans<double>() : sum_spans<float>();
-    run(like_, HadamardDiagonals{s_, P_.data(), sums_.data(), chunks_ * slots_, floats(b_.s),
-                                 floats(b_.col), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(),
+    run(like_, HadamardDiagonals{s_, P_.data(), sums_.data(), chunks_ * slots_,
+                                 signs_in_x() ? nullptr : floats(b_.s), floats(b_.col), dlam.mutable_data_ptr(), dgam.mutable_data_ptr(),
                                  dtype_, b_.scale});
     return {cast(dlam, b_.lam.scalar_type()), cast(dgam, b_.gam.scalar_type())};
   }
@@ -166,8 +242,14 @@ class Product {
   }
 
   // z = the class products with x (T, d).
+  bool is_few() const { return getenv("FEW") && T_ == 16 && s_.n % 32 == 0 && s_.d % s_.n == 0 && dtype_ == DType::f32; }
   void inner(const Tensor& x, int64_t t, const Temporary& z) {
-    const MatrixBatch from = widened(x, t);
+    if (is_few()) {
+      for (int64_t m = 0; m < s_.classes(); ++m)
+        few::inner((const float*)x.const_data_ptr() + m * s_.n, s_.d, (const float*)gam_->const_data_ptr() + m * s_.n, s_.d, (float*)z.data() + m * 16 * s_.n, s_.n, floats(b_.s) + m * s_.n, m + 1 < s_.classes());
+      return;
+    }
+    const MatrixBatch from = for_products(x, t);
     each_part([&](const Part& p) {
       multiply(at_classes(z, p), columns(from, p), gamma(p).transposed(), 1, 0);
     });
@@ -175,16 +257,22 @@ class Product {
   // Adds the class products with w to y (T, d), or sets y unless `accumulate`. `room` is scratch.
   void outer(const Temporary& w, const Tensor& y, int64_t t, bool accumulate,
              const Temporary& room) const {
+    if (is_few()) {
+      for (int64_t m = 0; m < s_.classes(); ++m)
+        few::outer((float*)w.data() + m * 16 * s_.n, (const float*)gam_->const_data_ptr() + m * s_.n, s_.d, (float*)y.mutable_data_ptr() + m * s_.n, s_.n, floats(b_.s) + m * s_.n, b_.scale, accumulate);
+      return;
+    }
     if (in_caches()) {
       each_part([&](const Part& p) {
         MatrixBatch out = at_classes(room, p);
         out.cols = p.width;
         multiply(out, at_classes(w, p), gamma(p), 1, 0);
       });
+      stage(6);
       TorchRuntime runtime;
       void* to = moved(y.mutable_data_ptr(), t * s_.d, dtype_);
-      cpu_kernels().hadamard_add({s_, room.data(), to, dtype_, tokens_, b_.scale, accumulate},
-                                 runtime);
+      cpu_kernels().hadamard_add(
+          {s_, room.data(), floats(b_.s), to, dtype_, tokens_, b_.scale, accumulate}, runtime);
       return;
     }
     // torch's GEMM adds to results of its own dtype alone.
@@ -199,10 +287,16 @@ class Product {
   }
   // The gradient of gamma from w and x (T, d), added to that of the chunks before in its span.
   void gradient(const Temporary& w, const Tensor& x, int64_t t) {
+    if (is_few()) {
+      dgam_ = allocate({s_.n, s_.d}, ScalarType::Float, like_);
+      for (int64_t m = 0; m < s_.classes(); ++m)
+        few::gradient((float*)w.data() + m * 16 * s_.n, (const float*)x.const_data_ptr() + m * s_.n, s_.d, (float*)dgam_->mutable_data_ptr() + m * s_.n, s_.n, floats(b_.s) + m * s_.n, b_.scale);
+      return;
+    }
     const auto span_of = [&](int64_t chunk) { return chunk * spans_ / chunks_; };
     const int64_t span = span_of(chunk_), first_class = span * s_.classes();
     const bool add = chunk_ > 0 && span_of(chunk_ - 1) == span;
-    const MatrixBatch from = widened(x, t);
+    const MatrixBatch from = for_products(x, t);
     each_part([&](const Part& p) {
       const int64_t each = s_.n * s_.n;
       multiply(batch(P_, (first_class + p.first) * each, p.count, s_.n, p.width, each, s_.n),
@@ -244,7 +338,8 @@ class Product {
     return batch(z, p.first * each, p.count, tokens_, s_.n, each, s_.n);
   }
   MatrixBatch gamma(const Part& p) const {
-    return batch(gam_, p.first * s_.n, p.count, s_.n, p.width, s_.n, s_.d);
+    const Tensor& in = signs_in_x() ? *gam_ : signed_gam_.tensor();
+    return {&in, class_dtype_, p.first * s_.n, p.count, s_.n, p.width, s_.n, s_.d, 1};
   }
   // (tokens, d), from token t on.
   MatrixBatch chunk_of(const Tensor& x, int64_t t, DType dtype) const {
@@ -260,13 +355,22 @@ class Product {
     Tensor result = to.tensor();
     torch::stable::copy_(result, from.tensor());
   }
-  // The chunk of x (T, d) in the class dtype. A call has one such x.
-  MatrixBatch widened(const Tensor& x, int64_t t) {
+  // The chunk of x (T, d) in the class dtype, with the signs if gamma has them not. A call has one
+  // such x.
+  MatrixBatch for_products(const Tensor& x, int64_t t) {
     const MatrixBatch from = chunk_of(x, t, dtype_);
-    if (dtype_ == class_dtype_) return from;
-    const MatrixBatch to = chunk_of(wide_.tensor(), 0, class_dtype_);
-    if (widened_ != chunk_) copy(to, from);
-    widened_ = chunk_;
+    if (!signs_in_x() && dtype_ == class_dtype_) return from;
+    const MatrixBatch to = chunk_of(of_classes_.tensor(), 0, class_dtype_);
+    if (made_for_ == chunk_) return to;
+    made_for_ = chunk_;
+    if (!signs_in_x()) {
+      copy(to, from);
+      return to;
+    }
+    TorchRuntime runtime;
+    cpu_kernels().hadamard_signed({s_, moved(x.const_data_ptr(), t * s_.d, dtype_), floats(b_.s),
+                                   of_classes_.data(), dtype_, tokens_},
+                                  runtime);
     return to;
   }
   template <class C>
@@ -280,6 +384,10 @@ class Product {
   // Whether z and w of one chunk should stay in the caches. In bf16 each chunk rounds the gradient
   // of gamma, and on a GPU each costs launches: there only memory limits a chunk.
   bool in_caches() const { return !runs_on_cuda(like_) && bytes_of(class_dtype_) > 2; }
+  // Whether x gets the signs s, and not gamma: of few tokens it has fewer numbers, and those of gamma
+  // come from memory, because the base layer's weight has driven them out of the caches. Needs a
+  // class dtype in which gamma is there.
+  bool signs_in_x() const { return in_caches(); }
   // Whether the gradient of gamma is summed in spans of about kSpan tokens, added at the end. On
   // AMD's processors MKL computes products of at most 128 elements (here n x n) token by token, and
   // their error grows with the root of the number of tokens.
@@ -290,12 +398,13 @@ class Product {
   const HadamardSizes& s_;
   const Tensor& like_;
   DType dtype_, class_dtype_;
-  Temporary gam_, factors_, P_, sums_, wide_;
-  int64_t T_, chunks_, largest_, slots_, spans_ = 1, chunk_ = 0, tokens_ = 0, widened_ = -1;
+  OptionalTensor dgam_; OptionalTensor gam_;  // (n, d) in the compute type
+  Temporary signed_gam_, factors_, P_, sums_, of_classes_;
+  int64_t T_, chunks_, largest_, slots_, spans_ = 1, chunk_ = 0, tokens_ = 0, made_for_ = -1;
 };
 
 bool base_comes_last(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
-  return weight && !bias && runs_on_cuda(x);
+  return weight && !bias && (runs_on_cuda(x) || getenv("BASE_LAST"));
 }
 MatrixBatch matrix(const Tensor& weight) {
   return {&weight,
@@ -314,20 +423,25 @@ void add_product(const Tensor& to, const Tensor& from, const MatrixBatch& right,
     const int64_t features = t.size(-1);
     return MatrixBatch{&t, right.dtype, 0, 1, T, features, 0, features, 1};
   };
-  multiply(tokens(to), tokens(from), right, 1, 1);
+  if (runs_on_cuda(to)) multiply(tokens(to), tokens(from), right, 1, 1);
+  else multiply_whole(tokens(to), tokens(from), right, 1, 1);
+  stage(1);
 }
 
 Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Tensor lam, Tensor gam,
                        Tensor s, Tensor row, Tensor col, bool expand, double scale) {
+  begin_stages(0);
   const HadamardBasis b{check_basis(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
   const int64_t T = check_linear(x, weight, bias, lam, b.in(), b.out());
   if (!fits(b, x))
     return std::get<0>(call_torch<Tensor>("randlora::hadamard_linear_plain", x, weight, bias, lam,
                                           gam, s, row, col, expand, scale));
+  stage(0);
   const bool last = base_comes_last(x, weight, bias);
   const OptionalTensor first = last ? OptionalTensor() : weight;
   const Tensor xc = as_contiguous(x), y = base_output(xc, first, bias, b.out());
-  Product(b, xc, T).compute(expand, xc, y, first.has_value());
+  stage(1);
+  Product pr(b, xc, T); stage(2); pr.compute(expand, xc, y, first.has_value());
   if (last) add_product(y, xc, matrix(*weight).transposed(), T);
   return y;
 }
@@ -335,6 +449,7 @@ Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Ten
 Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, Tensor lam,
                                    Tensor gam, Tensor s, Tensor row, Tensor col, bool expand,
                                    double scale, bool need_x, bool need_diagonals) {
+  begin_stages(1);
   const HadamardBasis b{check_basis(lam, gam, s, row, col), lam, gam, s, row, col, expand, scale};
   const int64_t T = check_linear(x, weight, {}, lam, b.in(), b.out());
   check_output_gradient(dy, x, b.out());
@@ -344,14 +459,18 @@ Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, T
         "randlora::hadamard_linear_backward_plain", dy, x, weight, lam, gam, s, row, col, expand,
         scale, need_x, need_diagonals);
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
+  stage(0);
   const bool last = need_x && base_comes_last(x, weight, {});
   const OptionalTensor first = last ? OptionalTensor() : weight;
   OptionalTensor dx, dlam, dgam;
   if (need_x) dx = base_gradient(dyc, first, xc);
-  Product product(b, xc, T);
+  stage(1);
+  Product product(b, xc, T); stage(2);
   product.compute(!expand, dyc, dx, first.has_value(), need_diagonals ? &xc : nullptr);
   if (last) add_product(*dx, dyc, matrix(*weight), T);
+  stage(10);
   if (need_diagonals) std::tie(dlam, dgam) = product.diagonals();
+  stage(9);
   return {dx, dlam, dgam};
 }
 
