@@ -20,16 +20,30 @@ def small_model():
     return nn.ModuleDict({"blocks": nn.ModuleList([block, copy.deepcopy(block)])})
 
 
-def test_apply_by_suffix_and_by_pattern():
-    model = apply_randlora(
-        small_model(), ["q"], r=3, density=0.2, basis="independent", adapter_name="mine"
-    )
+def test_targets_by_the_ends_of_names():
+    model = apply_randlora(small_model(), ["q"], r=3)
     assert [*layers(model)] == ["blocks.0.q", "blocks.1.q"]
+
+
+def test_targets_by_a_pattern():
+    model = apply_randlora(small_model(), r"blocks\.1\.d.*", r=4)
+    assert [*layers(model)] == ["blocks.1.down"]
+
+
+def test_the_adapter_alone_is_trained():
+    model = apply_randlora(small_model(), ["q"], r=3, adapter_name="mine")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("randlora_" in name and name.endswith(".mine") for name in trained)
-    first, second = (block["q"].bases["mine"] for block in model["blocks"])
+
+
+def test_layers_of_equal_sizes_share_their_bases():
+    model = apply_randlora(small_model(), ["q"], r=3, density=0.2, basis="independent")
+    first, second = (block["q"].bases["default"] for block in model["blocks"])
     assert first.density == 0.2 and first.packed()[0] is second.packed()[0]
 
+
+def test_a_second_call_adapts_more_layers_and_leaves_the_first():
+    model = apply_randlora(small_model(), ["q"], r=3, adapter_name="mine")
     apply_randlora(model, r"blocks\.1\.d.*", r=4)
     assert [*layers(model)] == ["blocks.0.q", "blocks.1.q", "blocks.1.down"]
     assert model["blocks"][0]["q"].randlora_lambda["mine"].requires_grad
@@ -79,11 +93,13 @@ def test_a_name_that_matches_nothing_beside_others_is_told():
     assert "target_modules that match no module of ModuleDict: " in str(told.message)
     assert "'blocks.2.q' (did you mean 'blocks.1.q'?), 'donw' (did you" in str(told.message)
     assert told.filename == __file__
+
+
+@pytest.mark.parametrize("targets", [["q", "0.down"], r".*q|.*k", "all-linear"], ids=str)
+def test_names_that_all_match_are_not_told(targets):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        apply_randlora(small_model(), ["q", "0.down"], ["blocks.1.norm"], r=4)
-        apply_randlora(small_model(), r".*q|.*k", r=4)
-        apply_randlora(small_model(), "all-linear", r=4)
+        apply_randlora(small_model(), targets, modules_to_save=["blocks.1.norm"], r=4)
 
 
 def test_a_parameter_that_is_not_there_is_told():
@@ -98,21 +114,22 @@ def test_warnings_point_at_the_caller():
     assert {w.filename for w in caught} == {__file__}
 
 
+CALLS = {
+    "apply_randlora": lambda model, folder: apply_randlora(model),
+    "merge_and_unload": lambda model, folder: merge_and_unload(model),
+    "unload": lambda model, folder: unload(model),
+    "calibrate": lambda model, folder: randlora_ext.calibrate(model, [torch.ones(2, 12)]),
+    "save_adapter": lambda model, folder: randlora_ext.save_adapter(model, folder / "other"),
+    "load_adapter": lambda model, folder: randlora_ext.load_adapter(model, folder / "adapter"),
+}
+
+
 @pytest.mark.parametrize("model", ["abc", None, 3, nn.Linear])
-def test_a_model_that_is_none(model, tmp_path):
-    path = tmp_path / "adapter"
-    randlora_ext.save_adapter(apply_randlora(small_model(), ["q"], r=4), path)
-    calls = {
-        "apply_randlora": lambda: apply_randlora(model),
-        "merge_and_unload": lambda: merge_and_unload(model),
-        "unload": lambda: unload(model),
-        "calibrate": lambda: randlora_ext.calibrate(model, [torch.ones(2, 12)]),
-        "save_adapter": lambda: randlora_ext.save_adapter(model, tmp_path / "other"),
-        "load_adapter": lambda: randlora_ext.load_adapter(model, path),
-    }
-    for call in calls.values():
-        with pytest.raises(TypeError, match="^model must be an nn.Module, got "):
-            call()
+@pytest.mark.parametrize("call", CALLS)
+def test_a_model_that_is_none(call, model, tmp_path):
+    randlora_ext.save_adapter(apply_randlora(small_model(), ["q"], r=4), tmp_path / "adapter")
+    with pytest.raises(TypeError, match="^model must be an nn.Module, got "):
+        CALLS[call](model, tmp_path)
     assert not (tmp_path / "other").exists()
 
 
@@ -142,26 +159,50 @@ def test_a_layer_that_torch_never_calls_is_refused():
     assert not layers(model) and all(p.requires_grad for p in model.parameters())
 
 
-def test_merge_and_unload_and_unload():
+def plain_blocks():
+    """Of which the third is the first again."""
     plain = small_model()["blocks"]
-    plain.append(plain[0])  # tied
-    model = randomize(apply_randlora(copy.deepcopy(plain), ["q", "down"], r=3))
-    x, layer = torch.randn(5, 12), model[1]["q"]
+    plain.append(plain[0])
+    return plain
+
+
+@pytest.fixture
+def blocks():
+    """With an idle adapter in one layer, and another layer merged."""
+    model = randomize(apply_randlora(plain_blocks(), ["q", "down"], r=3))
+    layer = model[1]["q"]
     layer.update_layer("idle", r=2)
     nn.init.normal_(layer.randlora_lambda["idle"])
     model[1]["down"].merge()
-    want = [block[name](x) for block in model for name in ("q", "down")]
-    merged, bare = (f(copy.deepcopy(model)) for f in (merge_and_unload, unload))
-    for result in (merged, bare):
-        assert not layers(result) and result[0] is result[2]
-        assert b"randlora" not in pickle.dumps(result)
-        names = [name for name, _ in plain.named_parameters()]
-        assert [name for name, _ in result.named_parameters()] == names
-    for got, y in zip((b[name](x) for b in merged for name in ("q", "down")), want, strict=True):
-        torch.testing.assert_close(got, y, rtol=1e-4, atol=1e-4)
-    for got, was in zip(bare.parameters(), plain.parameters(), strict=True):
+    return model
+
+
+def outputs(blocks):
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(3))
+    return [block[name](x) for block in blocks for name in ("q", "down")]
+
+
+@pytest.mark.parametrize("take_off", [merge_and_unload, unload])
+def test_nothing_of_ours_is_left(blocks, take_off):
+    result = take_off(blocks)
+    assert not layers(result) and result[0] is result[2]
+    assert b"randlora" not in pickle.dumps(result)
+    names = [name for name, _ in plain_blocks().named_parameters()]
+    assert [name for name, _ in result.named_parameters()] == names
+
+
+def test_merge_and_unload_keeps_the_outputs(blocks):
+    want = outputs(blocks)
+    torch.testing.assert_close(outputs(merge_and_unload(blocks)), want, rtol=1e-4, atol=1e-4)
+
+
+def test_unload_restores_every_weight(blocks):
+    for got, was in zip(unload(blocks).parameters(), plain_blocks().parameters(), strict=True):
         assert torch.equal(got, was)
-    assert type(merge_and_unload(layer)) is nn.Linear
+
+
+def test_merge_and_unload_of_a_model_that_is_a_layer(blocks):
+    assert type(merge_and_unload(blocks[1]["q"])) is nn.Linear
 
 
 def test_merge_and_unload_that_cannot_changes_nothing():
@@ -181,33 +222,54 @@ def test_the_state_dict_of_a_merged_layer_warns():
         layer.state_dict()
 
 
-def test_all_linear_leaves_out_what_peft_leaves_out():
+@pytest.fixture
+def with_a_head():
+    """A linear layer, the output embeddings and what torch's attention reads without calling."""
     model = nn.ModuleDict(
         {"a": nn.Linear(8, 8), "head": nn.Linear(8, 4), "mha": nn.MultiheadAttention(8, 2)}
     )
     model.get_output_embeddings = lambda: model["head"]
-    apply_randlora(model, "all-linear", r=2)
-    assert [type(m) is RandLoraLinear for m in (model["a"], model["head"])] == [True, False]
-    assert not isinstance(model["mha"].out_proj, RandLoraLinear)
+    return apply_randlora(model, "all-linear", r=2)
+
+
+def test_all_linear_leaves_out_what_peft_leaves_out(with_a_head):
+    assert [*layers(with_a_head)] == ["a"]
+
+
+def test_all_linear_a_second_time_finds_nothing(with_a_head):
     message = r"'all-linear' matches no module of ModuleDict that is not adapted yet"
     with pytest.raises(ValueError, match=message):
-        apply_randlora(model, "all-linear", r=2)  # nothing is left
+        apply_randlora(with_a_head, "all-linear", r=2)
 
 
-def test_modules_to_save_are_trained_whole():
+@pytest.fixture
+def headed():
+    """Adapted, with modules_to_save."""
     model = small_model()
     model["head"] = nn.Sequential(nn.Linear(12, 3), nn.LayerNorm(3))
-    apply_randlora(model, "all-linear", modules_to_save=["0.norm", "head"], r=2)
-    trained = {n for n, p in model.named_parameters() if p.requires_grad and "randlora" not in n}
+    return apply_randlora(model, "all-linear", modules_to_save=["0.norm", "head"], r=2)
+
+
+def test_modules_to_save_are_trained_whole(headed):
+    trained = {n for n, p in headed.named_parameters() if p.requires_grad and "randlora" not in n}
     whole = "blocks.0.norm.", "head.0.", "head.1."
     assert trained == {f"{name}{part}" for name in whole for part in ("weight", "bias")}
-    assert len(layers(model)) == 4 and type(model["head"][0]) is nn.Linear
-    apply_randlora(model, ["head.0"], r=2)  # which leaves the rest as it is
-    assert model["head"][1].weight.requires_grad and not model["head"][0].weight.requires_grad
-    nothing = small_model()
-    nothing["blocks"][0]["norm"].weight = nn.Parameter(torch.ones(12).int(), requires_grad=False)
+
+
+def test_modules_to_save_are_not_adapted(headed):
+    assert len(layers(headed)) == 4 and type(headed["head"][0]) is nn.Linear
+
+
+def test_a_layer_of_modules_to_save_that_is_adapted_later_leaves_the_rest_trained(headed):
+    apply_randlora(headed, ["head.0"], r=2)
+    assert headed["head"][1].weight.requires_grad and not headed["head"][0].weight.requires_grad
+
+
+def test_modules_to_save_of_integers_are_refused():
+    model = small_model()
+    model["blocks"][0]["norm"].weight = nn.Parameter(torch.ones(12).int(), requires_grad=False)
     with pytest.raises(ValueError, match="'blocks.0.norm' .* not floating point"):
-        apply_randlora(nothing, ["q"], modules_to_save=["norm"])
+        apply_randlora(model, ["q"], modules_to_save=["norm"])
 
 
 def test_a_rank_beyond_the_features_warns():

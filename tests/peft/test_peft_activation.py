@@ -45,39 +45,78 @@ def tables():
     return tuple(each[RANDLORA] for each in maps)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_products_in_float32_are_those_of_stock(monkeypatch, dtype):
-    """And what enable() is not told stays."""
-    for name in ("keep_weight", "float32_products"):  # restored at the end
+@pytest.fixture
+def restored(monkeypatch):
+    """What enable() sets is restored at the end."""
+    for name in ("keep_weight", "float32_products"):
         monkeypatch.setattr(AcceleratedLinear, name, getattr(AcceleratedLinear, name))
+
+
+IN_16_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@IN_16_BITS
+def test_products_in_float32_are_those_of_stock(restored, dtype):
     stock, model = pair(Deep().to(dtype), lambda: config(5))
     x, dy = inputs(24, 40, dtype)
+    accelerated.enable(float32_products=True)
+    assert_close(run(model, x, dy), run(stock, x, dy), torch.finfo(dtype).eps)
+
+
+@IN_16_BITS
+def test_products_in_float32_can_be_turned_off(restored, dtype):
+    _, model = pair(Deep().to(dtype), lambda: config(5))
+    x, _ = inputs(24, 40, dtype)
     narrow = model(x)
+    accelerated.enable(float32_products=True)
+    assert not torch.equal(model(x), narrow)
+    accelerated.enable(float32_products=False)
+    assert torch.equal(model(x), narrow)
+
+
+def test_what_enable_is_not_told_stays(restored):
     accelerated.enable(float32_products=True, keep_weight="nothing")
     accelerated.enable()
     accelerated.enable(keep_weight="device")
-    assert not torch.equal(model(x), narrow)
-    assert_close(run(model, x, dy), run(stock, x, dy), torch.finfo(dtype).eps)
-    accelerated.enable(float32_products=False)
-    assert torch.equal(model(x), narrow) and AcceleratedLinear.keep_weight == "device"
+    assert AcceleratedLinear.float32_products and AcceleratedLinear.keep_weight == "device"
+
+
+def test_an_unknown_place_to_keep_weights(restored):
     with pytest.raises(ValueError, match="keep_weight must be one of .*got 'disk'"):
         accelerated.enable(keep_weight="disk")
 
 
-def test_enable_twice_and_disable():
-    stock = tables()
+def test_enable_twice_replaces_both_tables():
     accelerated.disable()
+    stock = tables()
     accelerated.enable()
     accelerated.enable()
     assert all(one is not other for one, other in zip(stock, tables(), strict=True))
-    inside = peft.get_peft_model(Deep(), config(5, sparse=True))
+
+
+def test_disable_puts_both_tables_back():
+    accelerated.disable()
+    stock = tables()
+    accelerated.enable()
+    accelerated.enable()
     accelerated.disable()
     assert tables() == stock
-    outside = peft.get_peft_model(Deep(), config(5, sparse=True))
-    assert type(outside.base_model) is peft.tuners.randlora.RandLoraModel
-    assert {type(layer) for layer in layers(outside)} == {StockLinear}
-    inside.add_adapter("two", config(5, sparse=True))
-    assert runs_on_kernels(inside)
+
+
+def test_a_model_that_is_made_after_disable_is_stock():
+    accelerated.enable()
+    accelerated.disable()
+    model = peft.get_peft_model(Deep(), config(5, sparse=True))
+    assert type(model.base_model) is peft.tuners.randlora.RandLoraModel
+    assert {type(layer) for layer in layers(model)} == {StockLinear}
+
+
+def test_a_model_that_was_made_before_disable_stays_on_our_kernels():
+    accelerated.enable()
+    model = peft.get_peft_model(Deep(), config(5, sparse=True))
+    accelerated.disable()
+    model.add_adapter("two", config(5, sparse=True))
+    assert runs_on_kernels(model)
 
 
 def replaced():
@@ -166,27 +205,54 @@ def test_without_peft_and_imported_before_it():
     assert layer == "AcceleratedLinear"
 
 
-def test_old_or_newer_peft(monkeypatch):
+def test_a_newer_peft_is_warned_of(monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.99.0.dev0")
     with pytest.warns(UserWarning, match=r"tested with PEFT 0\.20 to .*, found 0\.99\.0\.dev0"):
         accelerated.check_version()
+
+
+def test_an_old_peft_is_refused(monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.19.1")
     with pytest.raises(ImportError, match=r"pip install.*peft>=0\.20.*found 0\.19\.1"):
         accelerated.check_version()
 
 
-def test_what_a_model_says_of_its_kernels():
-    kernels, independent = f"by {_C.isa()} kernels", made(density=0.2)
-    told = accelerated.kernel_summary(stock_made(sparse=True))
-    assert "3x on PEFT's own code: made without" in told
+# ---- what a model says of its kernels ------------------------------------------------------------
+
+SAID = {
+    "dense": ({}, "r=5 dense by torch's GEMMs (basis='hadamard' costs about LoRA's)"),
+    "hadamard": ({"basis": "hadamard"}, f"r=5 hadamard (not calibrated) by {_C.isa()} kernels"),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_summary_counts_layers_by_what_computes_them(case):
+    options, said = SAID[case]
+    assert f"2x 24->40 {said}" in accelerated.kernel_summary(made(**options))
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_printed_model_says_what_computes_each_layer(case):
+    options, said = SAID[case]
+    assert f"24->40; default: {said}" in repr(made(**options))
+
+
+def test_a_printed_model_says_what_is_merged():
+    model = made(density=0.2)
+    model.merge_adapter()
+    assert f"default: r=5 density 0.2 by {_C.isa()} kernels, merged" in repr(model)
+
+
+def test_a_summary_of_a_stock_model():
+    summary = accelerated.kernel_summary(stock_made(sparse=True))
+    assert "3x on PEFT's own code: made without" in summary
+
+
+def test_a_summary_of_a_model_without_adapters():
     assert accelerated.kernel_summary(nn.Linear(2, 2)) == "no RandLoRA layers"
-    independent.merge_adapter()
-    assert f"default: r=5 density 0.2 {kernels}, merged" in repr(independent)
-    dense = "r=5 dense by torch's GEMMs (basis='hadamard' costs about LoRA's)"
-    ours = f"r=5 hadamard (not calibrated) {kernels}"
-    for model, told in ((made(), dense), (made(basis="hadamard"), ours)):
-        assert f"2x 24->40 {told}" in accelerated.kernel_summary(model)
-        assert f"24->40; default: {told}" in repr(model)
+
+
+# ---- accelerate ----------------------------------------------------------------------------------
 
 
 def train(model, optimizer, x, steps):
@@ -244,11 +310,17 @@ def test_accelerate_an_injected_model(x):
     assert_close(run(model, x, dy), wanted, 1e-5)
 
 
-def test_what_cannot_be_accelerated():
-    lora = peft.get_peft_model(Deep(), peft.LoraConfig(target_modules=["a"]))
-    for model in (Deep(), lora):
-        with pytest.raises(ValueError, match="holds no RandLoRA layer of PEFT"):
-            accelerated.accelerate(model)
+def lora_model():
+    return peft.get_peft_model(Deep(), peft.LoraConfig(target_modules=["a"]))
+
+
+@pytest.mark.parametrize("make", [Deep, lora_model], ids=["plain", "LoRA"])
+def test_a_model_without_randlora_cannot_be_accelerated(make):
+    with pytest.raises(ValueError, match="holds no RandLoRA layer of PEFT"):
+        accelerated.accelerate(make())
+
+
+def test_a_model_on_the_meta_device_cannot_be_accelerated():
     with torch.device("meta"):
         model = stock_made()
     with pytest.raises(ValueError, match="basis of adapter 'default' is on the meta device"):
@@ -285,7 +357,7 @@ def test_parameters_that_are_replaced(monkeypatch, tmp_path, x):
         assert torch.equal(loaded(x), model(x))
 
 
-def test_a_model_that_is_none():
-    for call in (accelerated.accelerate, accelerated.kernel_summary):
-        with pytest.raises(TypeError, match="^model must be an nn.Module, got 'abc'$"):
-            call("abc")
+@pytest.mark.parametrize("call", [accelerated.accelerate, accelerated.kernel_summary])
+def test_a_model_that_is_none(call):
+    with pytest.raises(TypeError, match="^model must be an nn.Module, got 'abc'$"):
+        call("abc")
