@@ -5,7 +5,7 @@
 namespace randlora {
 
 // dW = scale * B (lambda * A * gamma), transposed unless `expand`; A and B follow from the signs
-// (core/hadamard.h).
+// (core/hadamard.h). Refers to the tensors that it is made of, which must live as long.
 struct HadamardAdapter {
   // lam, gam, a_signs and row_signs may be those of several experts, each with another dimension in
   // front.

@@ -85,8 +85,13 @@ void ClassProducts::add_gradient(const Temporary& w, const Tensor& x, const Chun
   });
 }
 
-const void* ClassProducts::gradient() const {
-  if (chunks_.spans > 1) class_dtype_ == DType::f64 ? sum_spans<double>() : sum_spans<float>();
+const void* ClassProducts::finish_gradient() {
+  if (chunks_.spans > 1) {  // only in 32 and 64 bits (chunks.cpp)
+    if (class_dtype_ == DType::f64)
+      sum_spans<double>();
+    else
+      sum_spans<float>();
+  }
   return gradient_.data();
 }
 
@@ -158,7 +163,7 @@ MatrixBatch ClassProducts::in_class_dtype(const Tensor& x, const Chunk& chunk) {
 }
 
 template <class C>
-void ClassProducts::sum_spans() const {
+void ClassProducts::sum_spans() {
   const int64_t size = sizes_.classes() * sizes_.n * sizes_.n;
   C* sums = static_cast<C*>(gradient_.data());
   for (int64_t e = size; e < chunks_.spans * size; ++e) sums[e % size] += sums[e];

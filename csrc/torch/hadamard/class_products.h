@@ -27,8 +27,8 @@ class ClassProducts {
   // The gradient of gamma, without scale and signs, from w and x of all chunks in turn.
   void reserve_gradient();
   void add_gradient(const Temporary& w, const Tensor& x, const Chunk& chunk);
-  // (classes, n, n), once all chunks are added.
-  const void* gradient() const;
+  // (classes, n, n). Adds up the spans: call it once, after all chunks.
+  const void* finish_gradient();
 
  private:
   // Neighbouring classes with equally many columns: the whole ones, or the last that d does not
@@ -46,7 +46,7 @@ class ClassProducts {
   MatrixBatch columns_of(const MatrixBatch& all, const Classes& c) const;
   MatrixBatch in_class_dtype(const Tensor& x, const Chunk& chunk);
   template <class C>
-  void sum_spans() const;
+  void sum_spans();
 
   const HadamardAdapter& adapter_;
   const HadamardSizes& sizes_;

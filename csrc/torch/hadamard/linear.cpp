@@ -77,7 +77,7 @@ Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, T
   HadamardProduct product(adapter, xc, T);
   product.compute(!expand, dyc, dx, first.has_value(), need_diagonals ? &xc : nullptr);
   if (last) add_product(*dx, dyc, matrix(*weight), T);
-  if (need_diagonals) std::tie(dlam, dgam) = product.diagonals();
+  if (need_diagonals) std::tie(dlam, dgam) = product.finish_gradients();
   return {dx, dlam, dgam};
 }
 

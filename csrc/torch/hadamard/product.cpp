@@ -41,18 +41,19 @@ void HadamardProduct::compute(bool up, const Tensor& from, const OptionalTensor&
     if (small) classes_.into_classes(*small, chunk, z);
     if (up && to) mix_up(z, *to, chunk, accumulate);
     if (large) mix_down(*large, chunk, w, gradients ? &z : nullptr);
+    // z has been read, and is scratch here.
     if (!up && to) classes_.from_classes(w, *to, chunk, accumulate, z);
     if (gradients) classes_.add_gradient(w, *small, chunk);
   }
 }
 
-std::tuple<Tensor, Tensor> HadamardProduct::diagonals() const {
+std::tuple<Tensor, Tensor> HadamardProduct::finish_gradients() {
   const ScalarType type = scalar_type(compute_dtype(dtype_));
   Tensor dlam = allocate({sizes_.r, sizes_.n}, type, like_);
   Tensor dgam = allocate({sizes_.n, sizes_.d}, type, like_);
   HadamardDiagonals p{};
   p.sizes = sizes_;
-  p.P = classes_.gradient();
+  p.P = classes_.finish_gradient();
   p.sums = sums_.data();
   p.slots = chunks_.count * chunks_.slots;
   p.a_signs = floats(adapter_.a_signs);

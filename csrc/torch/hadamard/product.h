@@ -11,12 +11,12 @@ class HadamardProduct {
   HadamardProduct(const HadamardAdapter& adapter, const Tensor& like, int64_t T);
 
   // to (+)= the product of `from` with dW: `up` from d features to D, or down. With `other`, which
-  // has the features of `to`, `diagonals` may follow. Linear (core/operators.h) has the same
+  // has the features of `to`, `finish_gradients` may follow. Linear (core/operators.h) has the same
   // operands.
   void compute(bool up, const Tensor& from, const OptionalTensor& to, bool accumulate,
                const Tensor* other = nullptr);
-  // dlam and dgam.
-  std::tuple<Tensor, Tensor> diagonals() const;
+  // dlam and dgam. Call it once.
+  std::tuple<Tensor, Tensor> finish_gradients();
 
  private:
   void mix_up(const Temporary& z, const Tensor& y, const Chunk& chunk, bool accumulate) const;
