@@ -1,8 +1,9 @@
 // The operators as plain structs of raw pointers and 64-bit sizes, independent of torch.
 // csrc/torch has validated every field, so kernels check nothing.
 //
-// Letters (docs/math.md): T tokens, D = max(in, out), d = min(in, out), r rank, n bases, K = r * n.
-// Column c of B belongs to rank index j = c / n and base i = c % n.
+// Letters (docs/math.md): T tokens, D = max(in, out), d = min(in, out), r rows of A, n copies of
+// each, K = r * n.
+// Column c of B belongs to rank index j = c / n and copy i = c % n.
 #pragma once
 #include <cstdint>
 

@@ -1,8 +1,8 @@
-// The A side of the factored path. All n bases share A, so for a rank index j they have the same
+// The A side of the factored path. All n copies of row j of A (rank index j) have the same
 // support S_j = {k : A[j, k] != 0}, and every product is a small dense product of gathered rows.
 // Operands are token blocks: z is (d, tokens), v and u are (K, tokens).
 //
-// gT is gamma transposed, (d, ldg) with ldg >= n and zero padding: the gammas of all bases for one
+// gT is gamma transposed, (d, ldg) with ldg >= n and zero padding: the gammas of all copies for one
 // support position k are adjacent.
 #pragma once
 #include "../core/operators.h"
@@ -100,7 +100,7 @@ void a_down(const Basis& b, int64_t j, const typename Block::C* lam, const typen
 
 // ut[t][i] = u[i][t] for the n rows of one rank index; ut is (tokens, ldg), zero-padded in i.
 template <class Block>
-void transpose_bases(const typename Block::C* u, int64_t n, int64_t ldg, typename Block::C* ut) {
+void transpose_copies(const typename Block::C* u, int64_t n, int64_t ldg, typename Block::C* ut) {
   using Vector = typename Block::Vector;
   for (int64_t i = 0; i < ldg; i += Block::kLanes)
     for (int q = 0; q < Block::kVectors; ++q) {
@@ -117,7 +117,7 @@ void transpose_bases(const typename Block::C* u, int64_t n, int64_t ldg, typenam
 
 // P[p][i] (+)= sum_t z[k][t] * ut[t][i] for the entries p of one rank index j, at position k. If
 // `fresh`, sets P instead of adding to it. Each token adds a rank-one update; a vector holds
-// consecutive bases i. Prefetches z a tile ahead, because much of it lies in the caches of other
+// consecutive copies i. Prefetches z a tile ahead, because much of it lies in the caches of other
 // threads. Sums the tokens of a block before adding to P, so rounding errors grow with
 // sqrt(kTokens + T / kTokens), not sqrt(T). P (entries, ldg) has all rank indices; ut (tokens, ldg)
 // is for j alone.

@@ -34,7 +34,7 @@ void scaled_basis_backward_as(const ScaledBasisBackward& p, Runtime& rt) {
   const S* grad = static_cast<const S*>(p.grad);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
   const int64_t d = p.d;
-  // A base owns a row of dgam and a column of dlam, and reads each of its rows of grad once.
+  // A copy owns a row of dgam and a column of dlam, and reads each of its rows of grad once.
   rt.split(p.n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       __builtin_memset(dgam + i * d, 0, size_t(d) * sizeof(C));

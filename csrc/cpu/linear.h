@@ -11,7 +11,7 @@
 // For gradients, tokens are processed in super-blocks of a few blocks per thread:
 //   phase 1, blocks per slot          `to`; keeps z and U of the super-block
 //   phase 2, rank indices per slot    P_j += U_j^T z[:, S_j], block after block
-//   at the end                        dlam and dgam from P, bases per slot
+//   at the end                        dlam and dgam from P, copies per slot
 // so no sum is split between threads, and scratch is bounded for any T. If there is only one block,
 // P_j is computed as soon as U_j is known, and U is not kept.
 #pragma once
@@ -84,8 +84,9 @@ void linear_block(const Linear& p, const TokenSplit& split, Slot<Block>& own,
     load_block<Block>(from, p.dtype, first, features, tokens, to);
   };
   const auto keep = [&](int64_t j, const C* u) {
-    if (split.blocks > 1) return transpose_bases<Block>(u, b.n, ldg, ut + j * Block::kTokens * ldg);
-    transpose_bases<Block>(u, b.n, ldg, ut);
+    if (split.blocks > 1)
+      return transpose_copies<Block>(u, b.n, ldg, ut + j * Block::kTokens * ldg);
+    transpose_copies<Block>(u, b.n, ldg, ut);
     a_grad<Block>(b, j, ldg, tokens, z, ut, shared.P, true);
   };
   if (p.up) {
@@ -111,7 +112,7 @@ void linear_block(const Linear& p, const TokenSplit& split, Slot<Block>& own,
   }
 }
 
-// dlam and dgam from P. A slot owns some vectors of bases, so no sum is split. It processes the
+// dlam and dgam from P. A slot owns some vectors of copies, so no sum is split. It processes the
 // columns of A in tiles, with all rank indices per tile: it reads P and writes dgam once, and the
 // sums stay in the L1 cache.
 template <class Block, class Index>
@@ -128,7 +129,7 @@ void reduce_P(const Linear& p, const Lists<Index>& a, const SharedScratch<Block>
   rt.each_slot(slots, [&](int slot) {
     const int64_t begin = vectors * slot / slots * kLanes,
                   end = vectors * (slot + 1) / slots * kLanes;
-    const int64_t bases = (b.n < end ? b.n : end) - begin;
+    const int64_t copies = (b.n < end ? b.n : end) - begin;
     for (int64_t j = 0; j < b.r; ++j)
       for (int64_t i = begin; i < end; ++i) {
         shared.lam[j * ldg + i] = i < b.n ? lam[j * b.n + i] * scale : C(0);
@@ -156,11 +157,11 @@ void reduce_P(const Linear& p, const Lists<Index>& a, const SharedScratch<Block>
         }
         cursor[run] = q;
       }
-      transpose_matrix(shared.tile + begin, ldg, columns, bases, dgam + begin * b.d + first, b.d,
+      transpose_matrix(shared.tile + begin, ldg, columns, copies, dgam + begin * b.d + first, b.d,
                        columns);
     }
     for (int64_t j = 0; j < b.r; ++j)
-      for (int64_t i = begin; i < begin + bases; ++i)
+      for (int64_t i = begin; i < begin + copies; ++i)
         dlam[j * b.n + i] = shared.dlam[j * ldg + i] * scale;
   });
 }

@@ -1,4 +1,5 @@
-// torch.ops.randlora.independent_*: a linear layer with an adapter on independent bases.
+// torch.ops.randlora.independent_*: a linear layer with an adapter on ternary bases,
+// independent or imported.
 //
 //   y = x W^T + bias + x dW^T,   dW = scale * B (lambda * A * gamma), transposed unless `expand`
 //
@@ -57,7 +58,7 @@ AnyLists checked_lists(const char* name, const Tensor& offset, const Tensor& ind
 
 // Sets b.b_planes, and b.D, which follows from them.
 void set_planes(Basis& b, const Tensor& planes, const Tensor& lam) {
-  RANDLORA_CHECK(b.n <= 65536, "bit planes serve up to n = 65536 bases, got n = ", b.n);
+  RANDLORA_CHECK(b.n <= 65536, "bit planes serve up to n = 65536 copies, got n = ", b.n);
   const int64_t words = words_of(b.K());
   check_same_device(planes, "b_planes", lam, "lam");
   RANDLORA_CHECK(planes.scalar_type() == ScalarType::Long && planes.is_contiguous() &&

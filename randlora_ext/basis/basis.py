@@ -29,7 +29,7 @@ class Basis(Shape):
     Args:
         in_features: of the base layer.
         out_features: likewise; d = min, D = max of the two.
-        r: rank of one base, at most 65,536; n = ceil(d / r) bases, K = n * r.
+        r: rows of A, at most 65,536; n = ceil(d / r) copies of each, K = n * r.
         density: share of non-zeros of independent bases, in (0, 1]. None means 1/3, PEFT's
             ``sparse``. Hadamard bases have no zeros and take none.
         seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.

@@ -30,7 +30,7 @@ class TernaryMatrices(Matrices):
         """The elements as bit planes (2, r, ceil(d / 64)) and (2, D, ceil(K / 64))."""
 
     def format(self, shape: Shape) -> str:
-        # Planes are decoded with 16-bit base numbers.
+        # Planes are decoded with 16-bit numbers of copies.
         return "planes" if shape.n <= 65536 and self.density > PLANES_ABOVE_DENSITY else "lists"
 
     def pack(self, shape: Shape, on: torch.device) -> PackedLists | PackedPlanes:

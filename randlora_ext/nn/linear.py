@@ -41,7 +41,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
     Args:
         base_layer: nn.Linear or transformers' Conv1D (which stores its weight as (in, out)).
-        r: rank of one base. More than d = min(in, out) warns.
+        r: rows of A. More than d = min(in, out) warns.
         randlora_alpha: scaling = randlora_alpha / r. None means 20 r, so a scaling of 20.
         randlora_dropout: probability in [0, 1) that an input of the adapter is dropped.
         adapter_name: name of the first adapter; `update_layer` adds more.

@@ -5,7 +5,7 @@
 // Each j is a dense product whose results scatter over columns. A block owns some tokens and a
 // range of columns, keeps their sums in shared memory in the compute type, and walks j. The entries
 // of S_j in its range are consecutive (Support::before). The block takes them in chunks; each warp
-// gets a tile of 16 MI entries x all tokens. A pipeline stage holds a slice of bases of one chunk:
+// gets a tile of 16 MI entries x all tokens. A pipeline stage holds a slice of copies of one chunk:
 // its values and U, copied two stages ahead by cp.async. After the last slice each warp adds its
 // tile to the sums. Within a chunk a column belongs to one warp, and a barrier separates the
 // chunks, so sums need no atomics and run in order of j. `out` is read and written once, by rows.
@@ -20,7 +20,7 @@
 namespace randlora::cuda {
 namespace {
 
-// Tile shapes. A slice has kDepth bases; registers sum kFlush bases before they are flushed.
+// Tile shapes. A slice has kDepth copies; registers sum kFlush copies before they are flushed.
 template <class S, int MI, int NI, bool Tf32>
 struct Down {
   using Tile = WarpTile<S, MI, NI, Tf32>;
@@ -41,7 +41,7 @@ struct Down {
   }
 };
 
-// A slice of a chunk: `count` entries from `entry` on, all of one j, and bases from i0 on.
+// A slice of a chunk: `count` entries from `entry` on, all of one j, and copies from i0 on.
 // count = 0 marks the end.
 struct Stage {
   int64_t entry, i0;
@@ -70,13 +70,13 @@ __global__ void __launch_bounds__(256, 1)
   const int columns = static_cast<int>(k1 - k0),
             tokens = static_cast<int>(min(T - t0, int64_t{Shape::kTokens}));
 
-  // The stage loaded last: bases from i0 on; entries of j from `at` on, before `end`. The bounds of
+  // The stage loaded last: copies i0 and up; entries of j from `at` on, before `end`. The bounds of
   // j + 1 are fetched ahead.
   int64_t j = -1, i0 = a.n;
   int at = 0, end = 0, next_low = a.before(0, k0), next_end = a.before(0, k1);
   // A thread copies the same piece of every row_step-th row.
   const int first_row = threadIdx.x / kPieces, row_step = blockDim.x / kPieces;
-  const int base = threadIdx.x % kPieces * kWidth;
+  const int copy = threadIdx.x % kPieces * kWidth;
   const auto load = [&](int buffer) -> Stage {
     i0 += Shape::kDepth;
     if (i0 >= a.n) {
@@ -98,23 +98,23 @@ __global__ void __launch_bounds__(256, 1)
     const int depth =
         left < Shape::kDepth ? static_cast<int>((left + 15) / 16 * 16) : Shape::kDepth;
     S* u_stage = u_shared + buffer * Shape::kTokens * Shape::kStride;
-    if (base < depth) {
-      const bool there = i0 + base < a.bases;
-      S* to = v_shared + (buffer * chunk + first_row) * Shape::kStride + base;
-      const S* from = there ? values + (stage.entry + first_row) * a.bases + i0 + base : values;
-      const int64_t step = there ? row_step * a.bases : 0;
+    if (copy < depth) {
+      const bool there = i0 + copy < a.copies;
+      S* to = v_shared + (buffer * chunk + first_row) * Shape::kStride + copy;
+      const S* from = there ? values + (stage.entry + first_row) * a.copies + i0 + copy : values;
+      const int64_t step = there ? row_step * a.copies : 0;
       for (int row = first_row; row < stage.count; row += row_step) {
         cp_async16(to, from, there ? 16 : 0);
         to += row_step * Shape::kStride, from += step;
       }
     }
     const S* u = U + (t0 * a.r + j) * a.n + i0;
-    if (u_aligned && base < depth) {
-      const bool there = base < left;
-      const S* from = there ? u + first_row * a.r * a.n + base : U;
+    if (u_aligned && copy < depth) {
+      const bool there = copy < left;
+      const S* from = there ? u + first_row * a.r * a.n + copy : U;
       const int64_t step = there ? row_step * a.r * a.n : 0;
       for (int row = first_row; row < tokens; row += row_step) {
-        cp_async16(u_stage + Shape::Sums::place_of_token(row) * Shape::kStride + base, from,
+        cp_async16(u_stage + Shape::Sums::place_of_token(row) * Shape::kStride + copy, from,
                    there ? 16 : 0);
         from += step;
       }

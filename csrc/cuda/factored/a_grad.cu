@@ -5,9 +5,9 @@
 //   dgam[i, k]   = scale sum_{j : A[j, k] != 0} A[j, k] lam[j, i] P[p, i]
 //
 //   grad_kernel      P, a dense product with gathered rows of the token panels of z as in a_up.cu.
-//                    A block owns 128 entries of one j x bases and a range of tokens. If that makes
-//                    too few blocks, the tokens are split and every split writes its own P.
-//   contract_kernel  a lane has a column k, a warp 32 columns and 8 bases. It walks j in ascending
+//                    A block owns 128 entries of one j, a tile of copies and some tokens. If that
+//                    makes too few blocks, the tokens are split and every split writes its own P.
+//   contract_kernel  a lane has a column k, a warp 32 columns and 8 copies. It walks j in ascending
 //                    order and adds up the splits. dgam stays in registers. Its share of
 //                    dlam[j, :] is summed over the lanes and written to scratch, one row for every
 //                    32 columns
@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(128)
   constexpr int kRows = Shape::kM * kZPieces / Shape::kThreads;  // rows of z that a thread copies
   S* shared = reinterpret_cast<S*>(shared_memory());
 
-  const int64_t base_tiles = ceil_div(a.n, Shape::kN);
-  const int64_t i0 = blockIdx.x % base_tiles * Shape::kN, number = blockIdx.x / base_tiles;
+  const int64_t copy_tiles = ceil_div(a.n, Shape::kN);
+  const int64_t i0 = blockIdx.x % copy_tiles * Shape::kN, number = blockIdx.x / copy_tiles;
   const int64_t j = line_of_tile(a.offset, a.r, number, Shape::kM);
   const int64_t p0 = (number - first_tile(a.offset, j, Shape::kM)) * Shape::kM,
                 entries = a.size(j) - p0;
@@ -100,27 +100,27 @@ __global__ void __launch_bounds__(128)
   __syncthreads();  // store_rows reuses the stages' memory
   if (works)
     store_rows(tile, reinterpret_cast<C*>(shared) + threadIdx.x / 32 * 16 * Shape::kStoreStride,
-               P + (blockIdx.y * a.room() + e0 + wm) * a.bases + i0 + wn, a.bases, entries - wm,
-               a.bases - i0 - wn, true, accumulate);
+               P + (blockIdx.y * a.room() + e0 + wm) * a.copies + i0 + wn, a.copies, entries - wm,
+               a.copies - i0 - wn, true, accumulate);
 }
 
-constexpr int kBases = 8;  // per warp of contract_kernel
+constexpr int kCopies = 8;  // per warp of contract_kernel
 
 template <class C>
 __global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
                                 const C* __restrict__ lam, const C* __restrict__ gam, C scale,
                                 C* __restrict__ dgam, bool accumulate, C* __restrict__ partial) {
   const int lane = threadIdx.x % 32;
-  const int64_t chunks = a.bases / kBases;
+  const int64_t chunks = a.copies / kCopies;
   const int64_t warp = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / 32;
-  const int64_t columns = warp / chunks, i0 = warp % chunks * kBases;
+  const int64_t columns = warp / chunks, i0 = warp % chunks * kCopies;
   const int64_t k = columns * 32 + lane;
   if (columns * 32 >= a.d) return;
-  const int64_t split_stride = a.room() * a.bases;
+  const int64_t split_stride = a.room() * a.copies;
 
-  C gamma[kBases], sum[kBases];
+  C gamma[kCopies], sum[kCopies];
 #pragma unroll
-  for (int u = 0; u < kBases; ++u) {
+  for (int u = 0; u < kCopies; ++u) {
     gamma[u] = k < a.d && i0 + u < a.n ? gam[(i0 + u) * a.d + k] : C(0);
     sum[u] = 0;
   }
@@ -135,52 +135,52 @@ __global__ void contract_kernel(Support a, const C* __restrict__ P, int splits,
 #pragma unroll
     for (int u = 0; u + 1 < kAhead; ++u) ahead[u] = ahead[u + 1];
     ahead[kAhead - 1] = fetch(j + kAhead);
-    C lambda[kBases];
+    C lambda[kCopies];
 #pragma unroll
-    for (int u = 0; u < kBases; ++u) lambda[u] = lam[j * a.n + min(i0 + u, a.n - 1)];
+    for (int u = 0; u < kCopies; ++u) lambda[u] = lam[j * a.n + min(i0 + u, a.n - 1)];
 #pragma unroll
-    for (int u = 0; u < kBases; ++u) pin(lambda[u]);
-    C part[kBases] = {};
+    for (int u = 0; u < kCopies; ++u) pin(lambda[u]);
+    C part[kCopies] = {};
     if (code >= 0) {
-      const C* row = P + (a.first(j) + code / 2) * a.bases + i0;
+      const C* row = P + (a.first(j) + code / 2) * a.copies + i0;
       const C sign = code & 1 ? -scale : scale;
-      C signed_P[kBases] = {};
+      C signed_P[kCopies] = {};
       for (int s = 0; s < splits; ++s, row += split_stride) {
-        C of_split[kBases];
-        load_run<kBases>(row, of_split);
+        C of_split[kCopies];
+        load_run<kCopies>(row, of_split);
 #pragma unroll
-        for (int u = 0; u < kBases; ++u) signed_P[u] += of_split[u];
+        for (int u = 0; u < kCopies; ++u) signed_P[u] += of_split[u];
       }
 #pragma unroll
-      for (int u = 0; u < kBases; ++u) {
+      for (int u = 0; u < kCopies; ++u) {
         const C v = sign * signed_P[u];
         sum[u] += v * lambda[u];
         part[u] = v * gamma[u];
       }
     }
     if (!__any_sync(kWarp, code >= 0)) {  // at low density, most of the time
-      if (lane < kBases) partial[(columns * a.r + j) * a.bases + i0 + lane] = 0;
+      if (lane < kCopies) partial[(columns * a.r + j) * a.copies + i0 + lane] = 0;
       continue;
     }
-    const C total = warp_sums<kBases>(part);
-    if (lane % (32 / kBases) == 0)
-      partial[(columns * a.r + j) * a.bases + i0 + lane / (32 / kBases)] = total;
+    const C total = warp_sums<kCopies>(part);
+    if (lane % (32 / kCopies) == 0)
+      partial[(columns * a.r + j) * a.copies + i0 + lane / (32 / kCopies)] = total;
   }
 #pragma unroll
-  for (int u = 0; u < kBases; ++u)
+  for (int u = 0; u < kCopies; ++u)
     if (k < a.d && i0 + u < a.n) {
       C* to = dgam + (i0 + u) * a.d + k;
       *to = accumulate ? *to + sum[u] : sum[u];
     }
 }
 
-// dlam[j, i] (+)= sum of `rows` rows (r, bases) of `partial`; a block takes 32 elements.
+// dlam[j, i] (+)= sum of `rows` rows (r, copies) of `partial`; a block takes 32 elements.
 template <class C>
 __global__ void sum_lambda(Support a, const C* __restrict__ partial, int64_t rows,
                            C* __restrict__ dlam, bool accumulate) {
   const int64_t chunks = ceil_div(a.n, 32), j = blockIdx.x / chunks;
   const int64_t i = blockIdx.x % chunks * 32 + threadIdx.x % 32;
-  const C sum = block_sum(i < a.n ? partial + j * a.bases + i : nullptr, rows, a.r * a.bases,
+  const C sum = block_sum(i < a.n ? partial + j * a.copies + i : nullptr, rows, a.r * a.copies,
                           reinterpret_cast<C*>(shared_memory()));
   if (threadIdx.x >= 32 || i >= a.n) return;
   C* to = dlam + j * a.n + i;
@@ -205,12 +205,12 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
       // In fp32 a running sum over thousands of tokens would be less accurate than torch's. So use
       // as many splits as a chunk of scratch holds.
       if (sizeof(S) == 4 && !decltype(tf32)::value) {
-        const int64_t bytes = a.room() * a.bases * int64_t{sizeof(C)};
+        const int64_t bytes = a.room() * a.copies * int64_t{sizeof(C)};
         wanted = max(wanted, device_.chunk_bytes / bytes);
       }
       const int64_t most = min(ceil_div(tokens, 256), wanted);
       const int64_t split = ceil_div(ceil_div(tokens, most), 64) * 64;
-      if (!partial_) partial_ = scratch<C>(device_, most * a.room() * a.bases);
+      if (!partial_) partial_ = scratch<C>(device_, most * a.room() * a.copies);
       splits = ceil_div(min(part_, T_), split);
       for (int64_t t = 0; t < T_; t += part_) {
         const Panels& z = panels(t);
@@ -232,10 +232,10 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
   const auto contract = [&](auto compute) {
     using C = decltype(compute);
     const int64_t columns = ceil_div(a.d, 32);
-    if (!partial_lam_) partial_lam_ = scratch<C>(device_, columns * a.r * a.bases);
+    if (!partial_lam_) partial_lam_ = scratch<C>(device_, columns * a.r * a.copies);
     const int threads = 128;
     launch(device_, "a_grad_contract", contract_kernel<C>,
-           ceil_div(columns * (a.bases / kBases), threads / 32), threads, 0, a, partial_, splits,
+           ceil_div(columns * (a.copies / kCopies), threads / 32), threads, 0, a, partial_, splits,
            p_.lam, p_.gam, p_.scale, dgam, accumulate, partial_lam_);
     launch(device_, "a_grad_sum", sum_lambda<C>, a.r * ceil_div(a.n, 32), threads,
            threads * int64_t{sizeof(C)}, a, partial_lam_, columns, dlam, accumulate);

@@ -1,5 +1,5 @@
-// Shared pieces of the factored path's A side. All n bases share one A, and so for each rank index
-// j the support S_j = {k : A[j, k] != 0}. Each product is then a dense one with gathered features:
+// Shared pieces of the factored path's A side. All n copies of row j of A (rank index j) have one
+// support, S_j = {k : A[j, k] != 0}. Each product is then a dense one with gathered features:
 //
 //   up     V[t, (j, i)]      = scale lam[j, i] sum_{p in S_j} G[p, i] z[t, k_p]      a_up.cu
 //   down   out[t, k_p]      += sum_i (scale lam[j, i] G[p, i]) U[t, (j, i)]          a_down.cu
@@ -27,7 +27,7 @@ namespace randlora::cuda {
 struct Support {
   const int64_t* offset;  // (2 r + 1), that of A's lists: j has offset[2 j] .. offset[2 j + 2)
   int64_t r, n, d;
-  int64_t bases;         // n padded to whole pieces of 16 bytes
+  int64_t copies;        // n padded to whole pieces of 16 bytes
   int64_t count;         // number of entries
   const int32_t* entry;  // (room), ascending by column: 2 k, plus 1 if A is -1; padding is -1
   const int32_t* at;  // (r, d): 2 p, plus 1 if A is -1, for the p-th entry of j; without an entry
@@ -69,7 +69,7 @@ class ASideCall {
 
  private:
   const Support& support();
-  const void* values(bool with_lambda);  // (room, bases): scale lam G, or G
+  const void* values(bool with_lambda);  // (room, copies): scale lam G, or G
   // part_ tokens of z from t on, as panels: few enough that a part and its results stay in L2.
   const Panels& panels(int64_t t);
 

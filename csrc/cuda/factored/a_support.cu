@@ -3,7 +3,7 @@
 //
 //   find_entries   thread (j, k): two binary searches in row j of A tell whether A[j, k] is an
 //                  entry p, and how many entries of j lie before column k
-//   form_values    a block takes 32 entries p and 64 bases i. It reads gam[i, k_p] (k_p: the column
+//   form_values    a block takes 32 entries p, 64 copies i. It reads gam[i, k_p] (k_p: the column
 //                  of p) along p, transposes the tile in shared memory and writes along i
 //
 // Floor: find_entries writes 4 (r d + nnz(A)) bytes; form_values reads gamma at n nnz(A) positions
@@ -31,16 +31,16 @@ __global__ void find_entries(Lists<Index> a, int64_t r, int64_t d, int32_t* entr
     entry[first + q] = -1;
 }
 
-constexpr int kBases = 64;  // per block of form_values
+constexpr int kCopies = 64;  // per block of form_values
 
 // lam is null for values without lambda.
 template <class S, class C>
 __global__ void form_values(Support s, const C* __restrict__ lam, const C* __restrict__ gam,
                             C scale, S* __restrict__ values) {
-  S* tile = reinterpret_cast<S*>(shared_memory());  // (kSupportGroup, kBases + 2)
-  constexpr int kStride = kBases + 2;
-  const int64_t chunks = ceil_div(s.bases, kBases);
-  const int64_t group = blockIdx.x / chunks, i0 = blockIdx.x % chunks * kBases;
+  S* tile = reinterpret_cast<S*>(shared_memory());  // (kSupportGroup, kCopies + 2)
+  constexpr int kStride = kCopies + 2;
+  const int64_t chunks = ceil_div(s.copies, kCopies);
+  const int64_t group = blockIdx.x / chunks, i0 = blockIdx.x % chunks * kCopies;
   const int64_t j = line_of_tile(s.offset, s.r, group, kSupportGroup);
   if (group * kSupportGroup - s.first(j) >= s.size(j)) return;
   const int64_t e0 = group * kSupportGroup;
@@ -48,7 +48,7 @@ __global__ void form_values(Support s, const C* __restrict__ lam, const C* __res
 
   const int32_t code = s.entry[e0 + lane];
 #pragma unroll 4
-  for (int b = warp; b < kBases; b += warps) {
+  for (int b = warp; b < kCopies; b += warps) {
     const int64_t i = i0 + b;
     C value = 0;
     if (code >= 0 && i < s.n) {
@@ -59,9 +59,9 @@ __global__ void form_values(Support s, const C* __restrict__ lam, const C* __res
     tile[lane * kStride + b] = narrow<S>(value);
   }
   __syncthreads();
-  for (int x = threadIdx.x; x < kSupportGroup * kBases; x += blockDim.x) {
-    const int p = x / kBases, b = x % kBases;
-    if (i0 + b < s.bases) values[(e0 + p) * s.bases + i0 + b] = tile[p * kStride + b];
+  for (int x = threadIdx.x; x < kSupportGroup * kCopies; x += blockDim.x) {
+    const int p = x / kCopies, b = x % kCopies;
+    if (i0 + b < s.copies) values[(e0 + p) * s.copies + i0 + b] = tile[p * kStride + b];
   }
 }
 
@@ -93,7 +93,7 @@ const Support& ASideCall::support() {
   support_.r = b.r;
   support_.n = b.n;
   support_.d = b.d;
-  support_.bases = ceil_div(b.n, 8) * 8;
+  support_.copies = ceil_div(b.n, 8) * 8;
   support_.count = b.a.count;
   support_.entry = tables;
   support_.at = tables + support_room(b.a.count, b.r);
@@ -107,10 +107,10 @@ const void* ASideCall::values(bool with_lambda) {
   with_dtype(p_.dtype, [&](auto storage) {
     using S = decltype(storage);
     using C = ComputeOf<S>;
-    made = scratch<S>(device_, s.room() * s.bases);
+    made = scratch<S>(device_, s.room() * s.copies);
     launch(device_, "form_values", form_values<S, C>,
-           most_tiles(s.count, s.r, kSupportGroup) * ceil_div(s.bases, kBases),
-           min(256, device_.max_threads), kSupportGroup * (kBases + 2) * int64_t{sizeof(S)}, s,
+           most_tiles(s.count, s.r, kSupportGroup) * ceil_div(s.copies, kCopies),
+           min(256, device_.max_threads), kSupportGroup * (kCopies + 2) * int64_t{sizeof(S)}, s,
            with_lambda ? p_.lam : nullptr, p_.gam, p_.scale, made);
   });
   return made;

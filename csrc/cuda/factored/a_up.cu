@@ -3,7 +3,7 @@
 //   V[t, (j, i)] = scale lam[j, i] sum_{p in S_j} G[p, i] z[t, k_p]
 //
 // This is a dense product (tokens x |S_j|) (|S_j| x n) with a gathered left operand: rows k_p of
-// the token panels of z, 128 bytes each. A block owns tokens x bases of one j. It fetches 32
+// the token panels of z, 128 bytes each. A block owns tokens x copies of one j. It fetches 32
 // entries (16 unless in 16 bits) a stage by cp.async, three stages deep. Blocks that differ only in
 // j are neighbours, so a panel comes from memory once and then from L2. Few tokens use smaller
 // tiles, so that every SM has a block.
@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(128)
   const int64_t first = a.first(j);
   const int steps = static_cast<int>(ceil_div(a.size(j), Shape::kDepth));
 
-  // A thread always copies the same tokens of z and the same bases of the values.
+  // A thread always moves the same tokens of z and the same copies of the values.
   const int64_t t = t0 + threadIdx.x % kZPieces * kWidth,
                 i = i0 + threadIdx.x % kValuePieces * kWidth;
-  const bool has_tokens = t < T, has_bases = i < a.bases;
+  const bool has_tokens = t < T, has_copies = i < a.copies;
   const S* z = panels + (t / width * a.d * width + t % width);
   const int32_t* entry = a.entry + first;
-  const S* value = values + first * a.bases + i;
+  const S* value = values + first * a.copies + i;
 
   int32_t code[kCopies];  // for the next load, fetched one step ahead
   const auto fetch = [&](int step) {
@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(128)
     });
     each_piece<Shape::kDepth, kValuePieces, Shape::kThreads>([&](int row, int piece, int) {
       cp_async16(v_stage + row * Shape::kValueStride + piece * kWidth,
-                 has_bases ? value + (step * Shape::kDepth + row) * a.bases : values,
-                 has_bases ? 16 : 0);
+                 has_copies ? value + (step * Shape::kDepth + row) * a.copies : values,
+                 has_copies ? 16 : 0);
     });
     fetch(step + 1);
   };

@@ -6,12 +6,12 @@
 //
 // A, lam and gam are dense factors here, as on the CPU: a zero times infinity is NaN.
 //
-// Forward. A thread holds four rows of A in 16 bytes' worth of columns and walks eight bases: 32
+// Forward. A thread holds four rows of A in 16 bytes' worth of columns and walks eight copies: 32
 // rows of A' for four reads of A and eight of gam. Reading both for each row would take 8 bytes
-// from L2 for every 2 written. A thread walks fewer bases if eight would leave multiprocessors
+// from L2 for every 2 written. A thread walks fewer copies if eight would leave multiprocessors
 // idle.
 //
-// Backward. A warp takes one base i, 16 bytes' worth of columns a lane and up to 32 rows j. It
+// Backward. A warp takes one copy i, 16 bytes' worth of columns a lane and up to 32 rows j. It
 // reads their grad once, four rows at a time. dgam adds up in the lanes' registers. For
 // dlam each lane stores one number per row in shared memory, and lane j adds up those of row j: two
 // shared accesses a row instead of five shuffles. If a row is wider than a warp's columns, or r
@@ -30,17 +30,17 @@
 namespace randlora::cuda {
 namespace {
 
-constexpr int kRows = 4;   // rows of A per thread, forward
-constexpr int kBases = 8;  // most bases per thread, forward
+constexpr int kRows = 4;    // rows of A per thread, forward
+constexpr int kCopies = 8;  // most copies per thread, forward
 
 template <class S, bool Aligned, class C = ComputeOf<S>>
 __global__ void scaled_basis_kernel(int64_t r, int64_t n, int64_t d, const C* __restrict__ A,
                                     const C* __restrict__ lam, const C* __restrict__ gam,
-                                    S* __restrict__ out, int64_t col_blocks, int64_t base_blocks,
-                                    int64_t bases) {
+                                    S* __restrict__ out, int64_t col_blocks, int64_t copy_blocks,
+                                    int64_t copies) {
   constexpr int kWidth = kPerAccess<S>;
   const int64_t rest = blockIdx.x / col_blocks;
-  const int64_t first_i = rest % base_blocks * bases, first_j = rest / base_blocks * kRows;
+  const int64_t first_i = rest % copy_blocks * copies, first_j = rest / copy_blocks * kRows;
   const int rows = static_cast<int>(min(int64_t{kRows}, r - first_j));
   const Columns<kWidth, Aligned> c(blockIdx.x % col_blocks * blockDim.x * kWidth, threadIdx.x, d);
   Pack<C, kWidth> a[kRows];
@@ -48,7 +48,7 @@ __global__ void scaled_basis_kernel(int64_t r, int64_t n, int64_t d, const C* __
   for (int q = 0; q < kRows; ++q)
     if (q < rows) a[q] = c.load(A + (first_j + q) * d);
 #pragma unroll 1
-  for (int64_t i = first_i; i < min(n, first_i + bases); ++i) {
+  for (int64_t i = first_i; i < min(n, first_i + copies); ++i) {
     const Pack<C, kWidth> g = c.load(gam + i * d);
 #pragma unroll
     for (int q = 0; q < kRows; ++q) {
@@ -78,14 +78,14 @@ __global__ void scaled_basis_backward_kernel(int64_t r, int64_t n, int64_t d,
                                              const C* __restrict__ A, const C* __restrict__ lam,
                                              const C* __restrict__ gam, const S* __restrict__ grad,
                                              C* __restrict__ dlam, C* __restrict__ dgam,
-                                             int64_t parts, int64_t base_blocks) {
+                                             int64_t parts, int64_t copy_blocks) {
   constexpr int kWidth = kPerAccess<S>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   auto* of_lane = reinterpret_cast<C*>(shared_memory() + warp * shared_of_warp<C>());
   const int64_t part = blockIdx.x % parts, rest = blockIdx.x / parts;
-  const int64_t i = rest % base_blocks * warps + warp;  // neighbours share A in L1
+  const int64_t i = rest % copy_blocks * warps + warp;  // neighbours share A in L1
   if (i >= n) return;
-  const int64_t batch = rest / base_blocks, first_j = batch * kBatch;
+  const int64_t batch = rest / copy_blocks, first_j = batch * kBatch;
   const int rows = static_cast<int>(min(int64_t{kBatch}, r - first_j));
   const Columns<kWidth, Aligned> c(part * 32 * kWidth, lane, d);
   const Pack<C, kWidth> g = c.load(gam + i * d);
@@ -134,16 +134,16 @@ void scaled_basis(const ScaledBasis& p, Device& device) {
     const int64_t threads =
         std::clamp<int64_t>(32 * col_warps, 32, std::min(128, device.max_threads));
     const int64_t col_blocks = ceil_div(p.d, threads * kWidth);
-    // Threads walk several bases only if every multiprocessor still has eight warps.
-    const int64_t warps = col_warps * row_blocks * p.n;  // with one base each
-    const int64_t bases = std::clamp<int64_t>(warps / (8 * device.multiprocessors), 1, kBases);
-    const int64_t base_blocks = ceil_div(p.n, bases);
+    // Threads walk several copies only if every multiprocessor still has eight warps.
+    const int64_t warps = col_warps * row_blocks * p.n;  // with one copy each
+    const int64_t copies = std::clamp<int64_t>(warps / (8 * device.multiprocessors), 1, kCopies);
+    const int64_t copy_blocks = ceil_div(p.n, copies);
     const auto kernel = aligned_rows(p.d, kWidth, p.A, p.gam, p.out)
                             ? scaled_basis_kernel<S, true, C>
                             : scaled_basis_kernel<S, false, C>;
-    launch(device, "scaled_basis", kernel, col_blocks * base_blocks * row_blocks,
+    launch(device, "scaled_basis", kernel, col_blocks * copy_blocks * row_blocks,
            static_cast<int>(threads), 0, p.r, p.n, p.d, p.A, p.lam, p.gam, p.out, col_blocks,
-           base_blocks, bases);
+           copy_blocks, copies);
   });
 }
 
@@ -153,7 +153,7 @@ void scaled_basis_backward(const ScaledBasisBackward& p, Device& device) {
     using C = ComputeOf<S>;
     constexpr int kWidth = kPerAccess<S>;
     const int threads = std::min(128, device.max_threads), warps = threads / 32;
-    const int64_t K = p.r * p.n, base_blocks = ceil_div(p.n, warps);
+    const int64_t K = p.r * p.n, copy_blocks = ceil_div(p.n, warps);
     const int64_t parts = ceil_div(p.d, 32 * kWidth), batches = ceil_div(p.r, kBatch);
     C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
     C* dlam_parts = parts > 1 ? scratch<C>(device, parts * K) : dlam;
@@ -161,9 +161,9 @@ void scaled_basis_backward(const ScaledBasisBackward& p, Device& device) {
     const auto kernel = aligned_rows(p.d, kWidth, p.A, p.gam, p.grad, p.dgam)
                             ? scaled_basis_backward_kernel<S, true, C>
                             : scaled_basis_backward_kernel<S, false, C>;
-    launch(device, "scaled_basis_backward", kernel, parts * base_blocks * batches, threads,
+    launch(device, "scaled_basis_backward", kernel, parts * copy_blocks * batches, threads,
            warps * shared_of_warp<C>(), p.r, p.n, p.d, p.A, p.lam, p.gam, p.grad, dlam_parts,
-           dgam_parts, parts, base_blocks);
+           dgam_parts, parts, copy_blocks);
     if (parts > 1) sum_parts<C>(dlam_parts, parts, K, {dlam, nullptr, C(1)}, device);
     if (batches > 1) sum_parts<C>(dgam_parts, batches, p.n * p.d, {dgam, nullptr, C(1)}, device);
   });

@@ -20,7 +20,7 @@
 namespace randlora::cuda {
 namespace {
 
-// How a warp's lanes share the ranks of a base.
+// How a warp's lanes share the ranks of a copy.
 struct Ranks {
   int split, of_lane;  // 1 << split lanes, so many ranks each
   bool aligned;        // gam and dgam
@@ -47,8 +47,8 @@ __device__ __forceinline__ void read_part(const HadamardWeightBackward& p, const
   }
 }
 
-// dgam of the thread's columns, and their part of the slot's sums. A warp takes a few bases; its
-// lanes share columns and, if bases are few, ranks. `Whole`: the thread's columns have one class,
+// dgam of the thread's columns, and their part of the slot's sums. A warp takes a few copies; its
+// lanes share columns and, if copies are few, ranks. `Whole`: the thread's columns have one class,
 // and lanes whole numbers of ranks. x[c] is
 // lam[c] col_signs[c].
 template <bool Whole, class C>

@@ -1,4 +1,4 @@
-// The transform over the rank indices: for one token and one base i, r numbers become r others.
+// The transform over the rank indices: for one token and one copy i, r numbers become r others.
 //
 // The ranks are cut into blocks. A thread holds the results of one, and reads all the r numbers,
 // block by block: over the bits within a block it transforms them in registers, and over the bits
@@ -62,7 +62,7 @@ __device__ __forceinline__ void store_wide(const C* from, S* to) {
 }
 
 // to[k] = sum over l < end of H[k, l] from[l] for the ranks k < to_end of a block, which has
-// PerBlock of them, and for Width adjacent bases. Whole: PerBlock divides both ends.
+// PerBlock of them, and for Width adjacent copies. Whole: PerBlock divides both ends.
 template <bool Whole, int PerBlock, int Width, class C, class From, class To>
 __device__ __forceinline__ void mix_block(int block, From from, int end, To to, int to_end) {
   C v[PerBlock * Width];
@@ -101,9 +101,9 @@ __device__ __forceinline__ void mix_block(int block, From from, int end, To to, 
 //   rows[t - t0, j * n + i] = sum over m of H[j, m] z[m, t, i]    if Z is const
 //   z[m, t, i] = sum over j of H[j, m] rows[t - t0, j * n + i]    otherwise
 //
-// In z (classes, T, n), bases of successive tokens are adjacent. `Aligned` says that z is. Whole
+// In z (classes, T, n), copies of successive tokens are adjacent. `Aligned` says that z is. Whole
 // blocks of ranks and classes need no checks, and the gaps in a row repeat every second rank if n
-// is a multiple of kValues / 2. There a thread takes two bases in 16 bits: it is bound by
+// is a multiple of kValues / 2. There a thread takes two copies in 16 bits: it is bound by
 // instructions, not by bytes.
 template <bool Aligned, class Z, class C = ComputeOf<std::remove_const_t<Z>>>
 __device__ __forceinline__ void mix(const HadamardSizes& sizes, Z* z, int64_t T,
