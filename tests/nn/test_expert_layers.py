@@ -36,9 +36,9 @@ def test_a_new_adapter_changes_nothing_yet(name):
 
 
 @ON_EVERY_MODEL
-def test_training_lowers_the_loss(name):
-    losses = train(applied(name, target_modules=["o_proj"]))
-    assert losses[-1] < losses[0] / 3
+def test_training_experts_lowers_the_loss(name):
+    losses = train(applied(name))
+    assert losses[-1] < losses[0] / 5
 
 
 @ON_EVERY_MODEL

@@ -58,11 +58,17 @@ def test_not_of_a_calibrated_or_a_trained_adapter():
     assert not told(randomize(adapted()))
 
 
-def test_not_of_other_bases_or_of_models_without_tokens():
+def test_not_of_other_bases():
     assert not told(adapted(basis="independent"))
+
+
+def test_not_of_models_without_embeddings():
     numbers = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24))
     randlora_ext.apply_randlora(numbers, ["0", "1"], r=5)
     assert not told(numbers, torch.ones(2, 24))
+
+
+def test_not_of_models_whose_embeddings_are_not_of_tokens():
     vision = Words()
     vision.get_input_embeddings = lambda: vision.one  # it has embeddings for its positions
     assert not told(adapted(vision))

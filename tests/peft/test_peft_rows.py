@@ -57,7 +57,7 @@ def test_the_call_after_a_mixed_batch_is_an_ordinary_one():
     assert torch.equal(model(x), before)
 
 
-def test_adapters_of_other_layers_and_gradients():
+def test_gradients_of_rows_whose_adapters_have_other_layers():
     model = made(targets="ab", sparse=True)
     adapters(model, lambda i: config(5, targets=["c"], sparse=True), ["two"])
     names = ["two", "default", "two"]
