@@ -192,8 +192,8 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
         torch.library.register_vmap(f"randlora::{each}", rule)
     _register_autocast(name, cast)
     _register_autocast(backward, ())  # which keeps the dtypes of forward
-    # Function.apply binds default arguments by inspect.signature if there is a setup_context: 50 us
-    # a call, a tenth of a training step of 16 tokens. This is the C++ method under it.
+    # Function.apply binds default arguments by inspect.signature if there is a setup_context: 8 us
+    # a call (docs/decisions/autograd-entry.md). This is the C++ method under it.
     apply_eager = super(Function, function).apply  # type: ignore[misc]
 
     def call(*inputs, **bases):
