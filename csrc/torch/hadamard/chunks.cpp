@@ -7,6 +7,8 @@ namespace {
 
 constexpr int64_t kFewest = 64;  // tokens of a chunk
 constexpr int64_t kSpan = 512;   // tokens of a span, about
+// Of z, and as many of w.
+constexpr int64_t kBytesInCaches = int64_t{1} << 20, kMostBytes = int64_t{64} << 20;
 
 // At most 512, all of which run at once, and not more than give the longest slot as few tokens:
 // each writes K sums.
@@ -14,6 +16,9 @@ int64_t slots_on_card(int64_t tokens) {
   const int64_t longest = std::max<int64_t>((tokens + 511) / 512, 1);
   return (tokens + longest - 1) / longest;
 }
+
+// One for 16 tokens, but at most 64, since each writes K sums.
+int64_t slots_on_cpu(int64_t tokens) { return std::min<int64_t>((tokens + 15) / 16, 64); }
 
 }  // namespace
 
@@ -23,7 +28,7 @@ Chunks::Chunks(const HadamardSizes& sizes, int64_t T, DType dtype, const Tensor&
   // and their error grows with the root of the number of tokens. There spans keep it small.
   const bool in_spans = in_caches && sizes.n <= 11;
   const int64_t bytes_of_token = sizes.classes() * sizes.n * bytes_of(class_dtype(dtype));
-  const int64_t limit = (in_caches ? int64_t{1} : int64_t{64}) << 20;
+  const int64_t limit = in_caches ? kBytesInCaches : kMostBytes;
   int64_t most = std::max(limit / bytes_of_token, kFewest);
   if (in_spans) most = std::min(most, kSpan);
   count = (T + most - 1) / most;
@@ -31,7 +36,7 @@ Chunks::Chunks(const HadamardSizes& sizes, int64_t T, DType dtype, const Tensor&
   if (in_caches && T >= kFewest)
     while (count < T && (T + count - 1) / count % 16 == 0) ++count;
   largest = count ? (T + count - 1) / count : 0;
-  slots = runs_on_cuda(like) ? slots_on_card(largest) : std::min<int64_t>((largest + 15) / 16, 64);
+  slots = runs_on_cuda(like) ? slots_on_card(largest) : slots_on_cpu(largest);
   spans = 1;
   if (in_spans && count > 0) spans = std::min((T + kSpan - 1) / kSpan, count);
 }

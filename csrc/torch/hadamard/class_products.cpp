@@ -5,6 +5,8 @@
 namespace randlora {
 namespace {
 
+constexpr int64_t kVector = 64;  // more numbers than a vector of any instruction set has
+
 void copy(const MatrixBatch& to, const MatrixBatch& from) {
   Tensor result = to.tensor();
   torch::stable::copy_(result, from.tensor());
@@ -24,8 +26,8 @@ ClassProducts::ClassProducts(const HadamardAdapter& adapter, const Chunks& chunk
   if (dtype_ != class_dtype_) copy_ = Temporary(chunks.largest * sizes_.d, class_dtype_, like);
 }
 
-Temporary ClassProducts::make_operand() const {
-  return Temporary(sizes_.classes() * chunks_.largest * sizes_.n + 64, class_dtype_, like_);
+Temporary ClassProducts::make_z_or_w() const {
+  return Temporary(sizes_.classes() * chunks_.largest * sizes_.n + kVector, class_dtype_, like_);
 }
 
 void ClassProducts::into_classes(const Tensor& x, const Chunk& chunk, const Temporary& z) {

@@ -15,7 +15,7 @@ class ClassProducts {
   // Where HadamardGamma writes: gamma times the signs of A.
   void* gamma() const { return gamma_.data(); }
   // z and w: (classes, tokens of a chunk, n), with room for a vector behind it.
-  Temporary make_operand() const;
+  Temporary make_z_or_w() const;
 
   // z = the class products with the chunk's tokens of x (T, d). A call has one such x.
   void into_classes(const Tensor& x, const Chunk& chunk, const Temporary& z);

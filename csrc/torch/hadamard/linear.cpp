@@ -49,11 +49,11 @@ Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Ten
   if (!serves(adapter, x))
     return std::get<0>(call_torch<Tensor>("randlora::hadamard_linear_plain", x, weight, bias, lam,
                                           gam, a_signs, row_signs, col_signs, expand, scale));
-  const bool last = base_comes_last(x, weight, bias);
-  const OptionalTensor first = last ? OptionalTensor() : weight;
-  const Tensor xc = as_contiguous(x), y = base_output(xc, first, bias, adapter.out());
-  HadamardProduct(adapter, xc, T).compute(expand, xc, y, first.has_value());
-  if (last) add_product(y, xc, matrix(*weight).transposed(), T);
+  const bool base_last = base_comes_last(x, weight, bias);
+  const OptionalTensor weight_first = base_last ? OptionalTensor() : weight;
+  const Tensor xc = as_contiguous(x), y = base_output(xc, weight_first, bias, adapter.out());
+  HadamardProduct(adapter, xc, T).compute(expand, xc, y, weight_first.has_value());
+  if (base_last) add_product(y, xc, matrix(*weight).transposed(), T);
   return y;
 }
 
@@ -70,13 +70,13 @@ Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, T
         "randlora::hadamard_linear_backward_plain", dy, x, weight, lam, gam, a_signs, row_signs,
         col_signs, expand, scale, need_x, need_diagonals);
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
-  const bool last = need_x && base_comes_last(x, weight, {});
-  const OptionalTensor first = last ? OptionalTensor() : weight;
+  const bool base_last = need_x && base_comes_last(x, weight, {});
+  const OptionalTensor weight_first = base_last ? OptionalTensor() : weight;
   OptionalTensor dx, dlam, dgam;
-  if (need_x) dx = base_gradient(dyc, first, xc);
+  if (need_x) dx = base_gradient(dyc, weight_first, xc);
   HadamardProduct product(adapter, xc, T);
-  product.compute(!expand, dyc, dx, first.has_value(), need_diagonals ? &xc : nullptr);
-  if (last) add_product(*dx, dyc, matrix(*weight), T);
+  product.compute(!expand, dyc, dx, weight_first.has_value(), need_diagonals ? &xc : nullptr);
+  if (base_last) add_product(*dx, dyc, matrix(*weight), T);
   if (need_diagonals) std::tie(dlam, dgam) = product.finish_gradients();
   return {dx, dlam, dgam};
 }

@@ -34,8 +34,8 @@ void HadamardProduct::compute(bool up, const Tensor& from, const OptionalTensor&
     classes_.reserve_gradient();
     sums_ = Temporary(chunks_.count * chunks_.slots * sizes_.K(), compute_dtype(dtype_), like_);
   }
-  const Temporary z = classes_.make_operand();
-  const Temporary w = up && !gradients ? Temporary() : classes_.make_operand();
+  const Temporary z = classes_.make_z_or_w();
+  const Temporary w = up && !gradients ? Temporary() : classes_.make_z_or_w();
   for (int64_t number = 0; number < chunks_.count; ++number) {
     const Chunk chunk = chunks_.at(number);
     if (small) classes_.into_classes(*small, chunk, z);
