@@ -1,8 +1,7 @@
 """RandLoRA on a whole model without PEFT: `apply_randlora`, `merge_and_unload`, `unload`."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -74,8 +73,9 @@ def apply_randlora(
     _warn_of_unmatched(model, target_modules, target_parameters, all_parameters)
     trained = [parameter for module in whole.values() for parameter in module.parameters()]
     why = f", matched by target_modules {target_modules!r},"
-    with adapting(model, linear, trained, why, parameters, **layer_options):
-        return model
+    layers = prepare_layers(model, linear, why, parameters, **layer_options)
+    put_in(model, layers, trained, layer_options.get("adapter_name", "default"))
+    return model
 
 
 def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -116,48 +116,55 @@ def _warn_of_unmatched(
     warn_of_unmatched("target_parameters", target_parameters, parameters, parameter_of)
 
 
-@contextmanager
-def adapting(
+def prepare_layers(
     model: nn.Module,
     linear: Mapping[str, nn.Module],
-    trained: Iterable[nn.Parameter],
     why: str,
     parameters: Mapping[str, ParameterPlace],
     **layer_options: Any,
-) -> Iterator[dict[str, RandLoraLinear]]:
-    """Makes adapted layers, which take their places in the model when the block ends.
-
-    If it raises, the model is as it was. Otherwise as `apply_randlora`.
+) -> dict[str, RandLoraLinear]:
+    """Makes adapted layers for `put_in`, and leaves the model as it is. Raises as `apply_randlora`.
 
     Args:
         linear: the modules to adapt, by their names.
-        trained: parameters to train whole.
         why: follows a module's name in error messages, such as ", matched by target_modules ...,".
         parameters: those to adapt, as `matching_parameters` gives them.
     """
     _check_targets(model, linear, why, parameters)
-    before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        made = _new_layers(model, linear, parameters, **layer_options)
-        warn_of_shared(model, made)
-        yield made
-    except BaseException:  # the layers have frozen their base layers
-        for parameter in before:
+        layers = _new_layers(model, linear, parameters, **layer_options)
+        warn_of_shared(model, layers)
+    finally:  # a new layer has frozen its base layer
+        for parameter in trained:
             parameter.requires_grad_(True)
-        raise
+    return layers
+
+
+def put_in(
+    model: nn.Module,
+    layers: Mapping[str, RandLoraLinear],
+    trained: Iterable[nn.Parameter],
+    adapter_name: str,
+) -> None:
+    """Puts the layers of `prepare_layers` into the model, freezes what they adapt, or the whole
+    model if they are its first, and makes the parameters `trained` trainable."""
     if not adapted_layers(model):
         model.requires_grad_(False)
+    outermost: dict[str, RandLoraLinear] = {}  # of each module with parameters the last layer
+    for name, layer in layers.items():
+        layer._freeze_base()
+        if isinstance(layer, RandLoraParameter):
+            outermost[name.rpartition(".")[0]] = layer
+        else:
+            model.set_submodule(name, layer)
+            disable_nested_tensors(model, name)
     for parameter in trained:
         parameter.requires_grad_(True)
-    for name in linear:
-        model.set_submodule(name, made[name])
-        disable_nested_tensors(model, name)
-    # Of each module the last layer, which is the outermost; inner modules first.
-    outermost = {place.module: made[name] for name, place in parameters.items()}
-    for path, layer in reversed(outermost.items()):
+    for path, layer in reversed(outermost.items()):  # inner modules first
         model.set_submodule(path, layer)
     guard(model)
-    warn_when_trained(model, layer_options.get("adapter_name", "default"))
+    warn_when_trained(model, adapter_name)
 
 
 def _new_layers(
@@ -189,7 +196,7 @@ def _check_targets(
     why: str,
     parameters: Mapping[str, ParameterPlace],
 ) -> None:
-    """ValueError or TypeError for what cannot be adapted; the arguments are those of `adapting`."""
+    """ValueError or TypeError for what cannot be adapted; arguments as of `prepare_layers`."""
     for name, module in linear.items():
         argument = f"module {name!r}{why}"
         check_base_layer(module, argument)

@@ -138,8 +138,11 @@ class RandLoraParameter(AdaptedParameter, RandLoraLinear):
         self.fan_in_fan_out = False  # experts have `transposed`
         self._make_empty(base_layer, adapter_name)
         self.update_layer(adapter_name, **options)
-        self._base_weight().requires_grad_(False)
+        self._freeze_base()
         self.train(base_layer.training)
+
+    def _freeze_base(self) -> None:
+        self._base_weight().requires_grad_(False)
 
 
 def stacked_weight(

@@ -86,7 +86,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.fan_in_fan_out = is_conv1d(base_layer)
         self._make_empty(base_layer, adapter_name)
         self.update_layer(adapter_name, r, randlora_alpha, density, seed, randlora_dropout, basis)
-        base_layer.requires_grad_(False)
+        self._freeze_base()
         self.train(base_layer.training)
 
     def _make_empty(self, base_layer: nn.Module, adapter_name: str) -> None:
@@ -103,6 +103,10 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.randlora_gamma = nn.ParameterDict()
         self.randlora_input_scale = InputScales()
         self._force_module_call()
+
+    def _freeze_base(self) -> None:
+        """Freezes what the layer adapts."""
+        self.base_layer.requires_grad_(False)
 
     def update_layer(
         self,

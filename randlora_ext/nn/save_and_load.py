@@ -20,7 +20,7 @@ from ..ranks import failing_together, full_tensor, is_dtensor
 from .adapted_layer import AdaptedLayer, layers_by_path
 from .adapter_config import NEEDS_OURS
 from .adapter_record import FIELDS, RECORD_KEY, record_of, record_tensor
-from .apply import adapted_layers, adapting
+from .apply import adapted_layers, prepare_layers, put_in
 from .experts import ParameterPlace, matching_parameters
 from .linear import RandLoraLinear
 from .paths import in_base_model, in_file
@@ -151,22 +151,23 @@ def load_adapter(
         for name, tensor in others.items()
         if isinstance(tensor, nn.Parameter) and name not in saved.base_weights
     ]
-    with adapting(model, linear, trained, " of the adapter", parameters, **options) as made:
-        layers = adapted | made
-        misfits = [*_misfits(saved, adapter_name, names, layers, adapted)]
-        misfits += _misfits_of_others(saved, others, state)
-        refuse(misfits, f"the adapter of {saved.place}", f"the {type(model).__name__}")
-        copies = [(others[name], saved.others[name]) for name in others]
-        for path, name in names.items():
-            layer = layers[name]
-            if adapter_name not in layer.bases:
-                layer.update_layer(**options)
-            for part, tensor in saved.layers[path].items():
-                if part in _PARTS:  # not the record
-                    copies.append((getattr(layer, part)[adapter_name], tensor))
-        with torch.no_grad():
-            for target, tensor in copies:
-                target.copy_(tensor)
+    made = prepare_layers(model, linear, " of the adapter", parameters, **options)
+    layers = adapted | made
+    misfits = [*_misfits(saved, adapter_name, names, layers, adapted)]
+    misfits += _misfits_of_others(saved, others, state)
+    refuse(misfits, f"the adapter of {saved.place}", f"the {type(model).__name__}")
+    copies = [(others[name], saved.others[name]) for name in others]
+    for path, name in names.items():
+        layer = layers[name]
+        if adapter_name not in layer.bases:
+            layer.update_layer(**options)
+        for part, tensor in saved.layers[path].items():
+            if part in _PARTS:  # not the record
+                copies.append((getattr(layer, part)[adapter_name], tensor))
+    with torch.no_grad():
+        for target, tensor in copies:
+            target.copy_(tensor)
+    put_in(model, made, trained, adapter_name)
     return model
 
 
@@ -196,7 +197,7 @@ def _targets(
     state: Container[str],
 ) -> tuple[dict[str, nn.Module], dict[str, ParameterPlace]]:
     """The linear layers and the parameters of a model that the adapter adapts, as far as they are
-    there, as `adapting` takes them. `names` are those of its layers, by their paths in the file."""
+    there, as `prepare_layers` takes them. `names` are those of its layers, by their paths in the file."""
     modules = dict(model.named_modules(remove_duplicate=False))
     linear, wanted = {}, []
     for path, name in names.items():
