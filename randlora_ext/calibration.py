@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .checks import check_model, warn_user
+from .checks import at_most_ten, check_model, warn_user
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
-from .nn.base_layer import first
 from .nn.experts import AdaptedParameter
 from .ranks import full_tensor, gathered
 
@@ -182,7 +181,7 @@ def _scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
     if unseen:
         warn_user(
             f"batches brought no token to {len(unseen)} of {len(sums)} layers, or only masked ones "
-            f"and zeros; these stay as they were: {first(unseen)}"
+            f"and zeros; these stay as they were: {at_most_ten(unseen)}"
         )
     responses = [sums[name].response(scale) for name, scale in scales.items()]
     responses = [response for response in responses if math.isfinite(response)]  # outputs are zero

@@ -61,6 +61,11 @@ def meant_targets(targets: Any, names: Iterable[str]) -> str:
     return f"; did you mean {sorted(near)}?" if near else ""
 
 
+def at_most_ten(names: list[str]) -> str:
+    """At most ten of them, for a message."""
+    return f"{names[:10]}{' ...' if len(names) > 10 else ''}"
+
+
 def check_one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Raises ValueError, naming `name` and the nearest allowed value, unless it is one of them."""
     if not isinstance(value, str) or value not in allowed:

@@ -40,8 +40,8 @@ class AdaptedLayer(KeepsWeight):
         called."""
         self.randlora_dropout.register_forward_pre_hook(do_nothing)
 
-    def _names(self) -> list[str]:
-        """The adapters to add now."""
+    def _adapters_to_add(self) -> list[str]:
+        """The names of the adapters whose outputs forward adds now."""
         raise NotImplementedError
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
@@ -140,7 +140,7 @@ class AdaptedLayer(KeepsWeight):
         refuse_misfit(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _adapted(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
+    def _output_with_adapters(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and those of these adapters, by one operator if that may be."""
         base = self._modules["base_layer"]
         if len(names) == 1 and not args and not kwargs:
@@ -150,15 +150,15 @@ class AdaptedLayer(KeepsWeight):
             if not drops and not self._widens(name, x):
                 operands = plain_operands(base, x)
                 if operands is not None:
-                    return self._output(name, x, *operands)
+                    return self._adapter_output(name, x, *operands)
         if names:
             refuse_cut(base)
         y = base(x, *args, **kwargs)
         for name in names:
-            y = y + self._output(name, self.randlora_dropout[name](self._cast(name, x)))
+            y = y + self._adapter_output(name, self.randlora_dropout[name](self._cast(name, x)))
         return y
 
-    def _output(
+    def _adapter_output(
         self, name: str, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
     ) -> Tensor:
         """The adapter's output, added to that of the base layer if its weight is given."""

@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from ..checks import check_model, meant_targets, warn_of_unmatched
+from ..checks import at_most_ten, check_model, meant_targets, warn_of_unmatched
 from .adapted_layer import layers_by_name
 from .base_layer import (
     check_base_layer,
     check_is_called,
     check_no_plan,
     disable_nested_tensors,
-    first,
     is_conv1d,
 )
 from .experts import ParameterPlace, RandLoraParameter, matching_parameters
@@ -68,7 +67,7 @@ def apply_randlora(
         hint = meant_targets(target_modules, names)
         raise ValueError(
             f"target_modules {target_modules!r} matches no module of {type(model).__name__} that "
-            f"is not adapted yet{hint}; its linear layers are called {first(names)}"
+            f"is not adapted yet{hint}; its linear layers are called {at_most_ten(names)}"
         )
     _warn_of_unmatched(model, target_modules, target_parameters, all_parameters)
     trained = [parameter for module in whole.values() for parameter in module.parameters()]
@@ -97,8 +96,8 @@ def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Mod
         buffers = module.state_dict().keys() - dict(module.named_parameters()).keys()
         if buffers:
             raise ValueError(
-                f"{argument} has buffers, {first(sorted(buffers))}, and `save_adapter` writes "
-                "parameters only; train it beside and save it yourself"
+                f"{argument} has buffers, {at_most_ten(sorted(buffers))}, and `save_adapter` "
+                "writes parameters only; train it beside and save it yourself"
             )
     return found
 
@@ -268,7 +267,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     by_path = {path: module for path, module in modules if isinstance(module, RandLoraLinear)}
     warn_of_shared(model, by_path)
     for layer in layers.values():
-        names = layer._names()
+        names = layer._adapters_to_add()
         if names:
             layer.merge(adapter_names=names, keep_weight="nothing")
     return _without(model)

@@ -118,11 +118,6 @@ def plain_operands(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]
     return weight, module.bias
 
 
-def first(names: list[str]) -> str:
-    """At most ten of them, for an error message."""
-    return f"{names[:10]}{' ...' if len(names) > 10 else ''}"
-
-
 def do_nothing(*_) -> None:
     pass
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..basis import Basis
+from ..checks import at_most_ten
 from ..ops import hadamard
 from ..ranks import is_dtensor, laid_out_like
 from .adapted_layer import AdaptedLayer, layers_by_path
-from .base_layer import check_is_called, check_no_plan, check_whole, first
+from .base_layer import check_is_called, check_no_plan, check_whole
 from .linear import RandLoraLinear
 from .paths import in_base_model
 
@@ -74,7 +75,7 @@ class AdaptedParameter(AdaptedLayer):
         changed: dict[str, Tensor] = {}
         layer: nn.Module = self
         while isinstance(layer, AdaptedParameter):
-            names = [] if layer.takes_base_weight else layer._names()
+            names = [] if layer.takes_base_weight else layer._adapters_to_add()
             if names:
                 changed[layer.parameter_name] = layer._adapted_weight(names)
             if layer.merged_adapters:
@@ -220,6 +221,6 @@ def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, P
         names = [name for name, p in model.named_parameters() if p.dim() == 3]
         raise ValueError(
             f"target_parameters {targets!r} matches no parameter of {type(model).__name__}; those "
-            f"of three dimensions are {first(names)}"
+            f"of three dimensions are {at_most_ten(names)}"
         )
     return found

@@ -157,7 +157,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
         Raises ValueError for an unknown or repeated name. A merged adapter stays merged.
         """
-        self.active_adapters = self._chosen(adapter_names)
+        self.active_adapters = self._known_adapters(adapter_names)
         self._mark_trained()
 
     def disable(self) -> None:
@@ -180,10 +180,9 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_adapters:
             self._warn_if_trained()
-        return self._adapted(self._names(), x)
+        return self._output_with_adapters(self._adapters_to_add(), x)
 
-    def _names(self) -> list[str]:
-        """The adapters to add now."""
+    def _adapters_to_add(self) -> list[str]:
         active = [] if self.disabled else self.active_adapters
         return [name for name in active if name not in self.merged_adapters]
 
@@ -210,7 +209,9 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
                 merged into the same weight, or that is on the meta device or elsewhere (ZeRO-3).
                 After any of these nothing has changed.
         """
-        names = self._chosen(self.active_adapters if adapter_names is None else adapter_names)
+        names = self._known_adapters(
+            self.active_adapters if adapter_names is None else adapter_names
+        )
         for name in names:
             if name in self.merged_adapters:
                 raise ValueError(f"adapter_names: {name!r} is merged already; unmerge() first")
@@ -237,7 +238,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     def bias(self) -> Tensor | None:
         return self.base_layer.bias  # type: ignore[return-value]
 
-    def _chosen(self, names: str | Sequence[str]) -> list[str]:
+    def _known_adapters(self, names: str | Sequence[str]) -> list[str]:
+        """These names as a list; ValueError for an unknown or repeated one."""
         names = [names] if isinstance(names, str) else list(names)
         for name in names:
             check_one_of("adapter_names", name, self.randlora_lambda)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_one_of, warn_user
+from ..checks import at_most_ten, check_one_of, warn_user
 from ..ranks import full_tensor, is_dtensor, local_tensor
-from .base_layer import do_nothing, first
+from .base_layer import do_nothing
 from .input_scale import InputScales
 from .shared import share_numbers, sharing_pairs
 
@@ -83,7 +83,7 @@ class KeepsWeight(nn.Module):
         elif not to_subtract:
             self._replace(do_nothing, [])
         if to_subtract:
-            without = self._plus(self._dense_weight(), to_subtract, -1)
+            without = self._weight_with_adapters(self._dense_weight(), to_subtract, -1)
             self._replace(self._writer(without), [])
 
     def _merge(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
@@ -101,7 +101,7 @@ class KeepsWeight(nn.Module):
 
     def _add(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
         weight = self._dense_weight()
-        total = self._plus(weight, names, +1)
+        total = self._weight_with_adapters(weight, names, +1)
         if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
@@ -175,7 +175,8 @@ class KeepsWeight(nn.Module):
         if self.merged:  # a copy
             remember_merged(self)
 
-    def _plus(self, weight: Tensor, names: Sequence[str], sign: int) -> Tensor:
+    def _weight_with_adapters(self, weight: Tensor, names: Sequence[str], sign: int) -> Tensor:
+        """`weight` plus, or with a `sign` of -1 minus, the dW of these adapters."""
         # Wider than the weight where the sum would otherwise be rounded more than once.
         wide = torch.float32 if weight.itemsize < 4 or len(names) == 1 else torch.float64
         total = weight.to(torch.promote_types(wide, weight.dtype), copy=True)
@@ -334,7 +335,7 @@ def warn_of_shared(model: nn.Module, layers: Mapping[str, KeepsWeight]) -> None:
             found.append(f"{adapted[0]._in_words()} with {names[0]!r}")
     if found:
         warn_user(
-            f"adapted layers share weights with modules that have no adapter, {first(found)}: "
-            "merging changes these modules, too. Clone the weight of the layer before, or use the "
-            "adapter unmerged"
+            "adapted layers share weights with modules that have no adapter, "
+            f"{at_most_ten(found)}: merging changes these modules, too. Clone the weight of the layer "
+            "before, or use the adapter unmerged"
         )

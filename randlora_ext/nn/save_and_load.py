@@ -197,7 +197,8 @@ def _targets(
     state: Container[str],
 ) -> tuple[dict[str, nn.Module], dict[str, ParameterPlace]]:
     """The linear layers and the parameters of a model that the adapter adapts, as far as they are
-    there, as `prepare_layers` takes them. `names` are those of its layers, by their paths in the file."""
+    there, as `prepare_layers` takes them. `names` are those of its layers, by their paths in the
+    file."""
     modules = dict(model.named_modules(remove_duplicate=False))
     linear, wanted = {}, []
     for path, name in names.items():

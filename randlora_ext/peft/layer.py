@@ -13,11 +13,11 @@ from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..basis import Basis
-from ..checks import check_model, check_one_of, warn_user
+from ..checks import at_most_ten, check_model, check_one_of, warn_user
 from ..devices import cuda_refusal, serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.adapter_record import RECORD, AdapterRecord
-from ..nn.base_layer import first, is_conv1d
+from ..nn.base_layer import is_conv1d
 from ..nn.experts import AdaptedParameter
 from ..nn.input_scale import InputScales
 from ..nn.merging import forget_merged
@@ -121,14 +121,13 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        names = self._names()
+        names = self._adapters_to_add()
         if self.merged_adapters:
             self._warn_if_trained()
-        y = self._adapted(names, x, *args, **kwargs)
+        y = self._output_with_adapters(names, x, *args, **kwargs)
         return y if y.dtype is x.dtype else y.to(x.dtype)
 
-    def _names(self) -> list[str]:
-        """The adapters to add now."""
+    def _adapters_to_add(self) -> list[str]:
         if self.disable_adapters and self.merged_adapters:
             self.unmerge()
         if self.disable_adapters or self.merged_adapters:
@@ -150,7 +149,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             if not of_name:
                 continue
             rows = torch.tensor(of_name, device=x.device)
-            added = self._output(name, self._cast(name, x[rows]))
+            added = self._adapter_output(name, self._cast(name, x[rows]))
             result = result.index_add(0, rows, added.to(result.dtype))
         return result
 
@@ -310,7 +309,7 @@ def warn_of_misfits(model: nn.Module, adapter_name: str, state_dict: Mapping[str
         if keys:
             warn_user(
                 f"the tensors fit adapter {adapter_name!r} only in part: {len(keys)} {what}: "
-                f"{first(sorted(keys))}"
+                f"{at_most_ten(sorted(keys))}"
             )
 
 

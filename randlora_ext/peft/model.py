@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..checks import check_alpha, check_r, meant_targets, warn_of_unmatched, warn_user
+from ..checks import at_most_ten, check_alpha, check_r, meant_targets, warn_of_unmatched, warn_user
 from ..nn.adapter_record import RECORD
 from ..nn.apply import check_not_nested
 from ..nn.base_layer import (
@@ -22,7 +22,6 @@ from ..nn.base_layer import (
     check_whole,
     disable_nested_tensors,
     features,
-    first,
     is_conv1d,
 )
 from ..nn.experts import matching_parameters, sizes_of
@@ -198,7 +197,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             raise ValueError(
                 f"target_modules {config.target_modules!r} matches no linear layer of "
                 f"{type(model).__name__}{meant_targets(config.target_modules, linear)}; its linear "
-                f"layers are called {first(linear)}"
+                f"layers are called {at_most_ten(linear)}"
             )
         _warn_of_unmatched(config, model, parameters)
         if parameters:
