@@ -5,6 +5,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,25 @@ KEEP_WEIGHT = ("host", "device", "nothing")
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of lambda, gamma and dW beside a weight of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class KeptWeight:
+    """What `unmerge` starts from.
+
+    Attributes:
+        weight: W as `_keep` gives it; None if nothing is kept, and W is in the layer's own weight.
+        left_out: the merged adapters that this W does not hold: those merged since it was kept, and
+            those that changed no bit. The others, merged with keep_weight="nothing" or by stock
+            PEFT, are subtracted.
+    """
+
+    weight: Any = None
+    left_out: tuple[str, ...] = ()
+
+    def without(self, names: Sequence[str]) -> "KeptWeight":
+        """The same weight beside more adapters that it does not hold."""
+        return KeptWeight(self.weight, (*self.left_out, *names))
 
 
 class KeepsWeight(nn.Module):
@@ -46,10 +66,7 @@ class KeepsWeight(nn.Module):
     randlora_gamma: nn.ParameterDict
     randlora_input_scale: InputScales  # of those on Hadamard bases
     merged_adapters: list[str]
-    _kept: Any = None  # what `_restorer` takes; None: W is not kept, or was not changed
-    # Merged adapters that are not in the kept weight, or changed nothing. The others, merged with
-    # keep_weight="nothing" or by stock PEFT, are subtracted.
-    _kept_without: tuple[str, ...] = ()
+    _kept = KeptWeight()
 
     @property
     def merged(self) -> bool:
@@ -69,22 +86,22 @@ class KeepsWeight(nn.Module):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        in_kept = [name for name in self.merged_adapters if name not in self._kept_without]
-        to_subtract = [name for name in in_kept if name in self.randlora_lambda]
-        deleted = [name for name in in_kept if name not in self.randlora_lambda]
+        held = [name for name in self.merged_adapters if name not in self._kept.left_out]
+        to_subtract = [name for name in held if name in self.randlora_lambda]
+        deleted = [name for name in held if name not in self.randlora_lambda]
         if deleted:
             warnings.warn(
                 f"the adapters {deleted} were deleted while merged, and W was not kept: their dW "
                 "stays in it",
                 stacklevel=2,
             )
-        if self._kept is not None:
-            self._replace(self._restorer(self._kept), to_subtract)
+        if self._kept.weight is not None:
+            self._replace(self._restorer(self._kept.weight), to_subtract)
         elif not to_subtract:
             self._replace(do_nothing, [])
         if to_subtract:
-            without = self._weight_with_adapters(self._dense_weight(), to_subtract, -1)
-            self._replace(self._writer(without), [])
+            unmerged = self._weight_with_adapters(self._dense_weight(), to_subtract, -1)
+            self._replace(self._writer(unmerged), [])
 
     def _merge(self, names: Sequence[str], safe_merge: bool, keep_weight: str) -> None:
         """Merges adapters that are known and not merged yet."""
@@ -108,38 +125,34 @@ class KeepsWeight(nn.Module):
                 "broken; safe_merge allows only finite values, and nothing was changed"
             )
         merged = [*self.merged_adapters, *names]
-        kept: Any = None
-        without: tuple[str, ...] = ()
-        if self.merged:
-            kept, without = self._kept, self._kept_without
+        kept = self._kept if self.merged else KeptWeight()
         if keep_weight == "nothing":
-            if kept is not None:  # by an earlier merge; that weight is without these adapters, too
-                without = (*without, *names)
-            self._replace(self._writer(total), merged, kept, without)
+            if kept.weight is not None:  # by an earlier merge
+                kept = kept.without(names)
+            self._replace(self._writer(total), merged, kept)
             return
-        without = (*without, *names)
+        kept = kept.without(names)
         # Ranks might disagree about their parts of DTensors.
         if not is_dtensor(total) and torch.equal(total, weight):
             # Nothing is written, because a sum could still turn -0 into 0.
-            self._replace(do_nothing, merged, kept, without)
+            self._replace(do_nothing, merged, kept)
             return
         write = self._writer(total)
-        if kept is None:
-            kept = self._keep(keep_weight)
-        self._replace(write, merged, kept, without)
+        if kept.weight is None:
+            kept = KeptWeight(self._keep(keep_weight), kept.left_out)
+        self._replace(write, merged, kept)
 
     def _replace(
         self,
         write: Callable[[], object],
         merged: list[str],
-        kept: Any = None,
-        without: tuple[str, ...] = (),
+        kept: KeptWeight = KeptWeight(),
     ) -> None:
         """Writes W and the attributes about it; Ctrl-C, twice even, cannot leave a part of them."""
 
         def write_all() -> None:
             write()
-            self._kept, self._kept_without = kept, without
+            self._kept = kept
             self.merged_adapters = merged
             if merged:
                 remember_merged(self)
@@ -244,7 +257,7 @@ class KeepsWeight(nn.Module):
         return lambda: weight.copy_(total)
 
     def _keep(self, keep_weight: str) -> Any:
-        """The present weight; in a tuple if torch would register it as a parameter or module."""
+        """The present weight, as `_restorer` takes it."""
         with torch.inference_mode(False):  # it is kept for longer
             weight = local_tensor(self._dense_weight().detach())
             return weight.to("cpu" if keep_weight == "host" else weight.device, copy=True)
@@ -336,6 +349,6 @@ def warn_of_shared(model: nn.Module, layers: Mapping[str, KeepsWeight]) -> None:
     if found:
         warn_user(
             "adapted layers share weights with modules that have no adapter, "
-            f"{at_most_ten(found)}: merging changes these modules, too. Clone the weight of the layer "
-            "before, or use the adapter unmerged"
+            f"{at_most_ten(found)}: merging changes these modules, too. Clone the weight of the "
+            "layer before, or use the adapter unmerged"
         )

@@ -79,16 +79,15 @@ class QuantizedLinear(AcceleratedLinear):
         like.base_layer.bias = base.bias  # which not all of them copy
         return lambda: setattr(self, "base_layer", like.base_layer)
 
-    def _keep(self, keep_weight: str) -> tuple:
+    def _keep(self, keep_weight: str) -> nn.Module:
         """The base layer itself, without a copy: the sum is in another one."""
-        return (self.base_layer,)
+        return self.base_layer
 
     def _restorer(self, kept: Any) -> Callable[[], None]:
-        (base,) = kept
         device = self._base_weight().device
-        if _stand_in(base).device != device:
-            base = base.to(device)
-        return lambda: setattr(self, "base_layer", base)
+        if _stand_in(kept).device != device:
+            kept = kept.to(device)
+        return lambda: setattr(self, "base_layer", kept)
 
 
 def _stand_in(base: Any) -> Tensor:

@@ -85,7 +85,7 @@ def test_every_bit_comes_back_after_the_adapters_have_changed(make, dtype, keep,
 def test_what_is_kept_is_no_part_of_the_module(make, dtype, keep):
     made = make(dtype)
     made.merge(keep_weight=keep)
-    layer, kept = made.layer, made.layer._kept
+    layer, kept = made.layer, made.layer._kept.weight
     assert (kept.dtype, kept.device.type) == (dtype, "cpu")
     assert not any("kept" in key for key in layer.state_dict())
     assert all(tensor is not kept for tensor in [*layer.parameters(), *layer.buffers()])
@@ -95,9 +95,9 @@ def test_what_is_kept_is_no_part_of_the_module(make, dtype, keep):
 def test_unmerging_frees_what_was_kept(make):
     made = make(torch.float32)
     made.merge()
-    kept = weakref.ref(made.layer._kept)
+    kept = weakref.ref(made.layer._kept.weight)
     made.layer.unmerge()
-    assert not made.layer.merged and made.layer._kept is None and kept() is None
+    assert not made.layer.merged and made.layer._kept.weight is None and kept() is None
 
 
 @BOTH
@@ -109,7 +109,7 @@ def test_an_adapter_that_changes_nothing_keeps_nothing(make):
         layer.randlora_lambda["two"].zero_()
     W = bits(weight)
     made.merge(["two"])
-    assert layer.merged_adapters == ["two"] and layer._kept is None
+    assert layer.merged_adapters == ["two"] and layer._kept.weight is None
     assert torch.equal(bits(weight), W)
     nn.init.normal_(layer.randlora_lambda["two"])
     layer.unmerge()  # the adapter has learned, and is not subtracted
