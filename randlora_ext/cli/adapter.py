@@ -62,9 +62,8 @@ def _changes(saved: SavedAdapter, checkpoint: Checkpoint) -> Changes:
     added = {}
     for path, layout in layouts.items():
         basis = basis_of(layout.in_features, layout.out_features)
-        for misfit in saved.misfits(path, basis, saved.experts(path)):
-            if misfit:
-                raise ValueError(misfit)
+        for problem in saved.misfits(path, basis, saved.experts(path)):
+            raise ValueError(problem)
         tensors = saved.layers[path]
         lam, gam = (tensors[name] for name in DIAGONALS)
         input_scale, scaling = tensors.get(INPUT_SCALE), saved.scaling
@@ -73,7 +72,7 @@ def _changes(saved: SavedAdapter, checkpoint: Checkpoint) -> Changes:
         )
     others = {name_in(name): tensor for name, tensor in saved.others.items()}
     missing = saved.first_missing(checkpoint.parameters, others)
-    if missing:
+    if missing is not None:
         raise ValueError(missing)
     return Changes(added, others, saved.digest())
 

@@ -13,7 +13,7 @@ from ..ranks import full_tensor, laid_out_like
 from .base_layer import do_nothing, plain_operands, refuse_cut
 from .merging import KeepsWeight
 from .paths import in_base_model
-from .state_dict import misfit_of_input_scale, refuse_misfit
+from .state_dict import input_scale_misfits, refuse_misfit
 
 
 class AdaptedLayer(KeepsWeight):
@@ -120,9 +120,8 @@ class AdaptedLayer(KeepsWeight):
                 f"input_scale must be {sizes} = {tuple(buffer.shape)}, got "
                 f"{tuple(input_scale.shape)}"
             )
-        misfit = misfit_of_input_scale("input_scale", input_scale, input_scale)
-        if misfit:
-            raise ValueError(misfit)
+        for problem in input_scale_misfits("input_scale", input_scale, input_scale):
+            raise ValueError(problem)
         buffer.copy_(input_scale)
 
     def is_calibrated(self, adapter: str) -> bool:

@@ -25,7 +25,7 @@ from .experts import ParameterPlace, matching_parameters
 from .linear import RandLoraLinear
 from .paths import in_base_model, in_file
 from .saved_adapter import CONFIG, PREFIX, WEIGHTS, SavedAdapter, read_adapter
-from .state_dict import DIAGONALS, INPUT_SCALE, misfit, refuse
+from .state_dict import DIAGONALS, INPUT_SCALE, refuse, tensor_misfits
 
 _PARTS = (*DIAGONALS, INPUT_SCALE)  # of an adapter: attributes of its layers, and names in a file
 # Modules in PEFT's layers.
@@ -455,10 +455,12 @@ def _misfits_of_others(
 ) -> Iterator[str]:
     for name, tensor in saved.others.items():
         if name in others:
-            yield misfit(name, tensor, others[name])
+            yield from tensor_misfits(name, tensor, others[name])
         else:
             yield f"{name}: there is no such parameter, or the model's other adapters use it, too"
-    yield saved.first_missing(state, others) or ""
+    missing = saved.first_missing(state, others)
+    if missing is not None:
+        yield missing
 
 
 def _is_here(tensor: Tensor) -> bool:

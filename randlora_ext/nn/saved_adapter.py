@@ -16,7 +16,13 @@ from ..files import read_safetensors
 from .adapter_config import SPARSE, description_of, fields_of
 from .adapter_record import RECORD_KEY, check_records, read_record, record_of
 from .paths import in_base_model, nesting
-from .state_dict import DIAGONALS, INPUT_SCALE, misfit, misfit_of_input_scale, missing_input_scale
+from .state_dict import (
+    DIAGONALS,
+    INPUT_SCALE,
+    input_scale_misfits,
+    missing_input_scale,
+    tensor_misfits,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in front of every path of the base model
@@ -131,11 +137,11 @@ class SavedAdapter:
             yield f"{path} is of in_features and out_features {saved_sizes}, and must be of {sizes}"
         for part, shape in zip(DIAGONALS, (basis.lam_shape, basis.gam_shape), strict=True):
             like = torch.empty(*experts, *shape, device="meta")
-            yield misfit(f"{path}.{part}", tensors[part], like)
+            yield from tensor_misfits(f"{path}.{part}", tensors[part], like)
         key = f"{path}.{INPUT_SCALE}"
         if basis.kind == "hadamard":
             like = torch.empty(*experts, basis.in_features, device="meta")
-            yield misfit_of_input_scale(key, tensors[INPUT_SCALE], like)
+            yield from input_scale_misfits(key, tensors[INPUT_SCALE], like)
         elif INPUT_SCALE in tensors:
             yield f"{key} goes with Hadamard bases, and these are {basis.kind}"
 

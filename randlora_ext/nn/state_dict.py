@@ -65,7 +65,7 @@ def refuse(
 ) -> None:
     """Raises `error` if there are problems of putting `what` into `place`: the first ones, how many
     there are beside them, and advice. What many layers say alike is told once."""
-    found = [*dict.fromkeys(problem for problem in problems if problem)]
+    found = [*dict.fromkeys(problems)]
     if not found:
         return
     lines = found[:MOST_TOLD]
@@ -85,7 +85,7 @@ def _misfits(layer: KeepsWeight, state_dict: dict[str, Tensor], prefix: str) -> 
         key = f"{prefix}{INPUT_SCALE}.{name}"
         if key in state_dict:
             own = layer.randlora_input_scale[name]
-            yield misfit_of_input_scale(key, state_dict[key], own)
+            yield from input_scale_misfits(key, state_dict[key], own)
         elif lam_key in state_dict or gam_key in state_dict:
             yield missing_input_scale(key)
     yield from _merged_misfit(layer, state_dict, prefix)
@@ -95,7 +95,7 @@ def _misfits(layer: KeepsWeight, state_dict: dict[str, Tensor], prefix: str) -> 
         expected |= {f"{prefix}base_layer.{name}": value for name, value in parameters}
     for key, own in expected.items():
         if key in state_dict:
-            yield misfit(key, state_dict[key], own)
+            yield from tensor_misfits(key, state_dict[key], own)
 
 
 def _merged_misfit(layer: KeepsWeight, state_dict: dict[str, Tensor], prefix: str) -> Iterator[str]:
@@ -125,29 +125,29 @@ def _untied(
             yield f"{key} differs from {first_key}, and both are of one tied layer"
 
 
-def misfit(key: str, saved: Any, own: Tensor) -> str:
-    """Why the entry `saved` of a state dict cannot replace `own`; "" if it can."""
+def tensor_misfits(key: str, saved: Any, own: Tensor) -> list[str]:
+    """Why the entry `saved` of a state dict cannot replace `own`; empty if it can."""
     if not isinstance(saved, Tensor):
-        return f"{key} must be a tensor, got {type(saved).__name__}"
+        return [f"{key} must be a tensor, got {type(saved).__name__}"]
     if saved.shape != own.shape:
-        return f"{key} is {tuple(saved.shape)}, and must be {tuple(own.shape)}"
-    if saved.is_floating_point() == own.is_floating_point():
-        return ""
-    wanted = "floating point" if own.is_floating_point() else "an integer"
-    return f"{key} is {saved.dtype}, and must be {wanted}"
+        return [f"{key} is {tuple(saved.shape)}, and must be {tuple(own.shape)}"]
+    if saved.is_floating_point() != own.is_floating_point():
+        wanted = "floating point" if own.is_floating_point() else "an integer"
+        return [f"{key} is {saved.dtype}, and must be {wanted}"]
+    return []
 
 
-def misfit_of_input_scale(key: str, saved: Any, own: Tensor) -> str:
-    """As `misfit`, of an input scale, whose numbers must be positive and finite."""
-    error = misfit(key, saved, own)
-    if error:
-        return error
+def input_scale_misfits(key: str, saved: Any, own: Tensor) -> list[str]:
+    """As `tensor_misfits`, of an input scale, whose numbers must be positive and finite."""
+    problems = tensor_misfits(key, saved, own)
+    if problems:
+        return problems
     if saved.is_meta:
-        return f"{key} has no numbers (meta device)"
+        return [f"{key} has no numbers (meta device)"]
     numbers = saved.float()
-    if bool(((numbers > 0) & numbers.isfinite()).all()):
-        return ""
-    return f"{key} must be positive and finite in every feature"
+    if not bool(((numbers > 0) & numbers.isfinite()).all()):
+        return [f"{key} must be positive and finite in every feature"]
+    return []
 
 
 def missing_input_scale(key: str) -> str:

@@ -18,7 +18,7 @@ from ..basis.dense import DenseMatrices
 from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices, pack_dense
 from ..nn.saved_adapter import BASIS_NAMES
-from ..nn.state_dict import misfit
+from ..nn.state_dict import tensor_misfits
 from .config import description_in
 
 # The state dict that each dictionary of bases wrote last.
@@ -239,9 +239,9 @@ class PackedBufferDict(MutableMapping, BufferDict):
         own = self.saved(prefix)
         for key in own.keys() & state_dict.keys():
             saved, basis = state_dict[key], own[key]
-            error = misfit(key, saved, basis)
-            if error:
-                error_msgs.append(error)
+            problems = tensor_misfits(key, saved, basis)
+            if problems:
+                error_msgs += problems
             else:
                 moved = saved.to(dtype=basis.dtype, device=basis.device, copy=True)
                 self[key.removeprefix(prefix)] = moved

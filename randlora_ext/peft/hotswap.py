@@ -14,7 +14,7 @@ from ..basis import BasisDescription
 from ..nn.adapter_config import SPARSE
 from ..nn.adapter_record import RECORD_KEY
 from ..nn.saved_adapter import CONFIG, WEIGHTS, SavedAdapter, read_adapter
-from ..nn.state_dict import INPUT_SCALE, misfit, misfit_of_input_scale, refuse
+from ..nn.state_dict import INPUT_SCALE, input_scale_misfits, refuse, tensor_misfits
 from .bases import BASIS_NAMES
 from .config import description_in, target_parameters
 from .layer import layers_with
@@ -101,8 +101,9 @@ def _other_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> It
         if key.endswith(RECORD_KEY):
             continue
         if key in saved:
-            check = misfit_of_input_scale if key.endswith(INPUT_SCALE) else misfit
-            yield check(key, saved[key], tensor)
+            is_input_scale = key.endswith(INPUT_SCALE)
+            misfits = input_scale_misfits if is_input_scale else tensor_misfits
+            yield from misfits(key, saved[key], tensor)
         elif not key.endswith(may_lack):
             yield f"{key} is missing"
     for key in saved:

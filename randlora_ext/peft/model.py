@@ -27,7 +27,7 @@ from ..nn.base_layer import (
 from ..nn.experts import matching_parameters, sizes_of
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import check_mergeable, warn_of_shared
-from ..nn.state_dict import guard, misfit, refuse
+from ..nn.state_dict import guard, refuse, tensor_misfits
 from ..nn.uncalibrated import warn_when_trained
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
@@ -321,7 +321,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *others) -> None:
         A, B = (getattr(self, name).saved(f"{prefix}{name}.") for name in BASIS_NAMES)
         own = A | B
-        misfits = (misfit(key, state_dict[key], own[key]) for key in own if key in state_dict)
+        misfits = []
+        for key in own:
+            if key in state_dict:
+                misfits += tensor_misfits(key, state_dict[key], own[key])
         refuse(misfits, "the state dict", f"the {type(self).__name__}", RuntimeError)
         # Stock PEFT's files hold a copy under every layer, and packing each would take long.
         copied = tuple("." + key.removeprefix(prefix) for key in own if key in state_dict)
