@@ -44,7 +44,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
     """What `enable` puts in the place of ``peft.RandLoraModel``; docs/peft.md says what differs."""
 
     peft_config: dict[str, Any]
-    _sizes: tuple[int, int] | None = None  # (D, d) of the bases that the next layer needs
+    # (D, d), which `_prepare_model` finds and the adapter's first `_create_and_replace` uses up;
+    # PEFT passes nothing from one to the other.
+    _sizes_of_bases_to_make: tuple[int, int] | None = None
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
@@ -148,9 +150,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _create_and_replace(
         self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        if self._sizes is not None:  # this is the adapter's first layer
-            self._add_bases(config, adapter_name, *self._sizes)
-            self._sizes = None
+        if self._sizes_of_bases_to_make is not None:  # this is the adapter's first layer
+            D, d = self._sizes_of_bases_to_make
+            self._sizes_of_bases_to_make = None
+            self._add_bases(config, adapter_name, D, d)
             refuse_lora_files(self.model)
         if parameter_name is not None:
             self._adapt_parameter(config, adapter_name, target, target_name, parent, parameter_name)
@@ -209,10 +212,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
             # PEFT leaves out what lies inside its own layers.
             if isinstance(model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
                 check_not_nested(model, name, f"target {name!r}")
-        self._sizes = largest([*map(features, targets.values()), *parameters.values()])
-        _, d = self._sizes
+        D, d = largest([*map(features, targets.values()), *parameters.values()])
         if config.r > d:
             warn_user(more_than_d(config.r, d))
+        self._sizes_of_bases_to_make = D, d
 
     def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int) -> None:
         """Takes another adapter's, as stock PEFT does, or makes new ones."""
