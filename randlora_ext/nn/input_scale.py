@@ -18,8 +18,8 @@ class InputScales(nn.Module):
     def __getitem__(self, adapter: str) -> Tensor:
         return self._buffers[adapter]  # type: ignore[return-value]
 
-    def __setitem__(self, adapter: str, scale: Tensor) -> None:
-        self.register_buffer(adapter, scale)
+    def __setitem__(self, adapter: str, input_scale: Tensor) -> None:
+        self.register_buffer(adapter, input_scale)
 
     def __delitem__(self, adapter: str) -> None:
         del self._buffers[adapter]
@@ -38,11 +38,11 @@ class InputScales(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> "InputScales":
         for adapter in self:
-            scale = self[adapter]
-            moved = fn(scale)
+            input_scale = self[adapter]
+            moved = fn(input_scale)
             if moved.dtype != torch.float32:
-                moved = scale.to(moved.device)
-            if scale.is_meta and not moved.is_meta:  # by `to_empty`, which leaves any numbers
+                moved = input_scale.to(moved.device)
+            if input_scale.is_meta and not moved.is_meta:  # by `to_empty`, which leaves any numbers
                 moved = torch.ones_like(moved)
             self._buffers[adapter] = moved
         return self
