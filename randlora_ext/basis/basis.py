@@ -123,25 +123,34 @@ class Basis(Shape):
         if torch.compiler.is_dynamo_compiling():
             name = self._traced_name(self._serial, torch.device(device), dtype)
             return getattr(self._traced, name)
-        found = self._packed.get((device, dtype))  # found at once for a tensor's device
+        found = self._packed.get((device, dtype))
+        if found is None:  # of a tensor's device it is found above, and at once
+            # "cuda" and "cuda:0" share one entry.
+            full_device = torch.empty(0, device=device).device
+            found = self._packed.get((full_device, dtype))
         if found is None:
-            on = torch.empty(0, device=device).device  # "cuda" and "cuda:0" share one entry
-            new = (on, dtype) not in self._packed
-            # "meta" needs the CPU's, too: the lengths of lists depend on the elements.
-            elsewhere = self.kind != "dense" and not devices.serve(on)
-            ready = self.packed() if elsewhere else None
-
-            def make() -> Packed:
-                made = self._matrices.pack(self, on) if ready is None else ready
-                return with_each(made, lambda t: t.to(on, dtype or t.dtype))
-
-            # Without the orientation, which packed tensors do not have.
-            key = self.D, self.d, self.r, self._matrices.identity, on, dtype
-            found = get_or_make(key, on, make)
-            self._packed[on, dtype] = found
-            if new and not elsewhere:
-                self._warn_of_zeros(found.tensors)
+            found = self._pack(full_device, dtype)
+            self._packed[full_device, dtype] = found
         return found.on_current_stream()
+
+    def _pack(self, device: torch.device, dtype: torch.dtype | None) -> PackedTensors:
+        """From the cache, or newly made."""
+        # Where our kernels cannot pack, what the CPU has packed is copied. So it is to "meta": the
+        # lengths of lists depend on the elements.
+        of_cpu = None
+        if self.kind != "dense" and not devices.serve(device):
+            of_cpu = self.packed()  # outside `make`, which must not ask the cache
+
+        def make() -> Packed:
+            tensors = self._matrices.pack(self, device) if of_cpu is None else of_cpu
+            return with_each(tensors, lambda t: t.to(device, dtype or t.dtype))
+
+        # Without the orientation, which packed tensors do not have.
+        key = self.D, self.d, self.r, self._matrices.identity, device, dtype
+        packed = get_or_make(key, device, make)
+        if of_cpu is None:  # else `self.packed()` has warned
+            self._warn_of_zeros(packed.tensors)
+        return packed
 
     def _warn_of_zeros(self, packed: Packed) -> None:
         empty = None
