@@ -68,7 +68,7 @@ def of_layers(
     # About as large as in a new adapter: float16 cannot hold much larger products.
     lam, gam = normal(b.r, b.n, like=wide), normal(b.n, b.d, like=wide) / b.d
     W, module = normal(*size), hadamard if b.kind == "hadamard" else independent
-    bases = lam, gam, *module.operands(b, device).values()
+    bases = lam, gam, *module.basis_arguments(b, device).values()
     if b.kind == "hadamard":
         for weight in (W, None) if with_weight else (W,):
             yield Op("hadamard_weight", None, partial(ops.hadamard_weight, weight, *bases),

@@ -124,10 +124,10 @@ def parts(turns: int) -> list[dict]:
     dy = torch.ones(TOKENS, SIZE)
     basis, scaling = layer.basis_of("default", x.device), layer.scaling["default"]
     given = (x, base.weight, base.bias)
-    operands = (*given, lam, gam, *hadamard.operands(basis, x.device, scaling).values())
+    arguments = (*given, lam, gam, *hadamard.basis_arguments(basis, x.device, scaling).values())
     op = torch.ops.randlora.hadamard_linear.default
     back = torch.ops.randlora.hadamard_linear_backward.default
-    of_back = (dy, x, base.weight, lam, gam, *operands[5:], True, True)
+    of_back = (dy, x, base.weight, lam, gam, *arguments[5:], True, True)
 
     def trained(forward: Callable[[], Tensor]) -> Callable:
         return lambda: forward().backward(dy)
@@ -135,7 +135,7 @@ def parts(turns: int) -> list[dict]:
     forwards: dict[str, Callable] = {
         "layer": lambda: layer(x),
         "functional.linear": lambda: functional.linear(*given, basis, lam, gam, scaling),
-        "its Function": lambda: hadamard.linear(*operands),
+        "its Function": lambda: hadamard.linear(*arguments),
         "a bare Function": lambda: Bare.apply(*given, lam, gam),
         "F.linear": lambda: F.linear(*given),
     }
@@ -146,7 +146,7 @@ def parts(turns: int) -> list[dict]:
 
     steps = forwards | {f"{k}, with backward": trained(f) for k, f in forwards.items()}
     steps |= {
-        "operator": lambda: below_autograd(op, *operands),
+        "operator": lambda: below_autograd(op, *arguments),
         "backward operator": lambda: below_autograd(back, *of_back),
     }
     times = microseconds(steps, turns, 200)

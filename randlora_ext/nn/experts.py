@@ -161,10 +161,10 @@ def stacked_weight(
     Lambda is (experts, r, n), gamma (experts, n, d), the input scale (experts, in). W + dW has the
     dtype of W, dW that of lambda.
     """
-    operands = hadamard.operands(basis, lam.device, scaling, input_scale=input_scale)
+    arguments = hadamard.basis_arguments(basis, lam.device, scaling, lam.dtype, input_scale)
     # To the operator a transposed weight is that of a layer in the other direction.
-    operands["expand"] = basis.expand != transposed
-    return hadamard.weight(stack, lam, gam, **operands)
+    arguments["expand"] = basis.expand != transposed
+    return hadamard.weight(stack, lam, gam, **arguments)
 
 
 def sizes_of(module: nn.Module, name: str) -> ParameterSizes:

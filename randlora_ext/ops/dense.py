@@ -71,7 +71,16 @@ plain("scaled_basis", _plain_scaled_basis)
 plain("scaled_basis_backward", _plain_scaled_basis_backward)
 
 
-def operands(basis: Basis, device, scaling: float, dtype: torch.dtype) -> dict[str, Any]:
+def basis_arguments(
+    basis: Basis,
+    device: torch.device | str,
+    scaling: float = 1.0,
+    dtype: torch.dtype | None = None,
+    input_scale: None = None,
+) -> dict[str, Any]:
+    """The operators' arguments that describe the bases, in their order: A and B in `dtype`, which
+    is that of x, `expand` and `scale`."""
+    assert input_scale is None  # goes with Hadamard bases
     packed = basis.packed(device, dtype)
     assert isinstance(packed, DensePair)
     return {"A": packed.A, "B": packed.B, "expand": basis.expand, "scale": float(scaling)}

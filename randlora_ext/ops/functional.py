@@ -109,8 +109,8 @@ def delta_weight(
     """
     _check(basis, lam, gam, scaling, input_scale)
     if basis.kind == "hadamard":
-        operands = hadamard.operands(basis, lam.device, scaling, input_scale=input_scale)
-        return hadamard.weight(None, lam, gam, **operands)
+        arguments = hadamard.basis_arguments(basis, lam.device, scaling, lam.dtype, input_scale)
+        return hadamard.weight(None, lam, gam, **arguments)
     return dense.delta(basis, lam, gam, scaling)
 
 
@@ -136,8 +136,8 @@ def merged_weight(
             f"got {tuple(weight.shape)}"
         )
     if basis.kind == "hadamard":
-        operands = hadamard.operands(basis, lam.device, scaling, input_scale=input_scale)
-        return hadamard.weight(weight, lam, gam, **operands)
+        arguments = hadamard.basis_arguments(basis, lam.device, scaling, lam.dtype, input_scale)
+        return hadamard.weight(weight, lam, gam, **arguments)
     wide = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(wide) + dense.delta(basis, lam.to(wide), gam, scaling)).to(weight.dtype)
 
@@ -187,11 +187,8 @@ def linear(
             f"x is on {device}, where independent bases need our kernels, which are "
             f"{cuda_refusal(device)}; Hadamard and dense bases work without, in plain torch"
         )
-    if input_scale is None:
-        operands = module.operands(basis, device, scaling, x.dtype)
-    else:
-        operands = hadamard.operands(basis, device, scaling, input_scale=input_scale)
-    return module.linear(x, weight, bias, lam, gam, **operands)
+    arguments = module.basis_arguments(basis, device, scaling, x.dtype, input_scale)
+    return module.linear(x, weight, bias, lam, gam, **arguments)
 
 
 def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype) -> str:

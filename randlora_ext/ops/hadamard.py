@@ -25,10 +25,15 @@ from .registration import Operator, entry, fake, gradients, linear_entry, plain
 _ops = torch.ops.randlora
 
 
-def operands(
-    basis: Basis, device, scaling: float = 1.0, dtype=None, input_scale: Tensor | None = None
+def basis_arguments(
+    basis: Basis,
+    device: torch.device | str,
+    scaling: float = 1.0,
+    dtype: torch.dtype | None = None,
+    input_scale: Tensor | None = None,
 ) -> dict[str, Any]:
-    """The operators' arguments that describe the bases, in their order."""
+    """The operators' arguments that describe the bases, in their order: `expand`, `scale` and, of
+    Hadamard bases, the signs, which have one dtype."""
     packed = basis.packed(device)
     assert isinstance(packed, PackedSigns)
     a_signs, row_signs = packed.a_signs, packed.row_signs

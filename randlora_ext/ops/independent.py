@@ -15,8 +15,16 @@ _ops = torch.ops.randlora
 _B = "b_planes", "b_row_offset", "b_row_index", "b_col_offset", "b_col_index"
 
 
-def operands(basis: Basis, device, scaling: float = 1.0, dtype=None) -> dict[str, Any]:
-    """The operators' arguments that describe the bases, in their order."""
+def basis_arguments(
+    basis: Basis,
+    device: torch.device | str,
+    scaling: float = 1.0,
+    dtype: torch.dtype | None = None,
+    input_scale: None = None,
+) -> dict[str, Any]:
+    """The operators' arguments that describe the bases, in their order: `expand`, `scale` and, of
+    ternary bases, indices, which have one dtype."""
+    assert input_scale is None  # goes with Hadamard bases
     packed = basis.packed(device)
     assert isinstance(packed, (PackedLists, PackedPlanes))
     b: dict[str, Tensor | None] = dict.fromkeys(_B)

@@ -109,13 +109,13 @@ def make_layer(
     )
 
 
-def with_operands(case: tuple, dtype: torch.dtype = torch.float32) -> tuple[Layer, tuple]:
+def with_basis_arguments(case: tuple, dtype: torch.dtype = torch.float32) -> tuple[Layer, tuple]:
     """A small layer, each of whose tensors wants a gradient, and its basis as operators take it."""
     # Of this seed neither A nor B is without elements.
     layer = make_layer(*case, 3, dtype, lead=(1,), seed=4)
     for tensor in (layer.x, layer.weight, layer.bias, layer.lam, layer.gam, layer.dy):
         tensor.requires_grad_()
-    return layer, operands(layer)
+    return layer, basis_arguments(layer)
 
 
 def operator(basis: Basis, end: str = "linear"):
@@ -123,11 +123,12 @@ def operator(basis: Basis, end: str = "linear"):
     return getattr(torch.ops.randlora, f"{basis.kind}_{end}")
 
 
-def operands(layer: Layer) -> tuple:
+def basis_arguments(layer: Layer) -> tuple:
     """The basis as its operators take it."""
     module = {"hadamard": hadamard, "dense": dense}.get(layer.basis.kind, independent)
-    scaled = {} if layer.input_scale is None else {"input_scale": layer.input_scale}
-    named = module.operands(layer.basis, layer.x.device, layer.scaling, layer.x.dtype, **scaled)
+    named = module.basis_arguments(
+        layer.basis, layer.x.device, layer.scaling, layer.x.dtype, layer.input_scale
+    )
     return tuple(named.values())
 
 
@@ -221,7 +222,7 @@ def plain(layer: Layer) -> dict[str, Tensor]:
 def by_plain_torch(layer: Layer) -> dict[str, Tensor]:
     """Of a Hadamard basis, by the functions for devices without kernels."""
     inputs = x, weight, _, lam, gam = layer.x, layer.weight, layer.bias, layer.lam, layer.gam
-    bases = operands(layer)
+    bases = basis_arguments(layer)
     gradients = hadamard._plain_linear_backward(layer.dy, x, weight, lam, gam, *bases, True, True)
     return dict(zip(NAMES, (hadamard._plain_linear(*inputs, *bases), *gradients), strict=True))
 

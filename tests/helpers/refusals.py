@@ -34,4 +34,4 @@ def refuses(function, arguments_, *expected):
 
 def packed(basis):
     """The operators' arguments that describe the bases."""
-    return (hadamard if basis is HADAMARD else independent).operands(basis, "cpu")
+    return (hadamard if basis is HADAMARD else independent).basis_arguments(basis, "cpu")

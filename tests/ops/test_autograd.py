@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from layer_cases import CALLS, call, kept_by, make_layer, operator, with_operands
+from layer_cases import CALLS, call, kept_by, make_layer, operator, with_basis_arguments
 
 from randlora_ext import Basis
 from randlora_ext.ops import independent
@@ -33,7 +33,7 @@ def check(op, *arguments, fast=False) -> None:
     ids=str,
 )  # fmt: skip
 def test_opcheck_linear(case, dtype, fast):
-    t, bases = with_operands(case, dtype)
+    t, bases = with_basis_arguments(case, dtype)
     rest = t.lam, t.gam, *bases
     forward, backward = operator(t.basis), operator(t.basis, "linear_backward")
     check(forward, t.x, t.weight, t.bias, *rest, fast=fast)
@@ -50,7 +50,7 @@ def test_opcheck_linear(case, dtype, fast):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_scaled_basis(dtype):
-    t, low = with_operands(PLANES)[0], dtype == torch.bfloat16
+    t, low = with_basis_arguments(PLANES)[0], dtype == torch.bfloat16
     A, grad = t.basis.dense(dtype=dtype)[0], torch.ones(t.basis.K, t.basis.d, dtype=dtype)
     lam, gam = t.lam.detach(), t.gam.detach()
     check(ops.scaled_basis, A.T.contiguous().T, t.lam, t.gam, fast=low)
@@ -91,7 +91,7 @@ def test_linear_keeps_nothing_new(shape, basis, dtype):
 def test_scratch_does_not_grow_with_tokens(density):
     basis = Basis(50, 37, 7, density)
     lam, gam = torch.randn(7, basis.n), torch.randn(basis.n, 37)
-    rest = lam, gam, *independent.operands(basis, "cpu").values()
+    rest = lam, gam, *independent.basis_arguments(basis, "cpu").values()
 
     def scratch(tokens):
         x, dy = torch.randn(tokens, 50), torch.randn(tokens, 37)

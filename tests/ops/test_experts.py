@@ -13,7 +13,7 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, tor
 
 
 def problem(shape, dtype, transposed=False, experts=3, own="none"):
-    """The basis, the scales of every expert, tensors, operands. `own`: which signs each has."""
+    """The basis, the scales of every expert, tensors, bases. `own`: which signs each has."""
     torch.manual_seed(0)
     n_in, n_out, r = shape
     scales = torch.rand(1 if own == "none" else experts, n_in) + 0.5
@@ -24,8 +24,8 @@ def problem(shape, dtype, transposed=False, experts=3, own="none"):
     lam, gam = (t.to(wide).requires_grad_() for t in (lam, gam))
     W = torch.randn(experts, *((n_in, n_out) if transposed else (n_out, n_in))).to(dtype)
     of_input = scales[0] if own == "none" else scales
-    operands = hadamard.operands(basis, W.device, 2.0, input_scale=of_input)
-    a_signs, row_signs, col_signs, expand, scale = operands.values()
+    bases = hadamard.basis_arguments(basis, W.device, 2.0, input_scale=of_input)
+    a_signs, row_signs, col_signs, expand, scale = bases.values()
     if own == "both":
         a_signs, row_signs = (
             t if t.dim() == 2 else t.repeat(experts, 1) for t in (a_signs, row_signs)
@@ -38,7 +38,7 @@ def problem(shape, dtype, transposed=False, experts=3, own="none"):
 @pytest.mark.parametrize("own", ["none", "input", "both"])
 @pytest.mark.parametrize("shape", [(9, 5, 2), (5, 9, 2), (16, 16, 3), (37, 300, 5), (700, 100, 8)])
 def test_against_the_reference(shape, own, dtype, transposed):
-    basis, scales, W, lam, gam, operands = problem(shape, dtype, transposed, own=own)
+    basis, scales, W, lam, gam, bases = problem(shape, dtype, transposed, own=own)
     leaves = [t.detach().double().requires_grad_() for t in (lam, gam)]
     each = zip(*leaves, scales, strict=True)
     dW = torch.stack([delta_by_reference(basis, lam, gam, 2.0, scale) for lam, gam, scale in each])
@@ -46,17 +46,17 @@ def test_against_the_reference(shape, own, dtype, transposed):
     grad = torch.randn_like(W)
     grad[1] = 0  # no token has visited this expert
     wanted = torch.autograd.grad(want, leaves, grad.double())
-    out = hadamard.weight(W, lam, gam, *operands)
+    out = hadamard.weight(W, lam, gam, *bases)
     diagonals = lam.detach(), gam.detach()
-    for result in (out, hadamard._plain_weight(W, *diagonals, *operands)):
+    for result in (out, hadamard._plain_weight(W, *diagonals, *bases)):
         assert result.dtype == dtype and relative(result, want) < TOLERANCE[dtype]
     apart = [t.detach().mT.contiguous().mT for t in (W, lam, gam)]  # not contiguous
-    assert torch.equal(ops.hadamard_weight(*apart, *operands), out)
+    assert torch.equal(ops.hadamard_weight(*apart, *bases), out)
     results = [
         torch.autograd.grad(out, [lam, gam], grad, retain_graph=True),
         torch.autograd.grad(out, [lam, gam], grad.mT.contiguous().mT),
-        ops.hadamard_weight_backward(grad, *apart[1:], *operands),
-        hadamard._plain_weight_backward(grad, *diagonals, *operands),
+        ops.hadamard_weight_backward(grad, *apart[1:], *bases),
+        hadamard._plain_weight_backward(grad, *diagonals, *bases),
     ]
     for result in results:
         for got, of in zip(result, wanted, strict=True):
@@ -65,17 +65,17 @@ def test_against_the_reference(shape, own, dtype, transposed):
 
 
 def test_as_torch_wants_it():
-    *_, W, lam, gam, operands = problem((5, 9, 2), torch.float64, own="both")
-    torch.library.opcheck(ops.hadamard_weight.default, (W, lam, gam, *operands))
-    arguments = W, lam.detach(), gam.detach(), *operands
+    *_, W, lam, gam, bases = problem((5, 9, 2), torch.float64, own="both")
+    torch.library.opcheck(ops.hadamard_weight.default, (W, lam, gam, *bases))
+    arguments = W, lam.detach(), gam.detach(), *bases
     torch.library.opcheck(ops.hadamard_weight_backward.default, arguments)
-    weight = lambda W, lam, gam: hadamard.weight(W, lam, gam, *operands)  # noqa: E731
+    weight = lambda W, lam, gam: hadamard.weight(W, lam, gam, *bases)  # noqa: E731
     assert torch.autograd.gradcheck(weight, (W.requires_grad_(), lam, gam))
 
 
 def test_only_lambda_and_gamma_are_kept():
-    *_, W, lam, gam, operands = problem((37, 300, 5), torch.float32)
-    kept, _ = kept_by(lambda: hadamard.weight(W, lam, gam, *operands))
+    *_, W, lam, gam, bases = problem((37, 300, 5), torch.float32)
+    kept, _ = kept_by(lambda: hadamard.weight(W, lam, gam, *bases))
     assert {t.data_ptr() for t in kept} == {lam.data_ptr(), gam.data_ptr()}
 
 
@@ -111,8 +111,8 @@ def test_only_lambda_and_gamma_are_kept():
     ],
 )
 def test_errors(name, shape, told):
-    *_, W, lam, gam, operands = problem((5, 9, 2), torch.float32)
-    a_signs, row_signs, col_signs, *rest = operands
+    *_, W, lam, gam, bases = problem((5, 9, 2), torch.float32)
+    a_signs, row_signs, col_signs, *rest = bases
     arguments = {
         "weight": W,
         "lam": lam,

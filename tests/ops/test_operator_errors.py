@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layer_cases import make_layer, operands, operator
+from layer_cases import basis_arguments, make_layer, operator
 from refusals import BASES, DENSE, HADAMARD, LISTS, PLANES, arguments, packed, refuses
 
 from randlora_ext import Basis
@@ -197,7 +197,7 @@ CASES += [("hadamard_weight", True), ("hadamard_weight_backward", True)]
 def right_arguments(name, experts):
     plain, basis = PLAIN[name]
     module = hadamard if basis is HADAMARD else dense
-    good = arguments(basis) | module.operands(basis, "cpu", 1.0, torch.float32)
+    good = arguments(basis) | module.basis_arguments(basis, "cpu", 1.0, torch.float32)
     good |= {"dy": torch.ones(4, 6), "need_x": True, "need_diagonals": True}
     good["grad"] = torch.ones(6, 6) if "scaled" in name else torch.ones(6, 8)
     if experts:
@@ -297,5 +297,5 @@ def test_packing_operators(op, values, expected):
 )
 def test_a_gradient_that_does_not_fit(basis, dy, expected):
     layer = replace(make_layer(8, 6, 3, 0.5, 4, torch.float32), basis=basis)
-    inputs = dy, layer.x, layer.weight, layer.lam, layer.gam, *operands(layer), True, True
+    inputs = dy, layer.x, layer.weight, layer.lam, layer.gam, *basis_arguments(layer), True, True
     refuses(lambda: operator(basis, "linear_backward")(*inputs), {}, *expected)

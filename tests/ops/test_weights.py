@@ -13,10 +13,10 @@ from layer_cases import (
     SCALED,
     SHAPES,
     SIXTEEN_BITS,
+    basis_arguments,
     delta_by_reference,
     largest_error,
     make_layer,
-    operands,
 )
 
 from randlora_ext import Basis, delta_weight, merged_weight, scaled_basis
@@ -121,7 +121,7 @@ def test_one_rounding_of_the_sum(shape, kind, dtype):
     scale = layer.input_scale
     results = [merged_weight(basis, weight, lam, gam, 0.5, scale)]
     if basis.kind == "hadamard":
-        bases = operands(replace(layer, scaling=0.5))
+        bases = basis_arguments(replace(layer, scaling=0.5))
         results.append(hadamard._plain_weight(weight, lam, gam, *bases))
     want = weight.double() + delta_by_reference(basis, lam.double(), gam.double(), 0.5, scale)
     ulp = torch.finfo(dtype).eps * want.abs()
