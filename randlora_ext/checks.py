@@ -121,7 +121,7 @@ def check_dropout(dropout: float) -> None:
     check_number("randlora_dropout", dropout, "a number in [0, 1)", lambda v: 0 <= v < 1)
 
 
-def check_options(
+def check_parameter_options(
     parameters: Any, basis: str | None, density: float | None, randlora_dropout: float
 ) -> None:
     """Raises ValueError for what adapters of parameters cannot have."""

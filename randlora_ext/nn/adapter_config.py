@@ -25,7 +25,7 @@ def fields_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of `saved` that matter here, and PEFT's defaults for those that it lacks.
 
     Raises TypeError or ValueError, naming the field, for a value that is not allowed; those of the
-    bases are checked by `description_of`.
+    bases are checked by `description_from_fields`.
     """
     peft_type = saved.get("peft_type")
     if peft_type not in PEFT_TYPES:
@@ -45,7 +45,7 @@ def fields_of(saved: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def description_of(fields: Mapping[str, Any]) -> BasisDescription | None:
+def description_from_fields(fields: Mapping[str, Any]) -> BasisDescription | None:
     """What generates an adapter's bases by the fields of its configuration, ours or PEFT's; None if
     PEFT draws them. TypeError or ValueError, naming the field, for what is not allowed.
 

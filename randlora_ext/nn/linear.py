@@ -13,7 +13,7 @@ from ..checks import (
     check_alpha,
     check_dropout,
     check_one_of,
-    check_options,
+    check_parameter_options,
     warn_user,
 )
 from .adapted_layer import AdaptedLayer
@@ -129,7 +129,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         if basis is not None:
             check_one_of("basis", basis, SPECIFICATIONS)
         if self.experts:
-            check_options(self.parameter_name, basis, density, randlora_dropout)
+            check_parameter_options(self.parameter_name, basis, density, randlora_dropout)
         bases = Basis(self.in_features, self.out_features, r, density, seed, basis).canonical()
         alpha = DEFAULT_SCALING * r if randlora_alpha is None else randlora_alpha
         check_alpha("randlora_alpha", alpha)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..files import read_safetensors
-from .adapter_config import SPARSE, description_of, fields_of
+from .adapter_config import SPARSE, description_from_fields, fields_of
 from .adapter_record import RECORD_KEY, check_records, read_record, record_of
 from .paths import in_base_model, nesting
 from .state_dict import (
@@ -57,7 +57,7 @@ class SavedAdapter:
     def __init__(self, place: str, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.place, self.tensors = place, tensors
         self.fields = fields_of(saved)
-        self.basis = description_of(self.fields)
+        self.basis = description_from_fields(self.fields)
         self.r: int = self.fields["r"]
         self.randlora_alpha: float = self.fields["randlora_alpha"]
         self.scaling = self.randlora_alpha / self.r

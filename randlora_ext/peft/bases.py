@@ -19,7 +19,7 @@ from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices, pack_dense
 from ..nn.saved_adapter import BASIS_NAMES
 from ..nn.state_dict import tensor_misfits
-from .config import description_in
+from .config import description_of_config
 
 # The state dict that each dictionary of bases wrote last.
 _written: "WeakKeyDictionary[PackedBufferDict, ref]" = WeakKeyDictionary()
@@ -52,7 +52,7 @@ def new_bases(config: peft.RandLoraConfig, D: int, d: int) -> tuple[Tensor, Tens
 
     Raises ValueError if PEFT leaves no non-zero in one of them.
     """
-    description = description_in(config)
+    description = description_of_config(config)
     if description is not None:
         n = -(-d // config.r)
         A = PackedBasis(description, 1.0, (config.r, 1, d), torch.float32, "cpu")
@@ -140,7 +140,7 @@ class PackedBasis(Tensor):
         return self  # constant, and copies of a model should share it
 
 
-def generator_of(basis: Tensor) -> BasisDescription | None:
+def description_of_matrix(basis: Tensor) -> BasisDescription | None:
     """What generates the bases for which `basis` stands; None if it has elements."""
     content = getattr(basis, "content", None)
     return content if isinstance(content, BasisDescription) else None
@@ -171,7 +171,9 @@ class PackedBufferDict(MutableMapping, BufferDict):
     def saved(self, prefix: str = "") -> dict[str, Tensor]:
         """The bases that files hold, by their keys there: none that a key generates."""
         bases = self._bases if self.persistent else {}
-        return {prefix + key: each for key, each in bases.items() if generator_of(each) is None}
+        return {
+            prefix + key: each for key, each in bases.items() if description_of_matrix(each) is None
+        }
 
     def _changed(self) -> None:
         # A plain number for this content, since torch.compile cannot guard on the tensors.
@@ -270,7 +272,7 @@ def layer_basis(
             f"{in_features} -> {out_features} features at r={r}, which needs ({r}, 1, >= {d}) and "
             f"(>= {D}, >= {n}, {r})"
         )
-    description = generator_of(A)
+    description = description_of_matrix(A)
     if description is not None:
         basis = Basis(*sizes, **vars(description))
     elif served and isinstance(A, PackedBasis) and isinstance(B, PackedBasis):

@@ -10,8 +10,8 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..basis import BasisDescription
-from ..checks import check_alpha, check_dropout, check_one_of, check_options, check_r
-from ..nn.adapter_config import NEEDS_OURS, description_of
+from ..checks import check_alpha, check_dropout, check_one_of, check_parameter_options, check_r
+from ..nn.adapter_config import NEEDS_OURS, description_from_fields
 
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
@@ -55,7 +55,7 @@ class RandLoraConfig(peft.RandLoraConfig):
         _check_types(self)
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
-        generated = description_of(vars(self))
+        generated = description_from_fields(vars(self))
         if generated is not None:
             self.save_projection = True  # else PEFT warns that bases may be lost
         super().__post_init__()
@@ -64,7 +64,9 @@ class RandLoraConfig(peft.RandLoraConfig):
             key: Any = generated.key()
             self.projection_prng_key, self.save_projection = key, False
         if self.target_parameters:
-            check_options(self.target_parameters, self.basis, self.density, self.randlora_dropout)
+            check_parameter_options(
+                self.target_parameters, self.basis, self.density, self.randlora_dropout
+            )
         if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig:
             return
         if generated is not None:
@@ -96,7 +98,7 @@ class RandLoraConfig(peft.RandLoraConfig):
         return values | {"peft_type": NEEDS_OURS}
 
 
-def description_in(config: peft.RandLoraConfig) -> BasisDescription | None:
+def description_of_config(config: peft.RandLoraConfig) -> BasisDescription | None:
     """What generates the adapter's bases; None if PEFT draws them. `RandLoraConfig` has derived it
     from its fields, and keeps it as the text of the key."""
     key: Any = config.projection_prng_key

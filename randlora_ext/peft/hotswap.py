@@ -16,7 +16,7 @@ from ..nn.adapter_record import RECORD_KEY
 from ..nn.saved_adapter import CONFIG, WEIGHTS, SavedAdapter, read_adapter
 from ..nn.state_dict import INPUT_SCALE, input_scale_misfits, refuse, tensor_misfits
 from .bases import BASIS_NAMES
-from .config import description_in, target_parameters
+from .config import description_of_config, target_parameters
 from .layer import layers_with
 from .model import AcceleratedRandLoraModel
 
@@ -85,7 +85,7 @@ def _hotswap_errors(model: PeftModel, adapter_name: str, saved: SavedAdapter) ->
 
 
 def _other_bases(config: peft.RandLoraConfig, saved: SavedAdapter) -> Iterator[str]:
-    own_bases = _bases_in_words(description_in(config), vars(config))
+    own_bases = _bases_in_words(description_of_config(config), vars(config))
     saved_bases = _bases_in_words(saved.basis, saved.fields)
     if saved_bases != own_bases:
         yield f"its bases are {saved_bases}, not {own_bases}"

@@ -22,7 +22,7 @@ from ..nn.experts import AdaptedParameter
 from ..nn.input_scale import InputScales
 from ..nn.merging import forget_merged
 from ..nn.state_dict import DIAGONALS
-from .bases import PackedBasis, PackedBufferDict, generator_of, layer_basis
+from .bases import PackedBasis, PackedBufferDict, description_of_matrix, layer_basis
 
 
 class AcceleratedLinear(AdaptedLayer, Linear):
@@ -81,7 +81,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     ) -> None:
         super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
         self.cast_like_base(adapter_name)
-        made = generator_of(self.randlora_A[adapter_name])  # None: PEFT drew them
+        made = description_of_matrix(self.randlora_A[adapter_name])  # None: PEFT drew them
         self._reset_input_scale(adapter_name, made is not None and made.kind == "hadamard")
         if made is not None:  # files do not hold the bases
             self.randlora_record[adapter_name] = AdapterRecord(

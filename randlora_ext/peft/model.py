@@ -30,8 +30,8 @@ from ..nn.merging import check_mergeable, warn_of_shared
 from ..nn.state_dict import guard, refuse, tensor_misfits
 from ..nn.uncalibrated import warn_when_trained
 from . import quantized
-from .bases import BASIS_NAMES, PackedBufferDict, generator_of, largest, new_bases
-from .config import description_in, target_parameters
+from .bases import BASIS_NAMES, PackedBufferDict, description_of_matrix, largest, new_bases
+from .config import description_of_config, target_parameters
 from .layer import AcceleratedLinear, ParamWrapper, warn_of_misfits
 from .quantized import QuantizedLinear
 from .saving import refuse_lora_files
@@ -90,10 +90,12 @@ class AcceleratedRandLoraModel(RandLoraModel):
                     f"{parameters}: the names of saved tensors depend on the order of nested layers"
                 )
         BaseTuner._check_new_adapter_config(self, config)
-        if description_in(config) is None:
+        if description_of_config(config) is None:
             configs = self.peft_config
             try:  # PEFT compares all adapters that it sees
-                self.peft_config = {n: c for n, c in configs.items() if not description_in(c)}
+                self.peft_config = {
+                    n: c for n, c in configs.items() if not description_of_config(c)
+                }
                 super()._check_new_adapter_config(config)
             finally:
                 self.peft_config = configs
@@ -222,7 +224,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
         A, B = self._bases_to_share(config, D, d) or new_bases(config, D, d)
         for bases, matrix in ((self.randlora_A, A), (self.randlora_B, B)):
             bases[adapter_name] = matrix
-            if generator_of(matrix) is None:  # PEFT's check wants the same for all
+            if description_of_matrix(matrix) is None:  # PEFT's check wants the same for all
                 bases.persistent = config.save_projection
 
     def _bases_to_share(

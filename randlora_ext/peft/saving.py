@@ -20,7 +20,7 @@ from ..files import appear_together
 from ..nn.adapter_config import NEEDS_OURS
 from ..nn.state_dict import INPUT_SCALE
 from .bases import PackedBasis, dense_of, largest
-from .config import description_in
+from .config import description_of_config
 from .layer import layers_with
 
 _MERGE = "merge instead (merge_and_unload or `randlora merge`)"
@@ -145,7 +145,7 @@ def _dense_bases(
     Of generated bases, those of a smaller layer are parts of those of a larger one, with one
     exception: A of Hadamard bases depends on min(in, out).
     """
-    description = description_in(config)
+    description = description_of_config(config)
     if description is None:
         return dense_of(A), dense_of(B)
     D, d = largest((layer.in_features, layer.out_features) for layer in layers.values())
@@ -171,7 +171,7 @@ def _dense_bases(
 def _stock_config(config: peft.RandLoraConfig, packed: bool) -> peft.RandLoraConfig:
     """PEFT's own configuration with the fields that it knows, for bases that are ternary or not."""
     values = {f.name: getattr(config, f.name) for f in fields(peft.RandLoraConfig) if f.init}
-    description = description_in(config)
+    description = description_of_config(config)
     if description is not None:
         values["projection_prng_key"] = description.seed
     # Stock PEFT draws bases before it loads these over them. It keeps uniform ones in bfloat16,
