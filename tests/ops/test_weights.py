@@ -110,29 +110,57 @@ def test_gradients_have_the_types_of_the_diagonals(a_type, diagonal_type):
 # ---- merged_weight: W + dW rounded once
 
 
-@pytest.mark.parametrize("kind", [*KINDS, SCALED])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (40, 40, 8), (33, 70, 8), (70, 33, 7), (20, 30, 32)])
-@pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
-def test_one_rounding_of_the_sum(shape, kind, dtype):
-    layer = make_layer(*shape, kind, 1, dtype)
+def merged(layer):
+    """By every way that computes W + dW of such a layer, and the oracle in float64."""
     basis, weight, lam, gam = layer.basis, layer.weight, layer.lam, layer.gam
-    if shape[0] > shape[1]:
-        weight = weight.mT.contiguous().mT
-    scale = layer.input_scale
-    results = [merged_weight(basis, weight, lam, gam, 0.5, scale)]
+    results = [merged_weight(basis, weight, lam, gam, 0.5, layer.input_scale)]
     if basis.kind == "hadamard":
         bases = basis_arguments(replace(layer, scaling=0.5))
         results.append(hadamard._plain_weight(weight, lam, gam, *bases))
-    want = weight.double() + delta_by_reference(basis, lam.double(), gam.double(), 0.5, scale)
-    ulp = torch.finfo(dtype).eps * want.abs()
-    noise = (1e-12 if dtype == torch.float64 else 1e-5) * want.abs().max()
-    if kind == "dense" and dtype.itemsize == 2:  # A' and B are rounded, too
-        noise = noise + 4 * torch.finfo(dtype).eps * (want - weight.double()).square().mean().sqrt()
+    wide = lam.double(), gam.double()
+    delta = delta_by_reference(basis, *wide, scaling=0.5, input_scale=layer.input_scale)
     for got in results:
-        assert got.dtype == dtype and got.shape == weight.shape
-        error = got.double() - want
-        assert bool((error.abs() <= ulp / 2 + noise).all())
-        assert dtype.itemsize == 2 or error.norm() < 4 * torch.finfo(dtype).eps * want.norm()
+        assert got.dtype == weight.dtype and got.shape == weight.shape
+    return results, weight.double() + delta
+
+
+@pytest.mark.parametrize("kind", [*KINDS, SCALED])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (40, 40, 8), (33, 70, 8), (70, 33, 7), (20, 30, 32)])
+@pytest.mark.parametrize("dtype", ALL_TYPES, ids=str)
+def test_the_sum_of_weight_and_update(shape, kind, dtype):
+    layer = make_layer(*shape, kind, 1, dtype)
+    if shape[0] > shape[1]:
+        layer = replace(layer, weight=layer.weight.mT.contiguous().mT)
+    results, want = merged(layer)
+    eps = torch.finfo(dtype).eps
+    if dtype.itemsize > 2:
+        assert all((got.double() - want).norm() < 4 * eps * want.norm() for got in results)
+        return
+    bound = eps * want.abs() / 2 + 1e-5 * want.abs().max()
+    if kind == "dense":  # A' and B are rounded, too
+        bound = bound + 4 * eps * (want - layer.weight.double()).square().mean().sqrt()
+    assert all(bool(((got.double() - want).abs() <= bound).all()) for got in results)
+
+
+def integers(*shape, largest=8):
+    make = torch.Generator().manual_seed(sum(shape))
+    return torch.randint(-largest, largest + 1, shape, generator=make)
+
+
+@pytest.mark.parametrize("kind", ["dense", 0.25, "hadamard", SCALED])
+@pytest.mark.parametrize("shape", [(33, 70, 8), (70, 33, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_sum_is_rounded_once(shape, kind, dtype):
+    """The update is exact here, of small integers and powers of two, so only the sum rounds."""
+    layer = make_layer(*shape, kind, 1, dtype)
+    basis = layer.basis
+    if kind == "dense":
+        A, B = integers(basis.r, basis.d), integers(basis.D, basis.K)
+        basis = Basis.from_dense(A.to(dtype), B.to(dtype), *shape[:2])
+    lam, gam = (integers(*t.shape).to(dtype) / 8 for t in (layer.lam, layer.gam))
+    input_scale = None if kind != SCALED else 2.0 ** integers(shape[0], largest=2)
+    results, want = merged(replace(layer, basis=basis, lam=lam, gam=gam, input_scale=input_scale))
+    assert all(torch.equal(got, want.to(dtype)) for got in results)
 
 
 # ---- dense bases, PEFT's default
