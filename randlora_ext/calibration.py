@@ -1,18 +1,15 @@
 """`calibrate`: adapters that learn as much and forget a fraction, by the scale of their inputs."""
 
 import math
-import re
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -48,8 +45,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         scale = scale.clamp_min(scale.median() / 1000)
         scale = scale / scale.square().mean().sqrt()
 
-    times one number for the whole model, which makes its median layer answer a random dW as
-    strongly as any other model's, so that one learning rate serves all (docs/how-it-works.md)::
+    times its strength, one number for the whole model, which makes its median layer answer a random
+    dW as strongly as any other model's, so that one learning rate serves all
+    (docs/how-it-works.md)::
 
         response = ((x * scale).square().sum() / y.square().mean(1).sum()).sqrt()
                                                     of each layer, whose outputs are y (tokens, out)
@@ -96,16 +94,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     _add_up_ranks([count, *(total for of_layer in sums.values() for total in of_layer.totals())])
     if not count:
         raise ValueError("batches must hold at least one batch, got none")
-    scales = _scales({name: sums[layer] for layer, (name, _) in layers.items()})
+    input_scales = _input_scales({name: sums[layer] for layer, (name, _) in layers.items()})
     for layer, (name, adapters) in layers.items():
-        if name not in scales:  # it has seen nothing
+        if name not in input_scales:  # it has seen nothing
             continue
         for adapter in adapters:
-            layer.set_input_scale(adapter, scales[name].view(*layer.experts, -1))
+            layer.set_input_scale(adapter, input_scales[name].view(*layer.experts, -1))
 
 
 def input_scale_of(rms: Tensor, mean: Tensor) -> Tensor:
-    """`scale` as `calibrate` says, of the root mean square and the mean of each feature.
+    """`scale` as `calibrate` says, an input scale before its strength, of the root mean square and
+    the mean of each feature.
 
     Medians of which over half would be zero are those of the other features. Features that are
     always zero count as varying, and so do all if none varies, as with a single token.
@@ -152,9 +151,9 @@ class _Sums:
         self.tokens[expert] += len(x)
         self.outputs[expert] += y.square().mean(1).sum(dtype=torch.float64).cpu()
 
-    def input_scales(self) -> Tensor:
-        """(experts, in_features), each of root mean square 1. An expert that saw few tokens has the
-        vector of all experts."""
+    def scales(self) -> Tensor:
+        """`scale` as `calibrate` says, (experts, in_features), each of root mean square 1. An
+        expert that saw few tokens has the vector of all experts."""
         enough = (self.tokens >= FEW_TOKENS) & self.squares.any(1, keepdim=True)
         squares, values, tokens, _ = (torch.where(enough, t, t.sum(0)) for t in self.totals())
         rms, mean = (squares / tokens).sqrt(), values / tokens
@@ -167,15 +166,15 @@ class _Sums:
         return float((added / self.outputs.sum()).sqrt())
 
 
-def _scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
-    """The vectors by the names of layers. ValueError if inputs are not finite; a warning, and no
-    vector, if a layer has seen nothing."""
-    scales, unseen = {}, []
+def _input_scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
+    """The input scales by the names of layers. ValueError if inputs are not finite; a warning, and
+    none, if a layer has seen nothing."""
+    scales, unseen = {}, []  # `scale` as `calibrate` says
     for name, of_layer in sums.items():
         if not all(bool(total.isfinite().all()) for total in of_layer.totals()):
             raise ValueError(f"the inputs or outputs of layer {name!r} hold NaN or infinity")
         if bool(of_layer.squares.any()):
-            scales[name] = of_layer.input_scales()
+            scales[name] = of_layer.scales()
         else:
             unseen.append(name)
     if unseen:
@@ -304,6 +303,33 @@ def _of_four_bits(model: nn.Module) -> Iterator[nn.Module]:
         yield from (m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
 
 
+class _Product(NamedTuple):
+    """How a function of torch names the arguments of a product: x, and at the next position the
+    matrix. `ends`, at the one after that, says where the rows of each expert end."""
+
+    x: str
+    matrix: str
+    position: int = 0  # of x
+    ends: str | None = None
+
+
+_LINEAR = "linear"  # by a matrix (out, in), the others by (in, out)
+_PRODUCTS = {  # by the names of functions and of Tensor's methods
+    _LINEAR: _Product("input", "weight"),
+    "matmul": _Product("input", "other"),
+    "linalg_matmul": _Product("input", "other"),
+    "mm": _Product("input", "mat2"),
+    "bmm": _Product("input", "mat2"),
+    "addmm": _Product("mat1", "mat2", position=1),
+    "addmm_": _Product("mat1", "mat2", position=1),
+    "baddbmm": _Product("batch1", "batch2", position=1),
+    "baddbmm_": _Product("batch1", "batch2", position=1),
+    "grouped_mm": _Product("mat_a", "mat_b", ends="offs"),
+    "_grouped_mm": _Product("input", "mat2", ends="offs"),
+    "grouped_mm_fallback": _Product("input", "weight", ends="offs"),  # of transformers
+}
+
+
 class _ExpertProducts(TorchFunctionMode):
     """Adds up what experts multiply and get: the first factor and the result of each product whose
     second factor lies in the memory of an adapted parameter."""
@@ -315,14 +341,20 @@ class _ExpertProducts(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         y = func(*args, **kwargs)
-        if re.search("linear|matmul|mm", getattr(func, "__name__", "")):
-            given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            ends = next((t for t in given if not t.is_floating_point()), None)
-            is_linear = func is F.linear  # by a matrix (out, in)
-            for x, matrix in pairwise(given[:2] if is_linear else given):
-                for layer in self.sums:
-                    if _lies_in(matrix, layer._base_weight()):
-                        self._add(layer, x, matrix.mT if is_linear else matrix, y, ends)
+        name = getattr(func, "__name__", "")
+        product = _PRODUCTS.get(name)
+        if product is None:
+            return y
+
+        def argument(position: int, keyword: str) -> Any:
+            return args[position] if position < len(args) else kwargs.get(keyword)
+
+        x = argument(product.position, product.x)
+        matrix = argument(product.position + 1, product.matrix)
+        ends = product.ends and argument(product.position + 2, product.ends)
+        for layer in self.sums:
+            if _lies_in(matrix, layer._base_weight()):
+                self._add(layer, x, matrix.mT if name == _LINEAR else matrix, y, ends)
         return y
 
     def _add(
