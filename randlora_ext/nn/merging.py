@@ -1,6 +1,7 @@
 """Merging adapters into the weight of a base layer, and taking them out again, bit for bit."""
 
 import math
+import os
 import threading
 import warnings
 import weakref
@@ -278,6 +279,9 @@ class KeepsWeight(nn.Module):
 _merged_layers: "weakref.WeakValueDictionary[int, KeepsWeight]" = weakref.WeakValueDictionary()
 # By threads. Not a lock: Ctrl-C could leave it locked, and the next merge would wait for ever.
 _being_merged: "weakref.WeakValueDictionary[int, KeepsWeight]" = weakref.WeakValueDictionary()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    # A forked child has only the thread that forked it, and no merge of another would end there.
+    os.register_at_fork(after_in_child=_being_merged.clear)
 
 
 def _living(layers: "weakref.WeakValueDictionary[int, KeepsWeight]") -> list[KeepsWeight]:

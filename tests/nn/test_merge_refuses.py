@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import threading
 import warnings
 from collections import OrderedDict
@@ -281,3 +282,34 @@ def test_two_threads_cannot_merge_two_layers_of_one_weight(monkeypatch):
     assert len(refused) == 1 and "share one weight" in refused[0]
     first.unmerge()
     assert torch.equal(weight, W)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_none_of_the_merges_of_other_threads(monkeypatch):
+    """Such a thread does not run in the child, so there it would merge for ever."""
+    first, second = tied()
+    begun, may_end = threading.Event(), threading.Event()
+
+    def add(layer, *arguments):
+        if layer is first:
+            begun.set()
+            may_end.wait(60)
+
+    monkeypatch.setattr(RandLoraLinear, "_add", add)
+    thread = threading.Thread(target=first.merge)
+    thread.start()
+    assert begun.wait(60)
+    with pytest.raises(RuntimeError, match="share one weight"):
+        second.merge()
+    child = os.fork()
+    if child == 0:
+        failed = 1
+        try:
+            second.merge()
+            failed = 0
+        finally:
+            os._exit(failed)
+    may_end.set()
+    thread.join()
+    _, status = os.waitpid(child, 0)
+    assert status == 0
