@@ -147,13 +147,14 @@ Gradients independent_linear_backward(Tensor dy, Tensor x, OptionalTensor weight
                                       OptionalTensor a_tables, OptionalTensor b_planes,
                                       OptionalTensor b_row_offset, OptionalTensor b_row_index,
                                       OptionalTensor b_col_offset, OptionalTensor b_col_index,
-                                      bool expand, double scale, bool need_x, bool need_diagonals) {
+                                      bool expand, double scale, bool need_dx,
+                                      bool need_dlam_dgam) {
   const Basis basis = checked_basis(lam, gam, a_offset, a_index, a_tables, b_planes, b_row_offset,
                                     b_row_index, b_col_offset, b_col_index);
   const int64_t in = expand ? basis.d : basis.D, out = expand ? basis.D : basis.d;
   const int64_t T = check_linear(x, weight, {}, lam, in, out);
   check_output_gradient(dy, x, out);
-  if (!need_x && !need_diagonals) return {};
+  if (!need_dx && !need_dlam_dgam) return {};
   const DType dtype = activation_dtype(x, "x");
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
   const Tensor lam_copy = compute_copy(lam, dtype), gam_copy = compute_copy(gam, dtype);
@@ -169,11 +170,11 @@ Gradients independent_linear_backward(Tensor dy, Tensor x, OptionalTensor weight
   p.up = !expand;
   p.accumulate = weight.has_value();
   OptionalTensor dx;
-  if (need_x) {
+  if (need_dx) {
     dx = base_gradient(dyc, weight, xc);
     p.to = dx->mutable_data_ptr();
   }
-  if (!need_diagonals) {
+  if (!need_dlam_dgam) {
     run(x, p);
     return {dx, {}, {}};
   }
@@ -193,7 +194,7 @@ const Operators operators{
      ") -> Tensor",
      RANDLORA_BOX(independent_linear)},
     {"independent_linear_backward(Tensor dy, Tensor x, Tensor? weight, " RANDLORA_TERNARY_ADAPTER
-     ", bool need_x, bool need_diagonals) -> (Tensor?, Tensor?, Tensor?)",
+     ", bool need_dx, bool need_dlam_dgam) -> (Tensor?, Tensor?, Tensor?)",
      RANDLORA_BOX(independent_linear_backward)},
 };
 

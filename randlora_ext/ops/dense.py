@@ -191,15 +191,15 @@ def _dense_linear(x, weight, bias, lam, gam, A, B, expand, scale):
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def _dense_linear_backward(dy, x, weight, lam, gam, A, B, expand, scale, need_x, need_diagonals):
+def _dense_linear_backward(dy, x, weight, lam, gam, A, B, expand, scale, need_dx, need_dlam_dgam):
     products = _DenseProducts(x, weight, None, lam, gam, A, B, expand, scale, dy)
     flat = dy.reshape(-1, dy.shape[-1])
     # Both gradients need it.
     U = flat @ B if expand and not products.forms_delta else None
     dx, dlam, dgam = None, None, None
-    if need_x:
+    if need_dx:
         dx = products.times(flat, not expand, U=U).view(x.shape)
-    if need_diagonals:
+    if need_dlam_dgam:
         dlam, dgam = products.of_diagonals(flat, U)
     return dx, dlam, dgam
 
@@ -210,7 +210,7 @@ torch.library.define(
 )
 torch.library.define(
     "randlora::dense_linear_backward",
-    f"(Tensor dy, Tensor x, Tensor? weight, {_BASIS}, bool need_x, bool need_diagonals) -> "
+    f"(Tensor dy, Tensor x, Tensor? weight, {_BASIS}, bool need_dx, bool need_dlam_dgam) -> "
     "(Tensor?, Tensor?, Tensor?)",
 )
 torch.library.impl("randlora::dense_linear", "default", _dense_linear)

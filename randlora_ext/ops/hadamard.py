@@ -96,15 +96,15 @@ def _plain_linear(x, weight, bias, lam, gam, a_signs, row_signs, col_signs, expa
 
 
 def _plain_linear_backward(
-    dy, x, weight, lam, gam, a_signs, row_signs, col_signs, expand, scale, need_x, need_diagonals
+    dy, x, weight, lam, gam, a_signs, row_signs, col_signs, expand, scale, need_dx, need_dlam_dgam
 ):
     _check(x, weight, None, lam, gam, a_signs, row_signs, col_signs, expand, dy)
     flat = dy.reshape(-1, dy.shape[-1])
-    other = x.reshape(-1, x.shape[-1]) if need_diagonals else None
+    other = x.reshape(-1, x.shape[-1]) if need_dlam_dgam else None
     dx, dlam, dgam = _plain_product(
         flat, other, not expand, lam, gam, a_signs, row_signs, col_signs, scale
     )
-    if not need_x:
+    if not need_dx:
         return None, dlam, dgam
     dx = dx if weight is None else dx + flat @ weight
     return dx.to(x.dtype).contiguous().view(x.shape), dlam, dgam
@@ -239,8 +239,8 @@ def _plain_weight_backward(grad, lam, gam, a_signs, row_signs, col_signs, expand
         col_signs,
         True,
         scale,
-        need_x=False,
-        need_diagonals=True,
+        need_dx=False,
+        need_dlam_dgam=True,
     )
     return dlam, dgam
 

@@ -54,14 +54,14 @@ def fake(function: Callable, operator: str = "") -> Callable:
     return function
 
 
-def _fake_backward(lam, gam, x=None, need_x=None, need_diagonals=True, **_):
+def _fake_backward(lam, gam, x=None, need_dx=None, need_dlam_dgam=True, **_):
     """Of every backward operator; those of linear layers return dx, too, and None if not needed."""
     dlam, dgam = None, None
-    if need_diagonals:
+    if need_dlam_dgam:
         dlam, dgam = lam.new_empty(lam.shape), gam.new_empty(gam.shape)
-    if need_x is None:  # not of a linear layer
+    if need_dx is None:  # not of a linear layer
         return dlam, dgam
-    dx = x.new_empty(x.shape) if need_x else None
+    dx = x.new_empty(x.shape) if need_dx else None
     return dx, dlam, dgam
 
 
@@ -220,7 +220,7 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
 
 def linear_entry(name: str, rows_of_B: Callable) -> Callable:
     """As `entry`, of a linear layer ``(x, weight, bias, lam, gam, *basis) -> y``; `basis` describes
-    the bases. Its backward is ``(dy, x, weight, lam, gam, *basis, need_x, need_diagonals) ->
+    the bases. Its backward is ``(dy, x, weight, lam, gam, *basis, need_dx, need_dlam_dgam) ->
     (dx, dlam, dgam)``, each None if it is not needed."""
 
     def fake_linear(x, gam, expand, **basis):

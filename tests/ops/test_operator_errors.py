@@ -112,7 +112,7 @@ def test_malformed_packed(case):
 @EVERY_MALFORMED
 def test_malformed_packed_in_backward(case):
     bases, *expected = case
-    last = {"dy": torch.ones(4, 6), "need_x": True, "need_diagonals": True}
+    last = {"dy": torch.ones(4, 6), "need_dx": True, "need_dlam_dgam": True}
     refuses(ops.independent_linear_backward, without_weight() | bases | last, *expected)
 
 
@@ -149,7 +149,7 @@ BY_KERNELS = [
 
 def hadamard_arguments(name, change):
     given = arguments(HADAMARD) | packed(HADAMARD)
-    given |= {"dy": torch.ones(4, 6), "need_x": True, "need_diagonals": True} | change
+    given |= {"dy": torch.ones(4, 6), "need_dx": True, "need_dlam_dgam": True} | change
     return {each.name: given[each.name] for each in getattr(ops, name).default._schema.arguments}
 
 
@@ -198,7 +198,7 @@ def right_arguments(name, experts):
     plain, basis = PLAIN[name]
     module = hadamard if basis is HADAMARD else dense
     good = arguments(basis) | module.basis_arguments(basis, "cpu", 1.0, torch.float32)
-    good |= {"dy": torch.ones(4, 6), "need_x": True, "need_diagonals": True}
+    good |= {"dy": torch.ones(4, 6), "need_dx": True, "need_dlam_dgam": True}
     good["grad"] = torch.ones(6, 6) if "scaled" in name else torch.ones(6, 8)
     if experts:
         for each in ("lam", "gam", "weight", "grad"):

@@ -59,25 +59,25 @@ Tensor hadamard_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, Ten
 
 Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, Tensor lam,
                                    Tensor gam, Tensor a_signs, Tensor row_signs, Tensor col_signs,
-                                   bool expand, double scale, bool need_x, bool need_diagonals) {
+                                   bool expand, double scale, bool need_dx, bool need_dlam_dgam) {
   check_one_layer(lam);
   const HadamardAdapter adapter(lam, gam, a_signs, row_signs, col_signs, expand, scale);
   const int64_t T = check_linear(x, weight, {}, lam, adapter.in(), adapter.out());
   check_output_gradient(dy, x, adapter.out());
-  if (!need_x && !need_diagonals) return {};
+  if (!need_dx && !need_dlam_dgam) return {};
   if (!serves(adapter, x))
     return call_torch<OptionalTensor, OptionalTensor, OptionalTensor>(
         "randlora::hadamard_linear_backward_plain", dy, x, weight, lam, gam, a_signs, row_signs,
-        col_signs, expand, scale, need_x, need_diagonals);
+        col_signs, expand, scale, need_dx, need_dlam_dgam);
   const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
-  const bool base_last = need_x && base_comes_last(x, weight, {});
+  const bool base_last = need_dx && base_comes_last(x, weight, {});
   const OptionalTensor weight_first = base_last ? OptionalTensor() : weight;
   OptionalTensor dx, dlam, dgam;
-  if (need_x) dx = base_gradient(dyc, weight_first, xc);
+  if (need_dx) dx = base_gradient(dyc, weight_first, xc);
   HadamardProduct product(adapter, xc, T);
-  product.compute(!expand, dyc, dx, weight_first.has_value(), need_diagonals ? &xc : nullptr);
+  product.compute(!expand, dyc, dx, weight_first.has_value(), need_dlam_dgam ? &xc : nullptr);
   if (base_last) add_product(*dx, dyc, matrix(*weight), T);
-  if (need_diagonals) std::tie(dlam, dgam) = product.finish_gradients();
+  if (need_dlam_dgam) std::tie(dlam, dgam) = product.finish_gradients();
   return {dx, dlam, dgam};
 }
 
@@ -86,7 +86,7 @@ const Operators operators{
      ") -> Tensor",
      RANDLORA_BOX(hadamard_linear)},
     {"hadamard_linear_backward(Tensor dy, Tensor x, Tensor? weight, " RANDLORA_HADAMARD_ADAPTER
-     ", bool need_x, bool need_diagonals) -> (Tensor?, Tensor?, Tensor?)",
+     ", bool need_dx, bool need_dlam_dgam) -> (Tensor?, Tensor?, Tensor?)",
      RANDLORA_BOX(hadamard_linear_backward)},
 };
 
