@@ -32,7 +32,7 @@ Temporary ClassProducts::make_z_or_w() const {
 
 void ClassProducts::into_classes(const Tensor& x, const Chunk& chunk, const Temporary& z) {
   const MatrixBatch from = in_class_dtype(x, chunk);
-  each_width([&](const Classes& c) {
+  each_width([&](const ClassRange& c) {
     multiply(of_classes(z, c, chunk), columns_of(from, c), gamma_of(c).transposed(), 1, 0);
   });
 }
@@ -40,7 +40,7 @@ void ClassProducts::into_classes(const Tensor& x, const Chunk& chunk, const Temp
 void ClassProducts::from_classes(const Temporary& w, const Tensor& y, const Chunk& chunk,
                                  bool accumulate, const Temporary& room) const {
   if (chunks_.in_caches) {
-    each_width([&](const Classes& c) {
+    each_width([&](const ClassRange& c) {
       MatrixBatch out = of_classes(room, c, chunk);
       out.cols = c.width;
       multiply(out, of_classes(w, c, chunk), gamma_of(c), 1, 0);
@@ -65,7 +65,7 @@ void ClassProducts::from_classes(const Temporary& w, const Tensor& y, const Chun
     sums = contiguous_matrix(room.tensor(), class_dtype_, 0, chunk.tokens, sizes_.d);
     if (accumulate) copy(sums, to);
   }
-  each_width([&](const Classes& c) {
+  each_width([&](const ClassRange& c) {
     multiply(columns_of(sums, c), of_classes(w, c, chunk), gamma_of(c), adapter_.scale, accumulate);
   });
   if (!direct) copy(to, sums);
@@ -81,7 +81,7 @@ void ClassProducts::reserve_gradient() {
 
 void ClassProducts::add_gradient(const Temporary& w, const Tensor& x, const Chunk& chunk) {
   const MatrixBatch from = in_class_dtype(x, chunk);
-  each_width([&](const Classes& c) {
+  each_width([&](const ClassRange& c) {
     multiply(gradient_of(c, chunk.span), of_classes(w, c, chunk).transposed(), columns_of(from, c),
              1, !chunk.begins_span);
   });
@@ -100,12 +100,12 @@ const void* ClassProducts::finish_gradient() {
 template <class F>
 void ClassProducts::each_width(const F& fn) const {
   const int64_t whole = sizes_.d / sizes_.n, rest = sizes_.d % sizes_.n;
-  if (whole > 0) fn(Classes{0, whole, sizes_.n});
-  if (rest > 0) fn(Classes{whole, 1, rest});
+  if (whole > 0) fn(ClassRange{0, whole, sizes_.n});
+  if (rest > 0) fn(ClassRange{whole, 1, rest});
 }
 
 // Of z, (tokens, n) for each class.
-MatrixBatch ClassProducts::of_classes(const Temporary& z, const Classes& c,
+MatrixBatch ClassProducts::of_classes(const Temporary& z, const ClassRange& c,
                                       const Chunk& chunk) const {
   MatrixBatch m;
   m.memory = &z.tensor();
@@ -120,13 +120,13 @@ MatrixBatch ClassProducts::of_classes(const Temporary& z, const Classes& c,
 }
 
 // (n, columns) for each class.
-MatrixBatch ClassProducts::gamma_of(const Classes& c) const {
+MatrixBatch ClassProducts::gamma_of(const ClassRange& c) const {
   const MatrixBatch all = contiguous_matrix(gamma_.tensor(), class_dtype_, 0, sizes_.n, sizes_.d);
   return columns_of(all, c);
 }
 
 // (n, columns) for each class.
-MatrixBatch ClassProducts::gradient_of(const Classes& c, int64_t span) const {
+MatrixBatch ClassProducts::gradient_of(const ClassRange& c, int64_t span) const {
   MatrixBatch m;
   m.memory = &gradient_.tensor();
   m.dtype = class_dtype_;
@@ -145,7 +145,7 @@ MatrixBatch ClassProducts::tokens_of(const Tensor& x, DType dtype, const Chunk& 
 }
 
 // Of a matrix with d columns, those of each class.
-MatrixBatch ClassProducts::columns_of(const MatrixBatch& all, const Classes& c) const {
+MatrixBatch ClassProducts::columns_of(const MatrixBatch& all, const ClassRange& c) const {
   MatrixBatch m = all;
   m.matrix_stride = sizes_.n;
   m.first += c.first * sizes_.n;

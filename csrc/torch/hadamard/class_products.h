@@ -33,17 +33,17 @@ class ClassProducts {
  private:
   // Neighbouring classes with equally many columns: the whole ones, or the last that d does not
   // fill.
-  struct Classes {
+  struct ClassRange {
     int64_t first, count, width;  // width: columns of each
   };
   template <class F>
   void each_width(const F& fn) const;
 
-  MatrixBatch of_classes(const Temporary& z, const Classes& c, const Chunk& chunk) const;
-  MatrixBatch gamma_of(const Classes& c) const;
-  MatrixBatch gradient_of(const Classes& c, int64_t span) const;
+  MatrixBatch of_classes(const Temporary& z, const ClassRange& c, const Chunk& chunk) const;
+  MatrixBatch gamma_of(const ClassRange& c) const;
+  MatrixBatch gradient_of(const ClassRange& c, int64_t span) const;
   MatrixBatch tokens_of(const Tensor& x, DType dtype, const Chunk& chunk) const;
-  MatrixBatch columns_of(const MatrixBatch& all, const Classes& c) const;
+  MatrixBatch columns_of(const MatrixBatch& all, const ClassRange& c) const;
   MatrixBatch in_class_dtype(const Tensor& x, const Chunk& chunk);
   template <class C>
   void sum_spans();
