@@ -167,6 +167,11 @@ def _write_plot(points: Sequence[DialPoint], path: str | os.PathLike) -> None:
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
     """Those with the adapter, by their names; ValueError if there are none, or one is merged."""
     found = layers_by_name(model)
+    if not found:
+        raise ValueError(
+            "model has no RandLoRA adapter; apply_randlora or PEFT's get_peft_model adds one, and "
+            "merge_and_unload takes it away"
+        )
     known = {adapter for layer in found.values() for adapter in layer.randlora_lambda}
     check_one_of("adapter_name", adapter_name, known)
     layers = {n: layer for n, layer in found.items() if adapter_name in layer.randlora_lambda}

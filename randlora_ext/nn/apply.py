@@ -50,7 +50,8 @@ def apply_randlora(
 
     Raises, and leaves the model as it was: ValueError if nothing matches, or a match is never
     called, lies inside an adapted layer, or is spread over ranks; TypeError if a match is not an
-    nn.Linear or Conv1D, or is adapted already. Also the errors of `RandLoraLinear`.
+    nn.Linear or Conv1D, or is adapted already, or an argument holds no names. Also the errors of
+    `RandLoraLinear`.
     """
     check_model(model)
     whole = _modules_to_save(model, modules_to_save)
@@ -78,10 +79,13 @@ def apply_randlora(
 
 
 def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Those that the argument modules_to_save names; ValueError if one cannot be trained whole."""
+    """Those that the argument modules_to_save names; TypeError if it is no list, ValueError if one
+    cannot be trained whole."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"modules_to_save must be a list of names, got {names!r}")
     found: dict[str, nn.Module] = {}
     for name in names:
-        matches = {} if isinstance(names, str) else _matching(model, [name])
+        matches = _matching(model, [name])
         if not matches:
             raise ValueError(
                 f"modules_to_save must list names of modules in the {type(model).__name__}, got "

@@ -195,6 +195,13 @@ def test_what_is_refused(change, call, error, told):
     assert all(value.is_meta or torch.equal(value, before[key]) for key, value in after.items())
 
 
+def test_a_model_without_an_adapter_is_refused():
+    with pytest.raises(ValueError, match="^model has no RandLoRA adapter"):
+        set_dial(llama(), 0.5)
+    with pytest.raises(ValueError, match="^model has no RandLoRA adapter"):
+        dial_curve(llama(), TASK, TEXT)
+
+
 def test_a_factor_multiplies_dw():
     ours = model()
     before = deltas(ours)
