@@ -115,14 +115,12 @@ def by_density(result: dict):
 
 
 METHODS = {
-    ("hadamard scaled", "four"): ("tab:red", "o", "-", "calibrated"),
-    ("hadamard scaled", "mlp"): ("tab:red", "o", ":", "calibrated, MLP alone"),
-    ("hadamard scaled:p=0", "four"): ("tab:orange", "o", "-", "divided by size alone"),
-    ("shira", "four"): ("tab:green", "s", "-", "SHiRA"),
-    ("shira", "mlp"): ("tab:green", "s", ":", "SHiRA, MLP alone"),
-    ("lora", "four"): ("k", "^", "-", "LoRA"),
-    ("lora", "mlp"): ("k", "^", ":", "LoRA, MLP alone"),
-    ("oft", "four"): ("tab:purple", "D", "-", "OFT"),
+    ("hadamard scaled", "mlp"): ("tab:red", "o", "-", "calibrated"),
+    ("hadamard scaled", "all"): ("tab:red", "o", ":", "calibrated, all linear layers"),
+    ("shira", "mlp"): ("tab:green", "s", "-", "SHiRA"),
+    ("shira", "all"): ("tab:green", "s", ":", "SHiRA, all linear layers"),
+    ("lora", "mlp"): ("k", "^", "-", "LoRA"),
+    ("oft", "four"): ("tab:purple", "D", "--", "OFT, q, v, o and down_proj"),
 }
 MODEL_NAMES = {"fp32": "SmolLM2-135M", "gemma": "Gemma 3 270M"}
 
@@ -141,7 +139,9 @@ def drawn_rate(rows: list[dict], loss: float) -> float:
 
 
 def by_forgetting(rows: list[dict]):
-    """Forgetting over what was learned: of dW as trained, times 0.7 and 0.4.
+    """Forgetting over what was learned, adapters on the MLP unless the legend says otherwise.
+
+    Each curve is dW as trained, times 0.7 and 0.4.
 
     Of each method `drawn_rate` is drawn.
     """
