@@ -169,8 +169,8 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
     found = layers_by_name(model)
     if not found:
         raise ValueError(
-            "model has no RandLoRA adapter; apply_randlora or PEFT's get_peft_model adds one, and "
-            "merge_and_unload takes it away"
+            "model has no RandLoRA adapter on our layers; apply_randlora adds one, or PEFT's "
+            "get_peft_model after randlora_ext.peft.enable(); merge_and_unload takes it away"
         )
     known = {adapter for layer in found.values() for adapter in layer.randlora_lambda}
     check_one_of("adapter_name", adapter_name, known)

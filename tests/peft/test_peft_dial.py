@@ -177,7 +177,7 @@ def test_the_factor_multiplies_dw_of_experts():
 
 
 def test_layers_of_stock_peft_have_no_dial():
-    with pytest.raises(ValueError, match="adapter_name must be one of"):
+    with pytest.raises(ValueError, match="^model has no RandLoRA adapter on our layers"):
         set_dial(stock_made(), FACTOR)
 
 
