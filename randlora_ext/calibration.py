@@ -169,7 +169,8 @@ class _Sums:
 def _input_scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
     """The input scales by the names of layers. ValueError if inputs are not finite; a warning, and
     none, if a layer has seen nothing."""
-    scales, unseen = {}, []  # `scale` as `calibrate` says
+    scales = {}  # before their strength, as `calibrate` says
+    unseen = []
     for name, of_layer in sums.items():
         if not all(bool(total.isfinite().all()) for total in of_layer.totals()):
             raise ValueError(f"the inputs or outputs of layer {name!r} hold NaN or infinity")

@@ -60,7 +60,8 @@ class CalibrateCallback(TrainerCallback):
     def on_train_begin(
         self, args, state, control, model=None, train_dataloader=None, **kwargs
     ) -> None:
-        why_needless, why_not = _why_needless(model, state.global_step), ""
+        why_needless = _why_needless(model, state.global_step)
+        why_not = ""
         if not why_needless:
             why_not = self._calibrate(model, train_dataloader, args.train_batch_size)
         if not state.is_world_process_zero:

@@ -71,7 +71,9 @@ class Basis(Shape):
 
     def _set(self, in_features: int, out_features: int, r: int, matrices: Matrices) -> None:
         super().__init__(in_features, out_features, r)
-        self.kind, self.density, self.scale = matrices.kind, matrices.density, matrices.scale
+        self.kind = matrices.kind
+        self.density = matrices.density
+        self.scale = matrices.scale
         self.description = matrices.description
         self.seed = None if matrices.description is None else matrices.description.seed
         self.format = matrices.format(self)

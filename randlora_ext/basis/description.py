@@ -89,5 +89,6 @@ class Shape:
         self.n = -(-self.d // r)
         self.K = self.n * r
         self.expand = in_features <= out_features  # whether d is the input side
-        self.lam_shape, self.gam_shape = (r, self.n), (self.n, self.d)
+        self.lam_shape = (r, self.n)
+        self.gam_shape = (self.n, self.d)
         self.wide = max(self.D, self.K) > 65536  # whether list positions need 32 bits

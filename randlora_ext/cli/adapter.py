@@ -66,7 +66,8 @@ def _changes(saved: SavedAdapter, checkpoint: Checkpoint) -> Changes:
             raise ValueError(problem)
         tensors = saved.layers[path]
         lam, gam = (tensors[name] for name in DIAGONALS)
-        input_scale, scaling = tensors.get(INPUT_SCALE), saved.scaling
+        input_scale = tensors.get(INPUT_SCALE)
+        scaling = saved.scaling
         added[names[path]] = partial(
             _plus_delta, basis, lam, gam, input_scale, scaling, layout.transposed
         )

@@ -18,7 +18,8 @@ from . import CliError, errors_about
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Experts that lie one by one.
 _EXPERT = re.compile(
-    r"(?P<path>.+)\.(?P<expert>\d+)\.(?:(?P<gate_or_up>gate_proj|up_proj|w1|w3)|down_proj|w2)\.weight"
+    r"(?P<path>.+)\.(?P<expert>\d+)\."
+    r"(?:(?P<gate_or_up>gate_proj|up_proj|w1|w3)|down_proj|w2)\.weight"
 )
 
 
