@@ -32,7 +32,7 @@ struct HadamardSizes {
 
   RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
   RANDLORA_HD_MEMBER int64_t classes() const { return (d + n - 1) / n; }
-  // Numbers that HadamardGamma's `factors` has room for: K of them in whole groups.
+  // Numbers that `factors` of HadamardSignedDiagonals has room for: K of them in whole groups.
   RANDLORA_HD_MEMBER int64_t factors() const { return (K() + 31) / 32 * 32; }
   RANDLORA_HD_MEMBER static int64_t power_of_two(int64_t least) {
     int64_t p = 1;
@@ -54,34 +54,35 @@ RANDLORA_HD bool hadamard_minus(int64_t a, int64_t b) {
 }
 
 // What a call does once for all its tokens:
-//   out[i, k] = a_signs[k] * gam[i, k]
+//   signed_gam[i, k] = a_signs[k] * gam[i, k]
 //   factors = lam[c] * col_signs[c] for all c, in the order in which hadamard_up and hadamard_down
 //             of the same device read them
-struct HadamardGamma {
+struct HadamardSignedDiagonals {
   HadamardSizes sizes;
   const void* gam;  // (n, d) in the compute type
   const float* a_signs;
-  void* out;        // (n, d) in the class dtype of `dtype`
-  const void* lam;  // (r, n) in the compute type
+  void* signed_gam;  // (n, d) in the class dtype of `dtype`
+  const void* lam;   // (r, n) in the compute type
   const float* col_signs;
   void* factors;  // sizes.factors() in the compute type, at a multiple of 16 bytes
   DType dtype;
 };
 
-// dgam[i, k] = scale * a_signs[k] * P[m, i, k'], with column k at place k' of its class m.
-// The class products give P (classes, n, n) in the class dtype; places of columns from d on are
-// never read.
+// dgam[i, k] = scale * a_signs[k] * class_gradient[m, i, k'], with column k at place k' of its
+// class m. Places of columns from d on are never read.
 // dlam[c] = scale * col_signs[c] * the sum over slots q of sums[q, c].
-struct HadamardDiagonals {
+struct HadamardDiagonalGradients {
   HadamardSizes sizes;
-  const void* P;     // may be null, and then dgam is not wanted
+  // From the class products, (classes, n, n) in the class dtype; null if dgam is not wanted.
+  const void* class_gradient;
   const void* sums;  // (slots, K) in the compute type, from HadamardDown
   int64_t slots;
   const float *a_signs, *col_signs;
   void *dlam, *dgam;  // compute type
   DType dtype;
   double scale;
-  int64_t experts = 1;  // CUDA, without P: as many sums and dlam, one behind the other
+  // CUDA, without class_gradient: as many sums and dlam, one behind the other.
+  int64_t experts = 1;
 };
 
 // y[t, o] += scale * row_signs[o] * sum over c of H[o, c] v[c],
@@ -90,7 +91,7 @@ struct HadamardDiagonals {
 struct HadamardUp {
   HadamardSizes sizes;
   const void* z;        // (classes, T, n) in the class dtype
-  const void* factors;  // from HadamardGamma
+  const void* factors;  // from HadamardSignedDiagonals
   const float* row_signs;
   void* y;  // (T, D) in `dtype`
   DType dtype;
@@ -107,7 +108,7 @@ struct HadamardUp {
 struct HadamardDown {
   HadamardSizes sizes;
   const void* y;
-  const void* factors;  // from HadamardGamma
+  const void* factors;  // from HadamardSignedDiagonals
   const float* row_signs;
   void* w;        // (classes, T, n) in the class dtype
   const void* z;  // likewise, or null
@@ -129,9 +130,9 @@ struct HadamardAdd {
   bool accumulate;
 };
 
-// Experts that share col_signs and the sizes: their matrices lie one behind the other, and their
-// a_signs and row_signs too, so many numbers apart, or 0 if all have the same.
-struct HadamardExperts {
+// dW of a layer, or of experts that share col_signs and the sizes: their matrices lie one behind the
+// other, and their a_signs and row_signs too, so many numbers apart, or 0 if all have the same.
+struct HadamardDelta {
   HadamardSizes sizes;
   int64_t experts;
   const void *lam, *gam;  // compute type
@@ -142,8 +143,8 @@ struct HadamardExperts {
   double scale;
   bool reduce;  // in > out: weight and dW are (d, D) instead of (D, d)
 
-  RANDLORA_HD_MEMBER HadamardExperts expert(int64_t e) const {
-    HadamardExperts p = *this;
+  RANDLORA_HD_MEMBER HadamardDelta expert(int64_t e) const {
+    HadamardDelta p = *this;
     p.experts = 1;
     p.lam = moved(lam, e * sizes.K(), compute_dtype(dtype));
     p.gam = moved(gam, e * sizes.n * sizes.d, compute_dtype(dtype));
@@ -155,12 +156,12 @@ struct HadamardExperts {
 };
 
 // out = weight + scale * dW, or scale * dW without a weight, rounded once to `dtype`.
-struct HadamardWeight : HadamardExperts {
+struct HadamardWeight : HadamardDelta {
   void* out;
 
   RANDLORA_HD_MEMBER HadamardWeight expert(int64_t e) const {
     HadamardWeight p = *this;
-    static_cast<HadamardExperts&>(p) = HadamardExperts::expert(e);
+    static_cast<HadamardDelta&>(p) = HadamardDelta::expert(e);
     p.out = moved(out, e * sizes.D * sizes.d, dtype);
     return p;
   }
@@ -170,12 +171,12 @@ struct HadamardWeight : HadamardExperts {
 // u[c] = sum over o of row_signs[o] H[o, c] grad[o, k] and m the class of column k,
 //   dgam[i, k] = scale * a_signs[k] * sum over j of H[j, m] lam[j, i] col_signs[c] u[c]
 //   dlam[j, i] = scale * col_signs[c] * sum over k of H[j, m] a_signs[k] gam[i, k] u[c]
-struct HadamardWeightBackward : HadamardExperts {
+struct HadamardWeightBackward : HadamardDelta {
   void *dlam, *dgam;  // compute type
 
   RANDLORA_HD_MEMBER HadamardWeightBackward expert(int64_t e) const {
     HadamardWeightBackward p = *this;
-    static_cast<HadamardExperts&>(p) = HadamardExperts::expert(e);
+    static_cast<HadamardDelta&>(p) = HadamardDelta::expert(e);
     p.dlam = moved(dlam, e * sizes.K(), compute_dtype(dtype));
     p.dgam = moved(dgam, e * sizes.n * sizes.d, compute_dtype(dtype));
     return p;

@@ -14,9 +14,9 @@
 
 namespace randlora {
 
-// The packed bases A and B. A is always stored as lists by row. B is stored as bit planes or, if
+// Ternary bases A and B, packed. A is always stored as lists by row, B as bit planes or, if
 // those are empty, as lists by row and by column.
-struct Basis {
+struct PackedBasis {
   int64_t D = 0, d = 0, r = 0, n = 0;
   AnyLists a;       // r lines over d
   AnyLists b_rows;  // D lines over K
@@ -71,8 +71,8 @@ struct ScaledBasisBackward {
 //   down  from (T, D), to (T, d):   U = from B    (T, K);  to += scale * U A'
 // A layer is one of the two, and the other makes dx of dy. That one also makes dlam and dgam, both
 // or neither, if `other` is x; then `to` may be null.
-struct Linear {
-  Basis basis;
+struct IndependentLinear {
+  PackedBasis basis;
   const void *lam, *gam, *from;
   void* to;
   DType dtype;
@@ -129,20 +129,20 @@ struct ListsToDense {
 
 // The operators that CPU and CUDA both have, each with its struct. Every table of functions is made
 // from this list.
-#define RANDLORA_OPERATORS(X)                   \
-  X(count_lists, CountLists)                    \
-  X(fill_lists, FillLists)                      \
-  X(planes_to_dense, PlanesToDense)             \
-  X(lists_to_dense, ListsToDense)               \
-  X(fill_planes, FillPlanes)                    \
-  X(scaled_basis, ScaledBasis)                  \
-  X(scaled_basis_backward, ScaledBasisBackward) \
-  X(linear, Linear)                             \
-  X(hadamard_gamma, HadamardGamma)              \
-  X(hadamard_diagonals, HadamardDiagonals)      \
-  X(hadamard_up, HadamardUp)                    \
-  X(hadamard_down, HadamardDown)                \
-  X(hadamard_weight, HadamardWeight)            \
+#define RANDLORA_OPERATORS(X)                               \
+  X(count_lists, CountLists)                                \
+  X(fill_lists, FillLists)                                  \
+  X(planes_to_dense, PlanesToDense)                         \
+  X(lists_to_dense, ListsToDense)                           \
+  X(fill_planes, FillPlanes)                                \
+  X(scaled_basis, ScaledBasis)                              \
+  X(scaled_basis_backward, ScaledBasisBackward)             \
+  X(independent_linear, IndependentLinear)                  \
+  X(hadamard_signed_diagonals, HadamardSignedDiagonals)     \
+  X(hadamard_diagonal_gradients, HadamardDiagonalGradients) \
+  X(hadamard_up, HadamardUp)                                \
+  X(hadamard_down, HadamardDown)                            \
+  X(hadamard_weight, HadamardWeight)                        \
   X(hadamard_weight_backward, HadamardWeightBackward)
 
 // What a macro stands for, as text.

@@ -1,4 +1,4 @@
-// The A side of the factored path. All n copies of row j of A (rank index j) have the same
+// The A side of independent bases. All n copies of row j of A (rank index j) have the same
 // support S_j = {k : A[j, k] != 0}, and every product is a small dense product of gathered rows.
 // Operands are token blocks: z is (d, tokens), v and u are (K, tokens).
 //
@@ -24,8 +24,8 @@ RANDLORA_INLINE void tiles(int64_t first, int64_t count, const F& fn) {
 
 // v[j * n + i] = lam[j, i] * sum_{k in S_j} A[j, k] gamma[i, k] z[k]
 template <class Block>
-void a_up(const Basis& b, const typename Block::C* lam, const typename Block::C* gT, int64_t ldg,
-          const typename Block::C* z, typename Block::C* v) {
+void a_up(const PackedBasis& b, const typename Block::C* lam, const typename Block::C* gT,
+          int64_t ldg, const typename Block::C* z, typename Block::C* v) {
   using C = typename Block::C;
   using Vector = typename Block::Vector;
   b.a.typed([&](const auto& a) RANDLORA_INLINED {
@@ -65,9 +65,9 @@ void a_up(const Basis& b, const typename Block::C* lam, const typename Block::C*
 // z[k] += sum_i A[j, k] gamma[i, k] lam[i] u[i] for one rank index j. u is (n, tokens), lam row j
 // of lambda, and `scaled` (n, tokens) scratch.
 template <class Block>
-void a_down(const Basis& b, int64_t j, const typename Block::C* lam, const typename Block::C* gT,
-            int64_t ldg, const typename Block::C* u, typename Block::C* scaled,
-            typename Block::C* z) {
+void a_down(const PackedBasis& b, int64_t j, const typename Block::C* lam,
+            const typename Block::C* gT, int64_t ldg, const typename Block::C* u,
+            typename Block::C* scaled, typename Block::C* z) {
   using C = typename Block::C;
   using Vector = typename Block::Vector;
   const AnyLists& a = b.a;
@@ -122,8 +122,9 @@ void transpose_copies(const typename Block::C* u, int64_t n, int64_t ldg, typena
 // sqrt(kTokens + T / kTokens), not sqrt(T). P (entries, ldg) has all rank indices; ut (tokens, ldg)
 // is for j alone.
 template <class Block>
-void a_grad(const Basis& b, int64_t j, int64_t ldg, int64_t tokens, const typename Block::C* z,
-            const typename Block::C* ut, typename Block::C* P, bool fresh) {
+void a_grad(const PackedBasis& b, int64_t j, int64_t ldg, int64_t tokens,
+            const typename Block::C* z, const typename Block::C* ut, typename Block::C* P,
+            bool fresh) {
   using C = typename Block::C;
   using Vector = Vec<C>;
   constexpr int kLanes = kVectorBytes / int(sizeof(C));

@@ -1,4 +1,4 @@
-// The B side of the factored path from bit planes, four elements of B at a time.
+// The B side of independent bases from bit planes, four elements of B at a time.
 //
 // Four ternary elements of a line have 81 values. So we table the 81 signed sums of four source
 // rows once, and every line then adds one table entry per four sources. That takes 1/4 of an add
@@ -22,7 +22,7 @@ template <class Block>
 constexpr int kPart = Block::kTokens * int(sizeof(typename Block::C)) <= 64 ? Block::kVectors : 1;
 
 template <class Block>
-RANDLORA_INLINE int64_t table_length(const Basis& b) {
+RANDLORA_INLINE int64_t table_length(const PackedBasis& b) {
   return b.has_planes() ? kQuads * kEntries * kPart<Block> * Block::kLanes : 0;
 }
 
@@ -33,7 +33,7 @@ struct QuadNumbers {
   int64_t sources = 0, lines = 0;
   uint64_t* words = nullptr;  // (ceil(sources / 64), 2, lines): of eight quads each
 
-  QuadNumbers(const Basis& b, bool down, bool used, Arena& arena) : down(down) {
+  QuadNumbers(const PackedBasis& b, bool down, bool used, Arena& arena) : down(down) {
     if (!used || !b.has_planes()) return;
     sources = down ? b.D : b.K();
     lines = down ? b.K() : b.D;
@@ -51,7 +51,7 @@ RANDLORA_INLINE uint64_t number_quads(uint64_t plus, uint64_t minus, int half) {
 }
 
 // Fills `to`, if it is used, a square of 64 x 64 elements at a time.
-inline void number_lines(const Basis& b, const QuadNumbers& to, Runtime& rt) {
+inline void number_lines(const PackedBasis& b, const QuadNumbers& to, Runtime& rt) {
   const Planes& planes = b.b_planes;
   rt.split(to.words ? b.D : 0, 64, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += 64)

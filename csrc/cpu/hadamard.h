@@ -289,18 +289,18 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
 }
 
 template <class S>
-void hadamard_diagonals_as(const HadamardDiagonals& p, Runtime& rt) {
+void hadamard_diagonal_gradients_as(const HadamardDiagonalGradients& p, Runtime& rt) {
   using C = ComputeOf<S>;
   const int64_t n = p.sizes.n, d = p.sizes.d, K = p.sizes.K(), classes = p.sizes.classes();
-  const ClassOf<S>* P = static_cast<const ClassOf<S>*>(p.P);
+  const ClassOf<S>* class_gradient = static_cast<const ClassOf<S>*>(p.class_gradient);
   const C *sums = static_cast<const C*>(p.sums), scale = C(p.scale);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
   rt.set_single(n * d < kHadamardOneThread);
-  rt.split(P ? n : 0, 1, [&](int64_t begin, int64_t end) {
+  rt.split(class_gradient ? n : 0, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t m = 0; m < classes; ++m) {
         const int64_t first = m * n, count = d - first < n ? d - first : n;
-        const ClassOf<S>* from = P + (first + i) * n;
+        const ClassOf<S>* from = class_gradient + (first + i) * n;
         C* to = dgam + i * d + first;
         for (int64_t k = 0; k < count; ++k)
           to[k] = scale * C(p.a_signs[first + k]) * C(widen(from[k]));
@@ -448,7 +448,7 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
     }
   });
   // `scale` is in the rows already.
-  HadamardDiagonals slots_to_dlam{};
+  HadamardDiagonalGradients slots_to_dlam{};
   slots_to_dlam.sizes = p.sizes;
   slots_to_dlam.sums = sums;
   slots_to_dlam.slots = slots;
@@ -456,7 +456,7 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
   slots_to_dlam.dlam = p.dlam;
   slots_to_dlam.dtype = p.dtype;
   slots_to_dlam.scale = 1.0;
-  hadamard_diagonals_as<S>(slots_to_dlam, rt);
+  hadamard_diagonal_gradients_as<S>(slots_to_dlam, rt);
 }
 
 template <class S>
@@ -469,12 +469,12 @@ void hadamard_weight_backward_as(const HadamardWeightBackward& p, Runtime& rt) {
 }
 
 template <class S>
-void hadamard_gamma_as(const HadamardGamma& p, Runtime& rt) {
+void hadamard_signed_diagonals_as(const HadamardSignedDiagonals& p, Runtime& rt) {
   using C = ComputeOf<S>;
   const C *gam = static_cast<const C*>(p.gam), *lam = static_cast<const C*>(p.lam);
   C* factors = static_cast<C*>(p.factors);
   for (int64_t c = 0; c < p.sizes.K(); ++c) factors[c] = lam[c] * C(p.col_signs[c]);
-  ClassOf<S>* out = static_cast<ClassOf<S>*>(p.out);
+  ClassOf<S>* out = static_cast<ClassOf<S>*>(p.signed_gam);
   const int64_t n = p.sizes.n, d = p.sizes.d;
   rt.set_single(n * d < kHadamardOneThread);
   rt.split(n, 1, [&](int64_t begin, int64_t end) {
@@ -488,7 +488,7 @@ RANDLORA_BY_DTYPE(hadamard_down, HadamardDown)
 RANDLORA_BY_DTYPE(hadamard_add, HadamardAdd)
 RANDLORA_BY_DTYPE(hadamard_weight, HadamardWeight)
 RANDLORA_BY_DTYPE(hadamard_weight_backward, HadamardWeightBackward)
-RANDLORA_BY_DTYPE(hadamard_gamma, HadamardGamma)
-RANDLORA_BY_DTYPE(hadamard_diagonals, HadamardDiagonals)
+RANDLORA_BY_DTYPE(hadamard_signed_diagonals, HadamardSignedDiagonals)
+RANDLORA_BY_DTYPE(hadamard_diagonal_gradients, HadamardDiagonalGradients)
 
 }  // namespace randlora::RANDLORA_ISA

@@ -5,7 +5,7 @@
 #include "dispatch.h"
 #include "fill_planes.h"
 #include "hadamard.h"
-#include "linear.h"
+#include "independent.h"
 
 namespace randlora::RANDLORA_ISA {
 

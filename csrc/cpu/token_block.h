@@ -1,7 +1,7 @@
-// Token blocks: the layout in which the factored kernels compute.
+// Token blocks: the layout in which the kernels of independent bases compute.
 //
 // A block holds a few tokens as [feature][token], so one feature of all its tokens is kVectors
-// whole vectors. Every product of the factored path then multiplies vectors by scalars: no sum
+// whole vectors. Every product then multiplies vectors by scalars: no sum
 // crosses lanes, and a token's result does not depend on its block.
 #pragma once
 #include "../core/runtime.h"

@@ -136,6 +136,10 @@ inline Tensor as_contiguous(const Tensor& t) {
 inline Tensor cast(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
+inline const float* floats(const Tensor& t) {
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
 // `t` contiguous in the type that `dtype` computes in.
 Tensor compute_copy(const Tensor& t, DType dtype);
 

@@ -56,7 +56,7 @@ struct HadamardProblem {
       for (int64_t k = 0; k < K; ++k) all[o * K + k] = row_signs_of(e)[o] * h(o, k) * col_signs[k];
     return all;
   }
-  void set_operands(HadamardExperts& call, const Array& lam_, const Array& gam_, DType dtype,
+  void set_operands(HadamardDelta& call, const Array& lam_, const Array& gam_, DType dtype,
                     double scale, bool reduce) const {
     call.sizes = sizes;
     call.experts = experts;
@@ -135,16 +135,16 @@ Prepared prepared(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   const Array lam(compute, Values(p.lam.begin(), p.lam.begin() + p.K), skip),
       gam(compute, Values(p.gam.begin(), p.gam.begin() + count), skip);
   Prepared made{Array(class_dtype(dtype), count, skip), Array(compute, p.sizes.factors())};
-  HadamardGamma call{};
+  HadamardSignedDiagonals call{};
   call.sizes = p.sizes;
   call.gam = gam.get();
   call.a_signs = p.a_signs.data();
-  call.out = made.gam.get();
+  call.signed_gam = made.gam.get();
   call.lam = lam.get();
   call.col_signs = p.col_signs.data();
   call.factors = made.factors.get();
   call.dtype = dtype;
-  kernels.hadamard_gamma(call);
+  kernels.hadamard_signed_diagonals(call);
   return made;
 }
 
@@ -226,9 +226,9 @@ void check_diagonals(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   const Array products(between, P, skip), sums(compute, normal(slots * p.K, 11), skip),
       dlam(compute, p.K, skip), dgam(compute, p.n * p.d, skip);
   const Values all = products.values(), of_slots = sums.values();
-  HadamardDiagonals call{};
+  HadamardDiagonalGradients call{};
   call.sizes = p.sizes;
-  call.P = products.get();
+  call.class_gradient = products.get();
   call.sums = sums.get();
   call.slots = slots;
   call.a_signs = p.a_signs.data();
@@ -238,7 +238,7 @@ void check_diagonals(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   call.dtype = dtype;
   call.scale = 0.5;
   call.experts = 1;
-  kernels.hadamard_diagonals(call);
+  kernels.hadamard_diagonal_gradients(call);
   for (int64_t q = 0; q < slots; ++q)
     for (int64_t k = 0; k < p.K; ++k) want_lam[k] += 0.5 * p.col_signs[k] * of_slots[q * p.K + k];
   for (int64_t e = 0; e < p.n * p.d; ++e)

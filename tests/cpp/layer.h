@@ -20,8 +20,8 @@ struct Layer {
         A(r, d, density, unsigned(d + r), rt),
         B(D, K, density, unsigned(D + r), rt) {}
 
-  Basis basis(Form form, bool wide = false) const {
-    Basis b;
+  PackedBasis basis(Form form, bool wide = false) const {
+    PackedBasis b;
     b.D = D, b.d = d, b.r = r, b.n = n;
     b.a = A.by_row.view(wide);
     if (form == Form::planes)
@@ -57,8 +57,8 @@ struct Layer {
 };
 
 template <class Kernels>
-void set_case_of(const Kernels& kernels, const Layer& L, const Basis& basis, DType dtype, int64_t T,
-                 bool reduce, int64_t skip) {
+void set_case_of(const Kernels& kernels, const Layer& L, const PackedBasis& basis, DType dtype,
+                 int64_t T, bool reduce, int64_t skip) {
   set_case("D %ld d %ld r %ld T %ld planes %d wide %d dtype %d reduce %d skip %ld %s", long(L.D),
            long(L.d), long(L.r), long(T), basis.has_planes(), basis.a.wide, int(dtype), reduce,
            long(skip), kernels.settings().c_str());
@@ -66,8 +66,8 @@ void set_case_of(const Kernels& kernels, const Layer& L, const Basis& basis, DTy
 
 // y, dx, dlam and dgam, also where only some of them are wanted.
 template <class Kernels>
-void check_linear(Kernels& kernels, const Layer& L, const Basis& basis, DType dtype, int64_t T,
-                  bool expand, double bound) {
+void check_linear(Kernels& kernels, const Layer& L, const PackedBasis& basis, DType dtype,
+                  int64_t T, bool expand, double bound) {
   set_case_of(kernels, L, basis, dtype, T, !expand, 0);
   const int64_t in = expand ? L.d : L.D, out = expand ? L.D : L.d;
   const DType compute = compute_dtype(dtype);
@@ -82,34 +82,34 @@ void check_linear(Kernels& kernels, const Layer& L, const Basis& basis, DType dt
   const auto [want_dlam, want_dgam] =
       L.gradients(product(L.B.dense, of_dW, L.K, L.d, L.D, !expand, 1, true));
 
-  Linear call{};
+  IndependentLinear call{};
   call.basis = basis;
   call.lam = lam.get();
   call.gam = gam.get();
   call.dtype = dtype;
   call.T = T;
   call.scale = L.scale;
-  Linear forward = call;
+  IndependentLinear forward = call;
   forward.up = expand;
   forward.from = x.get();
   forward.to = y.get();
-  kernels.linear(forward);
-  Linear back = call;
+  kernels.independent_linear(forward);
+  IndependentLinear back = call;
   back.up = !expand;
   back.from = dy.get();
   back.to = dx.get();
   back.other = x.get();
   back.dlam = dlam.get();
   back.dgam = dgam.get();
-  kernels.linear(back);
+  kernels.independent_linear(back);
   compare("y", y, product(xs, dW, T, out, in, true), bound);
   compare("dx", dx, product(dys, dW, T, in, out, false), bound);
   compare("dlam", dlam, want_dlam, bound);
   compare("dgam", dgam, want_dgam, bound);
   back.to = nullptr, back.dlam = dlam_alone.get(), back.dgam = dgam_alone.get();
-  kernels.linear(back);
+  kernels.independent_linear(back);
   back.to = dx_alone.get(), back.dlam = back.dgam = nullptr;
-  kernels.linear(back);
+  kernels.independent_linear(back);
   EXPECT(dx_alone.raw() == dx.raw() && dlam_alone.raw() == dlam.raw() &&
              dgam_alone.raw() == dgam.raw(),
          "what is not wanted changes what is,");

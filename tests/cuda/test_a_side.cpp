@@ -1,5 +1,5 @@
 // Up, down and gradient of the A side against plain sums in double.
-#include "cuda/factored/a_side.h"
+#include "cuda/independent/a_side.h"
 #include "layer.h"
 #include "test_device.h"
 
@@ -22,7 +22,7 @@ struct Side {
   const DType dtype, compute = compute_dtype(dtype);
   const int64_t T = c.T;
   Layer L{1, c.d, c.r, c.density};
-  Basis basis = L.basis(Form::lists, c.wide);
+  PackedBasis basis = L.basis(Form::lists, c.wide);
   Array lam{compute, L.lam}, gam{compute, L.gam};
   TestDevice device{128, c.shared, c.multiprocessors};
 
@@ -31,7 +31,7 @@ struct Side {
     set_case_of(device, L, basis, dtype, T, false, c.skip);
   }
   cuda::ASideCall call(const Array& z) {
-    Linear layer{};
+    IndependentLinear layer{};
     layer.basis = basis;
     layer.lam = lam.get();
     layer.gam = gam.get();

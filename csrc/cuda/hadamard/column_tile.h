@@ -50,7 +50,7 @@ struct Tiling {
 };
 
 template <class S>
-Tiling tiling_of(const HadamardExperts& p, const void* out) {
+Tiling tiling_of(const HadamardDelta& p, const void* out) {
   Tiling t{};
   t.log = t.log_all = std::max(log_of(p.sizes.N()), 3);
   t.tiles = static_cast<int>(ceil_div(p.sizes.d, kColumns));
@@ -100,7 +100,7 @@ struct Patch {
 // fn(patch, signs of its rows) for the rows of W that are equal in H to rows 8 g to 8 g + 7 of part
 // `part`.
 template <class S, bool Reduce, class F>
-__device__ __forceinline__ void each_patch(const HadamardExperts& p, const Tiling& tiling, int part,
+__device__ __forceinline__ void each_patch(const HadamardDelta& p, const Tiling& tiling, int part,
                                            int g, int k, const F& fn) {
   const int D = static_cast<int>(p.sizes.D), d = static_cast<int>(p.sizes.d);
   const auto at = [&](auto whole, int o) {

@@ -1,10 +1,10 @@
 // What a step does with lambda and gamma before the class products, and with the gradients after
 // them:
 //
-//   hadamard_gamma      out[i, k] = a_signs[k] gam[i, k], rounded to the class dtype
-//                       factors = lam[c] col_signs[c], in the order of Factors (transform.h)
-//   hadamard_diagonals  dgam[i, k] = scale a_signs[k] P[m, i, k']
-//                       dlam[c] = scale col_signs[c] * sum over q of sums[q, c]
+//   hadamard_signed_diagonals    signed_gam[i, k] = a_signs[k] gam[i, k], rounded to the class dtype
+//                                factors = lam[c] col_signs[c], in the order of Factors (transform.h)
+//   hadamard_diagonal_gradients  dgam[i, k] = scale a_signs[k] class_gradient[m, i, k']
+//                                dlam[c] = scale col_signs[c] * sum over q of sums[q, c]
 //
 // Floor: 1 / r of the layer's weight read and written, so what counts is that each is one launch.
 #include <algorithm>
@@ -20,8 +20,8 @@ namespace {
 // The first `gamma_blocks` blocks take gamma, `col_blocks` each of its rows; the others make the
 // factors.
 template <class S, bool Aligned, class C = ComputeOf<S>>
-__global__ void hadamard_gamma_kernel(HadamardGamma p, Factors<C> factors, int gamma_blocks,
-                                      int col_blocks) {
+__global__ void hadamard_signed_diagonals_kernel(HadamardSignedDiagonals p, Factors<C> factors,
+                                                 int gamma_blocks, int col_blocks) {
   constexpr int kWidth = kPerAccess<S>;
   const int block = blockIdx.x;
   if (block >= gamma_blocks) {
@@ -38,7 +38,7 @@ __global__ void hadamard_gamma_kernel(HadamardGamma p, Factors<C> factors, int g
 #pragma unroll
   for (int v = 0; v < kWidth; ++v)
     if (c.inside(v)) out.set(v, narrow<S>(gam.get(v) * p.a_signs[c.at(v)]));
-  c.store(static_cast<S*>(p.out) + i * d, out);
+  c.store(static_cast<S*>(p.signed_gam) + i * d, out);
 }
 
 constexpr int kEach = 4;  // elements of dgam of a thread
@@ -46,17 +46,19 @@ constexpr int kEach = 4;  // elements of dgam of a thread
 // The first `gamma_blocks` blocks make dgam, `row_blocks` each of its rows; the others dlam,
 // for 32 columns each.
 template <class S, class C = ComputeOf<S>>
-__global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks, int row_blocks) {
+__global__ void hadamard_diagonal_gradients_kernel(HadamardDiagonalGradients p, int gamma_blocks,
+                                                   int row_blocks) {
   const int block = blockIdx.x, d = static_cast<int>(p.sizes.d), n = static_cast<int>(p.sizes.n);
   if (block < gamma_blocks) {
     const int i = block / row_blocks, k0 = (block - i * row_blocks) * kEach * blockDim.x;
-    const S* P = static_cast<const S*>(p.P) + int64_t{i} * n;
+    const S* from = static_cast<const S*>(p.class_gradient) + int64_t{i} * n;
     C* dgam = static_cast<C*>(p.dgam) + int64_t{i} * d;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int k = k0 + e * blockDim.x + threadIdx.x, m = k / n;
       if (k < d)
-        dgam[k] = static_cast<C>(p.scale) * widen(P[int64_t{m} * n * (n - 1) + k]) * p.a_signs[k];
+        dgam[k] =
+            static_cast<C>(p.scale) * widen(from[int64_t{m} * n * (n - 1) + k]) * p.a_signs[k];
     }
     return;
   }
@@ -73,7 +75,7 @@ __global__ void hadamard_diagonals_kernel(HadamardDiagonals p, int gamma_blocks,
 }  // namespace
 
 // One launch.
-void hadamard_gamma(const HadamardGamma& p, Device& device) {
+void hadamard_signed_diagonals(const HadamardSignedDiagonals& p, Device& device) {
   with_dtype(p.dtype, [&](auto storage) {
     using S = ClassOf<decltype(storage)>;
     constexpr int kWidth = kPerAccess<S>;
@@ -81,22 +83,23 @@ void hadamard_gamma(const HadamardGamma& p, Device& device) {
     const int col_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * kWidth));
     const int gamma_blocks = col_blocks * static_cast<int>(p.sizes.n);
     const Factors<ComputeOf<S>> factors(p.sizes, p.factors);
-    launch(device, "hadamard_gamma",
-           aligned_rows(p.sizes.d, kWidth, p.gam, p.out) ? hadamard_gamma_kernel<S, true>
-                                                         : hadamard_gamma_kernel<S, false>,
+    launch(device, "hadamard_signed_diagonals",
+           aligned_rows(p.sizes.d, kWidth, p.gam, p.signed_gam)
+               ? hadamard_signed_diagonals_kernel<S, true>
+               : hadamard_signed_diagonals_kernel<S, false>,
            gamma_blocks + ceil_div(p.sizes.factors(), threads), threads, 0, p, factors,
            gamma_blocks, col_blocks);
   });
 }
 
 // One launch.
-void hadamard_diagonals(const HadamardDiagonals& p, Device& device) {
+void hadamard_diagonal_gradients(const HadamardDiagonalGradients& p, Device& device) {
   with_dtype(p.dtype, [&](auto storage) {
     using S = ClassOf<decltype(storage)>;
     const int threads = std::min(device.max_threads, 256);
     const int row_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * kEach));
-    const int gamma_blocks = p.P ? row_blocks * static_cast<int>(p.sizes.n) : 0;
-    launch(device, "hadamard_diagonals", hadamard_diagonals_kernel<S>,
+    const int gamma_blocks = p.class_gradient ? row_blocks * static_cast<int>(p.sizes.n) : 0;
+    launch(device, "hadamard_diagonal_gradients", hadamard_diagonal_gradients_kernel<S>,
            Grid(gamma_blocks + ceil_div(p.sizes.K(), 32), p.experts), threads,
            threads * int64_t{sizeof(ComputeOf<S>)}, p, gamma_blocks, row_blocks);
   });

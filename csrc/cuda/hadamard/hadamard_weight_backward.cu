@@ -5,7 +5,7 @@
 //   dlam[c] = scale col_signs[c] sum over k of H[j, m] a_signs[k] gam[i, k] u[c]
 //
 // A block takes the tiles of a slot, kColumns columns each, and keeps the slot's sums for dlam in
-// shared memory, where always the same thread adds to a number; hadamard_diagonals adds the slots.
+// shared memory, where always the same thread adds to a number; hadamard_diagonal_gradients adds the slots.
 // Elements of rows o and o + N of G, whose rows of H are equal, are added as they are read. If rows
 // do not fit, parts of 1 << log follow each other: each gives its transform to every u[c], with the
 // sign that H has for the bits above.
@@ -167,7 +167,7 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
            p.reduce ? hadamard_weight_backward_kernel<S, true>
                     : hadamard_weight_backward_kernel<S, false>,
            Grid(slots, p.experts), threads, shared(), p, t, ranks, sums);
-    HadamardDiagonals slots_to_dlam{};
+    HadamardDiagonalGradients slots_to_dlam{};
     slots_to_dlam.sizes = p.sizes;
     slots_to_dlam.sums = sums;
     slots_to_dlam.slots = slots;
@@ -176,7 +176,7 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
     slots_to_dlam.dtype = p.dtype;
     slots_to_dlam.scale = p.scale;
     slots_to_dlam.experts = p.experts;
-    hadamard_diagonals(slots_to_dlam, device);
+    hadamard_diagonal_gradients(slots_to_dlam, device);
   });
 }
 

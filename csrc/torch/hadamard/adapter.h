@@ -37,8 +37,4 @@ bool serves(const HadamardAdapter& adapter, const Tensor& x);
   "Tensor lam, Tensor gam, Tensor a_signs, Tensor row_signs, Tensor col_signs, " \
   "bool expand, float scale"
 
-inline const float* floats(const Tensor& t) {
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
 }  // namespace randlora

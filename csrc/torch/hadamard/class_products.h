@@ -12,8 +12,8 @@ class ClassProducts {
   // `like` has the dtype and the device of all x and y.
   ClassProducts(const HadamardAdapter& adapter, const Chunks& chunks, const Tensor& like);
 
-  // Where HadamardGamma writes: gamma times the signs of A.
-  void* gamma() const { return gamma_.data(); }
+  // Where HadamardSignedDiagonals writes: gamma times the signs of A.
+  void* signed_gamma() const { return gamma_.data(); }
   // z and w: (classes, tokens of a chunk, n), with room for a vector behind it.
   Temporary make_z_or_w() const;
 

@@ -11,11 +11,11 @@ HadamardProduct::HadamardProduct(const HadamardAdapter& adapter, const Tensor& l
       classes_(adapter, chunks_, like),
       factors_(sizes_.factors(), compute_dtype(dtype_), like) {
   const Tensor lam = compute_copy(adapter.lam, dtype_), gam = compute_copy(adapter.gam, dtype_);
-  HadamardGamma p{};
+  HadamardSignedDiagonals p{};
   p.sizes = sizes_;
   p.gam = gam.const_data_ptr();
   p.a_signs = floats(adapter.a_signs);
-  p.out = classes_.gamma();
+  p.signed_gam = classes_.signed_gamma();
   p.lam = lam.const_data_ptr();
   p.col_signs = floats(adapter.col_signs);
   p.factors = factors_.data();
@@ -51,9 +51,9 @@ std::tuple<Tensor, Tensor> HadamardProduct::finish_gradients() {
   const ScalarType type = scalar_type(compute_dtype(dtype_));
   Tensor dlam = allocate({sizes_.r, sizes_.n}, type, like_);
   Tensor dgam = allocate({sizes_.n, sizes_.d}, type, like_);
-  HadamardDiagonals p{};
+  HadamardDiagonalGradients p{};
   p.sizes = sizes_;
-  p.P = classes_.finish_gradient();
+  p.class_gradient = classes_.finish_gradient();
   p.sums = sums_.data();
   p.slots = chunks_.count * chunks_.slots;
   p.a_signs = floats(adapter_.a_signs);

@@ -8,7 +8,7 @@ namespace randlora {
 namespace {
 
 // `lam` and `gam` are contiguous copies in the compute type.
-void fill_operands(HadamardExperts& p, const HadamardAdapter& adapter, const Tensor& lam,
+void fill_operands(HadamardDelta& p, const HadamardAdapter& adapter, const Tensor& lam,
                    const Tensor& gam, const OptionalTensor& weight, DType dtype) {
   p.sizes = adapter.sizes;
   p.experts = adapter.experts();

@@ -1,4 +1,5 @@
-// The factored path (equations in docs/math.md): products of the two sides, dW never formed.
+// A linear layer on independent bases (equations in docs/math.md): products with A' and with B, its
+// A side and its B side, in turn. dW is never formed.
 //
 //   up     V = s from A'^T (T, K),   to (+)= V B^T
 //   down   U = from B (T, K),        to (+)= s U A'
@@ -32,8 +33,8 @@ class ReusedScratch : public Device {
 
 }  // namespace
 
-void linear(const Linear& p, Device& device) {
-  const Basis& b = p.basis;
+void independent_linear(const IndependentLinear& p, Device& device) {
+  const PackedBasis& b = p.basis;
   const bool grads = p.dlam != nullptr;
   if (!grads && (!p.to || p.T == 0)) return;
   const int64_t chunk = tokens_within(device.chunk_bytes, p.T, b.K(), p.dtype);  // of V or U

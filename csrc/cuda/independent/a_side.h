@@ -1,4 +1,4 @@
-// Shared pieces of the factored path's A side. All n copies of row j of A (rank index j) have one
+// Independent bases, what the products of the A side share. All n copies of row j of A (rank index j) have one
 // support, S_j = {k : A[j, k] != 0}. Each product is then a dense one with gathered features:
 //
 //   up     V[t, (j, i)]      = scale lam[j, i] sum_{p in S_j} G[p, i] z[t, k_p]      a_up.cu
@@ -60,7 +60,7 @@ inline int64_t tokens_within(int64_t bytes, int64_t T, int64_t features, DType d
 // The products of the A side for up to T tokens at a time. Makes tables and values on first use.
 class ASideCall {
  public:
-  ASideCall(const Linear& p, int64_t T, Device& device);
+  ASideCall(const IndependentLinear& p, int64_t T, Device& device);
 
   void set_operand(const void* z, int64_t T);  // (T, d): the operand of up and grad
   void up(void* V);                            // (T, K)
@@ -73,7 +73,7 @@ class ASideCall {
   // part_ tokens of z from t on, as panels: few enough that a part and its results stay in L2.
   const Panels& panels(int64_t t);
 
-  const Linear p_;
+  const IndependentLinear p_;
   Device& device_;
   const void* z_ = nullptr;
   int64_t T_ = 0;

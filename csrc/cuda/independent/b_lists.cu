@@ -1,4 +1,4 @@
-// The B side of the factored path from sorted sign-split lists, one kernel for both directions:
+// The B side of independent bases from sorted sign-split lists, one kernel for both directions:
 //
 //   up     y[t, o] = sum_c B[o, c] V[t, c] [+ y]     lines are the rows of B, over K
 //   down   U[t, c] = sum_o B[o, c] x[t, o]           lines are its columns, over D
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(256, kResident)
 }  // namespace
 
 void b_lists(const BSide& p, Device& device) {
-  const Basis& b = p.basis;
+  const PackedBasis& b = p.basis;
   const int64_t T = p.T, lines = p.up ? b.D : b.K(), features = p.up ? b.K() : b.D;
   if (T == 0) return;
   const int threads = min(256, device.max_threads);

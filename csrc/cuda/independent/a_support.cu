@@ -77,12 +77,12 @@ void support_tables(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, De
 }
 
 // A part of z takes at most a quarter of chunk_bytes.
-ASideCall::ASideCall(const Linear& p, int64_t T, Device& device)
+ASideCall::ASideCall(const IndependentLinear& p, int64_t T, Device& device)
     : p_(p), device_(device), part_(tokens_within(device.chunk_bytes / 4, T, p.basis.d, p.dtype)) {}
 
 const Support& ASideCall::support() {
   if (support_.entry) return support_;
-  const Basis& b = p_.basis;
+  const PackedBasis& b = p_.basis;
   const int32_t* tables = b.a_tables;
   if (!tables) {
     auto* made = scratch<int32_t>(device_, support_numbers(b.a.count, b.r, b.d));

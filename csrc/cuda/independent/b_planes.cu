@@ -1,4 +1,4 @@
-// The B side of the factored path for B as bit planes, decoded in registers:
+// The B side of independent bases for B as bit planes, decoded in registers:
 //
 //   up     y (T, D) = V (T, K) B^T [+ y]      lines are rows of B
 //   down   U (T, K) = x (T, D) B              lines are columns of B
@@ -168,7 +168,7 @@ void run(Product<S>& p, bool up, Device& device) {
 
 void b_planes(const BSide& side, Device& device) {
   if (side.T == 0) return;
-  const Basis& b = side.basis;
+  const PackedBasis& b = side.basis;
   with_engine(side.dtype, device.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);
     Product<S> p{};

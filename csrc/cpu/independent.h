@@ -1,4 +1,5 @@
-// The factored path (equations in docs/math.md):
+// A linear layer on independent bases (equations in docs/math.md): products with A' and with B, its A
+// side and its B side, in turn. dW is never formed.
 //
 //   up      V = from A'^T,  to += s V B^T
 //   down    U = from B,     to += s U A'
@@ -22,7 +23,7 @@ namespace randlora::RANDLORA_ISA {
 
 // The row length of transposed gamma: n, padded to whole vectors.
 template <class C>
-RANDLORA_INLINE int64_t gamma_stride(const Basis& b) {
+RANDLORA_INLINE int64_t gamma_stride(const PackedBasis& b) {
   constexpr int64_t lanes = kVectorBytes / int(sizeof(C));
   return (b.n + lanes - 1) / lanes * lanes;
 }
@@ -52,9 +53,9 @@ struct SharedScratch {
   C *lam, *dlam;  // (r, ldg) each: lambda times the scale, and the gradient without it
   C* tile;        // (tile_columns, ldg): some columns of dgamma, transposed
   int64_t* cursor;  // (threads, 2 r): the current position in each run of A's lists
-  SharedScratch(const Linear& p, int64_t super, int threads, Arena& arena)
+  SharedScratch(const IndependentLinear& p, int64_t super, int threads, Arena& arena)
       : up(p.basis, false, p.up && p.to, arena), down(p.basis, true, !p.up || p.dlam, arena) {
-    const Basis& b = p.basis;
+    const PackedBasis& b = p.basis;
     const int64_t ldg = gamma_stride<C>(b);
     gT = arena.array<C>(b.d * ldg);
     if (!p.dlam) return;
@@ -70,10 +71,10 @@ struct SharedScratch {
 
 // Phase 1 for one block, whose z and ut are number `at` of shared.z and shared.ut.
 template <class Block>
-void linear_block(const Linear& p, const TokenSplit& split, Slot<Block>& own,
+void linear_block(const IndependentLinear& p, const TokenSplit& split, Slot<Block>& own,
                   const SharedScratch<Block>& shared, int64_t block, int64_t at) {
   using C = typename Block::C;
-  const Basis& b = p.basis;
+  const PackedBasis& b = p.basis;
   const bool grads = p.dlam != nullptr;
   const C *lam = static_cast<const C*>(p.lam), *gT = shared.gT;
   const int64_t ldg = gamma_stride<C>(b), first = block * Block::kTokens,
@@ -116,12 +117,12 @@ void linear_block(const Linear& p, const TokenSplit& split, Slot<Block>& own,
 // columns of A in tiles, with all rank indices per tile: it reads P and writes dgam once, and the
 // sums stay in the L1 cache.
 template <class Block, class Index>
-void reduce_P(const Linear& p, const Lists<Index>& a, const SharedScratch<Block>& shared,
+void reduce_P(const IndependentLinear& p, const Lists<Index>& a, const SharedScratch<Block>& shared,
               Runtime& rt) {
   using C = typename Block::C;
   using Vector = Vec<C>;
   constexpr int kLanes = kVectorBytes / int(sizeof(C));
-  const Basis& b = p.basis;
+  const PackedBasis& b = p.basis;
   const int64_t ldg = gamma_stride<C>(b), vectors = ldg / kLanes;
   const C scale = C(p.scale), *lam = static_cast<const C*>(p.lam);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
@@ -167,9 +168,9 @@ void reduce_P(const Linear& p, const Lists<Index>& a, const SharedScratch<Block>
 }
 
 template <class Block>
-void linear_blocks(const Linear& p, Runtime& rt) {
+void linear_blocks(const IndependentLinear& p, Runtime& rt) {
   using C = typename Block::C;
-  const Basis& b = p.basis;
+  const PackedBasis& b = p.basis;
   const bool grads = p.dlam != nullptr;
   const TokenSplit split(p.T, Block::kTokens, rt.width());
   const int64_t most = grads ? kBlocks * int64_t{rt.width()} : split.blocks;
@@ -214,7 +215,7 @@ void linear_blocks(const Linear& p, Runtime& rt) {
   b.a.typed([&](const auto& a) { reduce_P<Block>(p, a, shared, rt); });
 }
 
-inline void linear(const Linear& p, Runtime& rt) {
+inline void independent_linear(const IndependentLinear& p, Runtime& rt) {
   with_block(p.dtype, p.T, rt, [&](auto block) { linear_blocks<decltype(block)>(p, rt); });
 }
 
