@@ -3,18 +3,18 @@
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .checks import at_most_ten, check_model, warn_user
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
+from .nn.expert_products import ExpertProducts
 from .nn.experts import AdaptedParameter
 from .ranks import full_tensor, gathered
 
@@ -277,11 +277,14 @@ def _watched(
             x, y = x[kept], y[kept]
         sums[layer].add(x, y)
 
-    of_parameters = {at: sums[at] for at in sums if isinstance(at, AdaptedParameter)}
+    def add_of_expert(layer, x, y, expert) -> None:
+        sums[layer].add(x, y, expert)
+
+    experts = [layer for layer in sums if isinstance(layer, AdaptedParameter)]
     with ExitStack() as held:
         held.enter_context(torch.compiler.set_stance("force_eager"))
-        if of_parameters:  # a mode slows every call of torch
-            held.enter_context(_ExpertProducts(of_parameters))
+        if experts:  # a mode slows every call of torch
+            held.enter_context(ExpertProducts(experts, add_of_expert))
         for module in model.modules():
             held.callback(setattr, module, "training", module.training)
         for layer in sums:
@@ -302,99 +305,3 @@ def _of_four_bits(model: nn.Module) -> Iterator[nn.Module]:
     bnb = sys.modules.get("bitsandbytes")  # without it nothing can be its layer
     if bnb is not None:
         yield from (m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
-
-
-class _Product(NamedTuple):
-    """How a function of torch names the arguments of a product: x, and at the next position the
-    matrix. `ends`, at the one after that, says where the rows of each expert end."""
-
-    x: str
-    matrix: str
-    position: int = 0  # of x
-    ends: str | None = None
-
-
-_LINEAR = "linear"  # by a matrix (out, in), the others by (in, out)
-_PRODUCTS = {  # by the names of functions and of Tensor's methods
-    _LINEAR: _Product("input", "weight"),
-    "matmul": _Product("input", "other"),
-    "linalg_matmul": _Product("input", "other"),
-    "mm": _Product("input", "mat2"),
-    "bmm": _Product("input", "mat2"),
-    "addmm": _Product("mat1", "mat2", position=1),
-    "addmm_": _Product("mat1", "mat2", position=1),
-    "baddbmm": _Product("batch1", "batch2", position=1),
-    "baddbmm_": _Product("batch1", "batch2", position=1),
-    "grouped_mm": _Product("mat_a", "mat_b", ends="offs"),
-    "_grouped_mm": _Product("input", "mat2", ends="offs"),
-    "grouped_mm_fallback": _Product("input", "weight", ends="offs"),  # of transformers
-}
-
-
-class _ExpertProducts(TorchFunctionMode):
-    """Adds up what experts multiply and get: the first factor and the result of each product whose
-    second factor lies in the memory of an adapted parameter."""
-
-    def __init__(self, sums: Mapping[AdaptedParameter, _Sums]) -> None:
-        super().__init__()
-        self.sums = sums
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        y = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        product = _PRODUCTS.get(name)
-        if product is None:
-            return y
-
-        def argument(position: int, keyword: str) -> Any:
-            return args[position] if position < len(args) else kwargs.get(keyword)
-
-        x = argument(product.position, product.x)
-        matrix = argument(product.position + 1, product.matrix)
-        ends = product.ends and argument(product.position + 2, product.ends)
-        for layer in self.sums:
-            if _lies_in(matrix, layer._base_weight()):
-                self._add(layer, x, matrix.mT if name == _LINEAR else matrix, y, ends)
-        return y
-
-    def _add(
-        self, layer: AdaptedParameter, x: Tensor, matrix: Tensor, y: Tensor, ends: Tensor | None
-    ) -> None:
-        """The product y of x (..., in) and a matrix (in, out), or a stack of these; `ends` says
-        where the rows of each expert end, if x has them one after the other."""
-        if matrix.dim() != 3:
-            self._add_one(layer, x, matrix, y)
-            return
-        xs: Sequence[Tensor] = [x] * len(matrix)
-        ys: Sequence[Tensor]
-        if ends is not None:
-            cuts = ends.cpu().long()
-            xs, ys = x.tensor_split(cuts), y.tensor_split(cuts)
-        else:
-            ys = y.unbind(-3)
-            if x.dim() >= 3 and x.shape[-3] == len(matrix):
-                xs = x.unbind(-3)
-        for x_of_one, matrix_of_one, y_of_one in zip(xs, matrix, ys, strict=False):
-            self._add_one(layer, x_of_one, matrix_of_one, y_of_one)
-
-    def _add_one(self, layer: AdaptedParameter, x: Tensor, matrix: Tensor, y: Tensor) -> None:
-        """Unless it is by another part of the parameter than the whole matrix of an expert, or
-        some of its columns."""
-        W, (experts,) = layer._base_weight(), layer.experts
-        along_inputs = W.stride(-2 if layer.transposed else -1)
-        offset = matrix.data_ptr() - W.data_ptr()
-        if matrix.shape[:-1] != (layer.in_features,) or matrix.stride(0) != along_inputs:
-            return
-        if offset < W.nbytes:
-            x, y = x.reshape(-1, layer.in_features), y.reshape(-1, y.shape[-1])
-            # Llama 4 gives every expert all tokens, zero where they belong to another.
-            kept = (x != 0).any(1)
-            self.sums[layer].add(x[kept], y[kept], offset * experts // W.nbytes)
-
-
-def _lies_in(part: Tensor, whole: Tensor) -> bool:
-    try:
-        return 0 <= part.data_ptr() - whole.data_ptr() < whole.nbytes
-    except RuntimeError:  # of vmap, or sparse
-        return False
