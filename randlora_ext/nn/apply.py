@@ -58,7 +58,7 @@ def apply_randlora(
     if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
         linear = _all_linear(model)
     else:
-        linear = _matching(model, target_modules)
+        linear = matching_modules(model, target_modules)
     all_parameters = matching_parameters(model, target_parameters)
     inside = tuple(f"{name}." for name in whole)
     linear = {name: m for name, m in linear.items() if not f"{name}.".startswith(inside)}
@@ -85,7 +85,7 @@ def _modules_to_save(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Mod
         raise TypeError(f"modules_to_save must be a list of names, got {names!r}")
     found: dict[str, nn.Module] = {}
     for name in names:
-        matches = _matching(model, [name])
+        matches = matching_modules(model, [name])
         if not matches:
             raise ValueError(
                 f"modules_to_save must list names of modules in the {type(model).__name__}, got "
@@ -226,7 +226,9 @@ def check_not_nested(model: nn.Module, name: str, argument: str) -> None:
             )
 
 
-def _matching(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
+def matching_modules(model: nn.Module, targets: Sequence[str] | str) -> dict[str, nn.Module]:
+    """By their paths, the modules that ``target_modules`` names; TypeError or ValueError if it is
+    neither names nor a regular expression."""
     named = dict(model.named_modules(remove_duplicate=False))
     named.pop("", None)  # the model itself
     if isinstance(targets, str):

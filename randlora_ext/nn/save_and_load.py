@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..basis import Basis, BasisDescription
-from ..checks import check_adapter_name, check_alpha, check_one_of
+from ..checks import at_most_ten, check_adapter_name, check_alpha, check_one_of, warn_user
 from ..files import appear_together
 from ..ranks import failing_together, full_tensor, is_dtensor
 from .adapted_layer import AdaptedLayer, layers_by_path
 from .adapter_config import NEEDS_OURS
 from .adapter_record import FIELDS, RECORD_KEY, record_of, record_tensor
-from .apply import adapted_layers, prepare_layers, put_in
+from .apply import adapted_layers, matching_modules, prepare_layers, put_in
 from .experts import ParameterPlace, matching_parameters
 from .linear import RandLoraLinear
 from .paths import in_base_model, in_file
@@ -131,6 +131,9 @@ def load_adapter(
         OSError: a file cannot be read. TypeError: a layer is not a linear layer, or PEFT's.
         ValueError: the adapter is damaged, on bases that PEFT draws, or does not fit the model, for
             reasons that the message lists.
+
+    Warns of modules that the adapter's target_modules name and that it holds nothing for, as when
+    it was saved from a model of fewer layers.
     """
     saved = read_adapter(folder)
     check_adapter_name(adapter_name)
@@ -151,6 +154,7 @@ def load_adapter(
         for name, tensor in others.items()
         if isinstance(tensor, nn.Parameter) and name not in saved.base_weights
     ]
+    left_out = _left_out(model, saved, names)
     made = prepare_layers(model, linear, " of the adapter", parameters, **options)
     layers = adapted | made
     misfits = [*_misfits(saved, adapter_name, names, layers, adapted)]
@@ -168,6 +172,12 @@ def load_adapter(
         for target, tensor in copies:
             target.copy_(tensor)
     put_in(model, made, trained, adapter_name)
+    if left_out:
+        warn_user(
+            f"the adapter of {saved.place} holds nothing for {len(left_out)} modules of the "
+            f"{type(model).__name__} that its target_modules name, too; was it saved from another "
+            f"model? These stay as they were: {at_most_ten(left_out)}"
+        )
     return model
 
 
@@ -210,6 +220,15 @@ def _targets(
     # Others may end like one of them.
     found = matching_parameters(model, known)
     return linear, {name: place for name, place in found.items() if name in known}
+
+
+def _left_out(model: nn.Module, saved: SavedAdapter, names: Mapping[str, str]) -> list[str]:
+    """The modules that the adapter's configuration names and its tensors do not. `names` are those
+    of its layers."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    held = {modules[name] for name in names.values() if name in modules}
+    matching = matching_modules(model, saved.target_modules or ())
+    return [name for name, module in matching.items() if module not in held]
 
 
 def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, RandLoraLinear]:

@@ -28,6 +28,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in front of every path of the base model
 NOT_HERE = "does not exist here; of the hub's, `hf download NAME --local-dir FOLDER` makes a folder"
 BASIS_NAMES = ("randlora_A", "randlora_B")  # of bases that PEFT draws
+# What PEFT's configuration may say beside target_modules of which modules are adapted.
+_LIMITS = "layers_to_transform", "layers_pattern", "exclude_modules"
 _OF_LAYERS = (*DIAGONALS, INPUT_SCALE, RECORD_KEY)
 
 
@@ -43,6 +45,8 @@ class SavedAdapter:
         place, tensors: as given.
         fields: as `fields_of` gives them; of these r, randlora_alpha and ``targets``, which are its
             target_parameters, have attributes, too.
+        target_modules: which modules were adapted, as `apply_randlora` takes it; None if other
+            fields decide, too.
         basis: what generates the bases; None if PEFT draws them.
         layers: the tensors of each layer, as ``layers[path][name]``: the layer's path in the file
             (`names` gives that in the base model) and a name such as "randlora_lambda".
@@ -57,6 +61,8 @@ class SavedAdapter:
     def __init__(self, place: str, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.place, self.tensors = place, tensors
         self.fields = fields_of(saved)
+        limited = any(saved.get(name) not in (None, []) for name in _LIMITS)
+        self.target_modules = None if limited else saved.get("target_modules")
         self.basis = description_from_fields(self.fields)
         self.r: int = self.fields["r"]
         self.randlora_alpha: float = self.fields["randlora_alpha"]

@@ -12,6 +12,7 @@ from saved_adapters import (
     Model,
     adapted,
     config_in,
+    edit_config,
     names_in,
     tensors_in,
     two_squares,
@@ -139,6 +140,25 @@ def test_the_scaling_comes_back_bit_for_bit(folder, alpha, r):
     model = apply_randlora(Model(), ["down"], r=r, randlora_alpha=alpha)
     save_adapter(model, folder)
     assert layers(load_adapter(Model(), folder))["down"].scaling == layers(model)["down"].scaling
+
+
+class Blocks(nn.Sequential):
+    def __init__(self, count):
+        super().__init__(*(nn.ModuleDict({"up": nn.Linear(8, 8)}) for _ in range(count)))
+
+
+def test_a_model_of_more_layers_than_the_adapter_has(folder):
+    save_adapter(apply_randlora(Blocks(2), ["up"], r=2), folder)
+    with pytest.warns(UserWarning, match=r"nothing for 1 modules of the Blocks .*\['2\.up'\]"):
+        model = load_adapter(Blocks(3), folder)
+    assert [type(block["up"]) for block in model] == [RandLoraLinear, RandLoraLinear, nn.Linear]
+
+
+def test_a_configuration_that_limits_its_target_modules_is_no_reason_to_warn(folder, recwarn):
+    save_adapter(apply_randlora(Blocks(2), ["up"], r=2), folder)
+    edit_config(folder, layers_to_transform=[0, 1])
+    load_adapter(Blocks(3), folder)
+    assert not [warning for warning in recwarn if "holds nothing" in str(warning.message)]
 
 
 @pytest.mark.parametrize("layer_type", ["linear", "conv1d"])
