@@ -423,9 +423,10 @@ def run_one(
     }
     for factor in FACTORS if plain != "full" else ():
         with scaled_update(tuned, factor):
+            after = text_losses(tuned, tokenizer, [*before])
             result[f"x {factor}"] = {
                 "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
-                "manual": text_losses(tuned, tokenizer, ["manual"])["manual"] - before["manual"],
+                **{name: after[name] - before[name] for name in after},
                 "kl": divergence(tuned, task, model),
             }
     return result

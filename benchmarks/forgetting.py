@@ -2,10 +2,10 @@
 
     python benchmarks/forgetting.py zen5 xeon-spr     reads results/forgetting-{zen5,xeon-spr}.jsonl
 
-The first table is at equal loss: it interpolates the logarithm of what was forgotten on Python's
-manual over the held-out loss, for each seed, between factors of dW at each rate and between rates;
-the least counts, or that of a run that learned more. In the others a cell has loss and forgetting,
-means over the seeds, of which the last column tells the number.
+At equal loss means: the logarithm of what was forgotten is interpolated over the held-out loss, for
+each seed, between factors of dW at each rate and between rates; the least counts, or that of a run
+that learned more. In tables of all runs a cell has loss and forgetting, means over the seeds, of
+which the last column tells the number.
 """
 
 import argparse
@@ -29,23 +29,36 @@ EQUAL = {  # held-out losses that most methods reach
     ("gemma", "json"): 0.022,
 }
 MODELS = {"fp32": "SmolLM2", "gemma": "Gemma"}
-METHODS = {  # method and layers; vectors of another size act as another rate
-    "calibrated, MLP alone": (["hadamard scaled"], "mlp"),
-    "calibrated": (["hadamard scaled", "hadamard scaled:p=2 unit=0"], "four"),
-    "calibrated, all linear": (["hadamard scaled"], "all"),
-    "p = 0, by size alone": (["hadamard scaled:p=0", "hadamard scaled:p=0 unit=0"], "four"),
-    "p = 1": (["hadamard scaled:p=1"], "four"),
-    "p = 4": (["hadamard scaled:p=4"], "four"),
-    "not calibrated": (["hadamard"], "four"),
-    "SHiRA, MLP alone": (["shira"], "mlp"),
-    "SHiRA": (["shira"], "four"),
-    "SHiRA, all linear": (["shira"], "all"),
-    "LoRA, MLP alone": (["lora"], "mlp"),
-    "LoRA": (["lora"], "four"),
-    "LoRA, all linear": (["lora"], "all"),
-    "OFT, MLP alone": (["oft"], "mlp"),
-    "OFT": (["oft"], "four"),
+METHODS = {  # method and layers
+    "calibrated, MLP alone": ("hadamard scaled", "mlp"),
+    "calibrated": ("hadamard scaled", "four"),
+    "calibrated, all linear": ("hadamard scaled", "all"),
+    "not calibrated, MLP alone": ("hadamard", "mlp"),
+    "not calibrated": ("hadamard", "four"),
+    "SHiRA, MLP alone": ("shira", "mlp"),
+    "SHiRA": ("shira", "four"),
+    "SHiRA, all linear": ("shira", "all"),
+    "LoRA, MLP alone": ("lora", "mlp"),
+    "LoRA": ("lora", "four"),
+    "LoRA, all linear": ("lora", "all"),
+    "OFT, MLP alone": ("oft", "mlp"),
+    "OFT": ("oft", "four"),
 }
+POWERS = {  # of the share that varies, in the formula of `calibrate`
+    "p = 0": "hadamard scaled:p=0",
+    "p = 1": "hadamard scaled:p=1",
+    "p = 2, which calibrate takes": "hadamard scaled",
+    "p = 4": "hadamard scaled:p=4",
+}
+SIZES = {  # layers and r
+    "MLP alone, 64": ("mlp", 64),
+    "MLP alone, 32": ("mlp", 32),
+    "MLP alone, 16": ("mlp", 16),
+    "q, v, o, down, 32": ("four", 32),
+    "all linear, 64": ("all", 64),
+    "all linear, 32": ("all", 32),
+}
+RATE = 1e-3  # which we recommend
 
 
 def read(names: list[str]) -> list[dict]:
@@ -55,13 +68,18 @@ def read(names: list[str]) -> list[dict]:
     return [r for r in rows if r["steps"] == 40 and r["scaling"] == 20 and "forgetting" in r]
 
 
-def curves(rows: list[dict]) -> list[list[tuple[float, float]]]:
+def selected(rows: list[dict], **values) -> list[dict]:
+    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+
+
+def curves(rows: list[dict], text: str = "manual") -> list[list[tuple[float, float]]]:
     """Loss and forgetting of one method and seed: by factors of dW for each rate, and by rates."""
-    by_rate = [(row["held_out_loss"], row["forgetting"]["manual"]) for row in rows]
+    by_rate = [(row["held_out_loss"], row["forgetting"][text]) for row in rows]
     found = [by_rate]
     for row, trained in zip(rows, by_rate, strict=True):
         after = [row[f"x {factor}"] for factor in FACTORS if f"x {factor}" in row]
-        found.append([trained, *((each["held_out_loss"], each["manual"]) for each in after)])
+        points = [(each["held_out_loss"], each[text]) for each in after if text in each]
+        found.append([trained, *points])
     return [sorted(points) for points in found]
 
 
@@ -73,6 +91,28 @@ def at(loss: float, points: list[tuple[float, float]]) -> list[float]:
             share = (loss - low) / (high - low)
             found.append(math.exp((1 - share) * math.log(more) + share * math.log(less)))
     return found
+
+
+def by_seed(rows: list[dict], loss: float, text: str = "manual") -> dict[int, float | None]:
+    """Of each seed of one method the least that was forgotten at this loss; None if no run reached
+    it."""
+    found: dict[int, float | None] = {}
+    for seed in sorted({row["seed"] for row in rows}):
+        own = curves(selected(rows, seed=seed), text)
+        found[seed] = min((value for points in own for value in at(loss, points)), default=None)
+    return found
+
+
+def mean_cell(of_seeds: dict[int, float | None]) -> str:
+    reached = [value for value in of_seeds.values() if value is not None]
+    if not reached:
+        return "not reached" if of_seeds else ""
+    of = "" if len(reached) == len(of_seeds) else f" of {len(of_seeds)}"
+    return f"{statistics.fmean(reached):.3f} ({len(reached)}{of})"
+
+
+def seeds_cell(of_seeds: dict[int, float | None]) -> str:
+    return ", ".join("-" if value is None else f"{value:.3f}" for value in of_seeds.values())
 
 
 def told(pairs: list[tuple[float, float]]) -> str:
@@ -107,32 +147,79 @@ def table(rows: list[dict], model: str, task: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def at_equal_loss(rows: list[dict]) -> str:
+def heads(columns) -> list[str]:
+    names = [f"{MODELS[model]}, {task}, {EQUAL[model, task]}" for model, task in columns]
+    return [f"| | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
+
+
+def at_equal_loss(rows: list[dict], text: str = "manual") -> str:
     """A row per method and kind of layers, a column per model and task; means, then seeds."""
-    heads = [f"{MODELS[model]}, {task}, {loss}" for (model, task), loss in EQUAL.items()]
-    lines = [f"| | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
-    for name, (methods, targets) in METHODS.items():
+    lines = heads(EQUAL)
+    for name, (method, targets) in METHODS.items():
+        mine = selected(rows, method=method, targets=targets, r=32)
         cells = []
         for (model, task), loss in EQUAL.items():
-            mine = [
-                row
-                for row in rows
-                if (row["model"], row["task"], row["targets"], row["r"])
-                == (model, task, targets, 32)
-                and row["method"] in methods
-            ]
-            least, seeds = [], sorted({row["seed"] for row in mine})
-            for seed in seeds:
-                own = curves([row for row in mine if row["seed"] == seed])
-                if found := [value for points in own for value in at(loss, points)]:
-                    least.append(min(found))
-            if least:
-                of = "" if len(least) == len(seeds) else f" of {len(seeds)}"
-                cells.append(f"{statistics.fmean(least):.3f} ({len(least)}{of})")
-            else:
-                cells.append("not reached" if mine else "")
+            these = selected(mine, model=model, task=task)
+            cells.append(mean_cell(by_seed(these, loss, text)))
         if any(cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def by_power(rows: list[dict]) -> str:
+    """Of q, v, o and down_proj at one rate, by seeds."""
+    columns = [key for key in EQUAL if key[1] != "json"]
+    lines = heads(columns)
+    for name, method in POWERS.items():
+        mine = selected(rows, method=method, targets="four", r=32, lr=RATE)
+        cells = []
+        for model, task in columns:
+            these = selected(mine, model=model, task=task)
+            cells.append(seeds_cell(by_seed(these, EQUAL[model, task])))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def by_size(rows: list[dict]) -> str:
+    """Spelling with seed 0 at one rate, by layers and r: forgetting at equal loss, and the loss
+    and forgetting as trained."""
+    lines = ["| layers, r | " + " | ".join(
+        f"{name}, parameters | at {EQUAL[model, 'spelling']} | as trained"
+        for model, name in MODELS.items()
+    ) + " |", "|" + "---|" * (1 + 3 * len(MODELS))]  # fmt: skip
+    usual = {"method": "hadamard scaled", "task": "spelling", "seed": 0, "lr": RATE}
+    for name, (targets, r) in SIZES.items():
+        cells = []
+        for model in MODELS:
+            mine = selected(rows, **usual, model=model, targets=targets, r=r)
+            count = f"{mine[0]['parameters'] / 1e6:.2f} M" if mine else ""
+            least = seeds_cell(by_seed(mine, EQUAL[model, "spelling"]))
+            trained = told([(row["held_out_loss"], row["forgetting"]["manual"]) for row in mine])
+            cells += [count, least, trained]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def dial_and_rate(rows: list[dict]) -> str:
+    """Calibrated adapters, spelling: a lower rate as trained, and a higher one whose dW is scaled
+    until it has the same loss."""
+    lines = ["| | seed | rate | loss | forgot | a higher rate, scaled, forgot |", "|---" * 6 + "|"]
+    for model, name in MODELS.items():
+        for targets, layers in (("mlp", "MLP"), ("four", "four kinds")):
+            mine = selected(
+                rows, model=model, task="spelling", method="hadamard scaled", targets=targets, r=32
+            )
+            for seed in sorted({row["seed"] for row in mine}):
+                of_seed = sorted(selected(mine, seed=seed), key=lambda row: row["lr"])
+                for low, high in pairwise(of_seed):
+                    _, scaled = curves([high])
+                    loss, forgot = low["held_out_loss"], low["forgetting"]["manual"]
+                    if not scaled[0][0] <= loss <= scaled[-1][0]:
+                        continue
+                    lines.append(
+                        f"| {name}, {layers} | {seed} | {low['lr']:g} | {loss:.3f} | {forgot:.3f} "
+                        f"| {high['lr']:g}: {min(at(loss, scaled[:])[-1:]):.3f} |"
+                    )
     return "\n".join(lines) + "\n"
 
 
@@ -160,7 +247,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+")
     rows = read(parser.parse_args().names)
+    print("at equal loss\n")
     print(at_equal_loss(rows))
+    for text in ("code", "prose"):
+        print(f"the same on another text, {text}\n")
+        print(at_equal_loss(rows, text))
+    print("by the power p\n")
+    print(by_power(rows))
+    print("by layers and r\n")
+    print(by_size(rows))
+    print("the dial and a lower rate\n")
+    print(dial_and_rate(rows))
     for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
         print(table(rows, model, task))
     print("rank correlation of KL(base, tuned) on the task with forgetting")

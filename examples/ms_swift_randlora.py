@@ -1,7 +1,8 @@
 """A tuner that gives ms-swift the type "randlora":
 
     swift sft --external_plugins examples/ms_swift_randlora.py --tuner_type randlora \
-        --callbacks calibrate --lora_rank 32 --lora_alpha 640 --learning_rate 1e-3 --weight_decay 0
+        --target_modules gate_proj up_proj down_proj --callbacks calibrate \
+        --lora_rank 32 --lora_alpha 640 --learning_rate 1e-3 --weight_decay 0
 
 The callback calibrates a new adapter before the first step, so that the model forgets less. dW is
 scaled by lora_alpha / lora_rank; ms-swift's own defaults are for LoRA. Written for ms-swift

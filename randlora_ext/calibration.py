@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .batches import moved_to
 from .checks import at_most_ten, check_model, warn_user
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
 from .nn.expert_products import ExpertProducts
@@ -66,18 +67,19 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         batches: several of what the model takes: a tensor, a tuple or list of arguments, or a
             mapping of keyword arguments. These are moved to the device of the model's first
             parameter. If the mapping has an "attention_mask" (batch, tokens), its zeros leave out
-            tokens in layers that see as many tokens; experts do not.
+            tokens in layers whose inputs are (batch, tokens, in_features) or (batch * tokens,
+            in_features); experts do not leave out any.
 
     If torch.distributed is initialized, all ranks must call, each with its own batches, equally
     many if FSDP2 has sharded the model: sums over all ranks give all of them equal vectors.
 
-    Raises, and leaves every adapter as it was: TypeError if model is no module, or batches is a
-    single batch or holds something else; ValueError if no active adapter is on Hadamard bases, one
-    has trained (its lambda is not zero) or is merged, no batch comes, or inputs or outputs hold NaN
-    or infinity. Warns, once, of layers that see no token or only zeros, which stay as they are.
-    Experts must multiply by their parameter or a part of it, by torch's functions for products
-    (not einsum), as those of transformers do unless
-    ``experts_implementation`` is "batched_mm".
+    Raises, and leaves every adapter as it was: TypeError if model is no module, or batches is one
+    tensor or mapping or holds something else; ValueError if no active adapter is on Hadamard bases,
+    one has trained (its lambda is not zero) or is merged, no batch comes, or inputs or outputs hold
+    NaN or infinity. Warns, once, of layers that see no token or only zeros, which stay as they are,
+    and of an "attention_mask" of another form, whose padding counts. Experts must multiply by their
+    parameter or a part of it, by torch's functions for products (not einsum), as those of
+    transformers do unless ``experts_implementation`` is "batched_mm".
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.
@@ -247,19 +249,18 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
 
 def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, _Sums]) -> None:
     """Calls the model in eval mode, and adds what its layers take and give to `sums`."""
-    device = next(model.parameters()).device
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        mask = None
+        warn_user("attention_mask is no tensor (batch, tokens), so padding is measured, too")
     with _watched(model, mask, sums):
-        if isinstance(batch, Mapping):
-            model(**{name: moved(value) for name, value in batch.items()})
-        elif isinstance(batch, (tuple, list)):
-            model(*map(moved, batch))
+        arguments = moved_to(model, batch)
+        if isinstance(arguments, Mapping):
+            model(**arguments)
+        elif isinstance(arguments, (tuple, list)):
+            model(*arguments)
         else:
-            model(moved(batch))
+            model(arguments)
 
 
 @contextmanager
@@ -271,8 +272,9 @@ def _watched(
 
     def add(layer, args, kwargs, y) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
+        places = x.shape[:-1]
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        if mask is not None and mask.numel() == len(x):
+        if mask is not None and places in (mask.shape, (mask.numel(),)):
             kept = mask.flatten().to(x.device) != 0
             x, y = x[kept], y[kept]
         sums[layer].add(x, y)

@@ -31,12 +31,13 @@ class CalibrateCallback(TrainerCallback):
     Equivalent to `calibrate` on `batches` batches of the trainer's data before ``trainer.train()``.
     The rows are chosen at random, by a generator of its own, and collated as for training; each
     rank takes rows of its own. Training then sees the same batches as without the callback: no
-    sampler is asked, and the states of all random generators are restored.
+    sampler is asked, and the states of the random generators of Python, numpy and torch (the CPU's
+    and the current CUDA card's) are restored.
 
     It prints a line when it has calibrated. Otherwise it leaves the model as it is and logs why: as
     INFO if training resumes from a checkpoint, or an active adapter is calibrated already, or none
-    is on Hadamard bases; as WARNING if an active adapter has trained or is merged, or the batches
-    hold nothing that the model takes, as GRPO's, which are texts.
+    is on Hadamard bases or all are disabled; as WARNING if an active adapter has trained or is
+    merged, or the batches hold nothing that the model takes, as GRPO's, which are texts.
 
     An iterable dataset is read from its beginning, so it must begin anew whenever it is iterated.
 
@@ -82,7 +83,7 @@ class CalibrateCallback(TrainerCallback):
         except ValueError as error:
             return str(error)
         with _random_states_kept():
-            batches = [_arguments(model, batch) for batch in _first(loader, self.batches, size)]
+            batches = [_arguments(model, batch) for batch in _sample(loader, self.batches, size)]
             if not all(_of_all_ranks(bool(batches) and all(batches))):
                 return (
                     "the trainer's batches hold no arguments of the model; call "
@@ -102,17 +103,19 @@ def _why_needless(model: nn.Module, step: int) -> str:
     active = [
         (layer, adapter)
         for layer in layers
+        if not layer.disabled
         for adapter in layer.active_adapters
         if adapter in layer.randlora_input_scale
     ]
     if not active:
         return "no active adapter is on Hadamard bases, and only these can scale their inputs"
-    if any(layer.is_calibrated(adapter) for layer, adapter in active):  # and perhaps trained, too
-        return "the adapter is calibrated already"
+    done = sorted({adapter for layer, adapter in active if layer.is_calibrated(adapter)})
+    if done:  # and perhaps trained, too
+        return f"adapter {', '.join(map(repr, done))} is calibrated already"
     return ""
 
 
-def _first(loader: DataLoader, count: int, size: int) -> list[Any]:
+def _sample(loader: DataLoader, count: int, size: int) -> list[Any]:
     """At most `count` batches of `size` rows of the loader's data set, equally many on all ranks.
 
     The loader itself is not iterated: its sampler, its workers and accelerate's bookkeeping have

@@ -1,8 +1,8 @@
 """A dial between what a trained adapter has learned and what it has forgotten.
 
-A trained update times 0.7 keeps most of what it learned and gives back most of what it forgot: more
-than training at a lower rate does (docs/density.md). `dial_curve` shows what each factor costs,
-`set_dial` chooses one.
+A trained update times 0.7 keeps most of what it learned and gives back most of what it forgot,
+about as a training at a lower rate does, or better, without that training (docs/density.md).
+`dial_curve` shows what each factor costs, `set_dial` chooses one.
 """
 
 import math
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .batches import moved_to
 from .checks import check_number, check_one_of
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
 
@@ -244,12 +245,12 @@ def _labels_in(batch: Any, first: int) -> int:
 
 
 def _mean_loss(model: nn.Module, batches: Sequence[Any], counts: Sequence[int]) -> float:
-    device = next(model.parameters()).device
     total = 0.0
     for batch, labels in zip(batches, counts, strict=True):
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch, "labels": batch}
-        arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
-        loss = float(model(**arguments).loss)  # all ranks of a sharded model must call it
+        loss = float(
+            model(**moved_to(model, given)).loss
+        )  # all ranks of a sharded model must call it
         if labels:  # without any, the loss is NaN
             total += loss * labels
     return total / sum(counts)

@@ -4,10 +4,11 @@
 //   A[j, k] = a_signs[k] H[j, m]                      m = k / n, the class of column k
 //   B[o, c] = row_signs[o] H[o, c] col_signs[c]       c = j * n + i
 //
-// The signs are float32: -1 or +1, and on the layer's input side (a_signs if d is that side, else
-// row_signs) times the adapter's input scale. A product with A is one small matrix product for each
-// class, which torch's GEMM computes (torch/hadamard/class_products.h). The structs here are what
-// surrounds these products. Between the two:
+// The signs are float32. Those of the layer's input side (a_signs if d is that side, else
+// row_signs) are -1 or +1 times the adapter's input scale, the others -1 or +1. A product with A is
+// one small matrix product for each class, which torch's GEMM computes
+// (torch/hadamard/class_products.h). The structs here are what surrounds these products. Between
+// the two:
 //
 //   z[m, t, i] = sum over the columns k of class m of a_signs[k] gam[i, k] x[t, k]
 //   w[m, t, i] = the same numbers on the way back, from the D side
@@ -33,7 +34,7 @@ struct HadamardSizes {
   RANDLORA_HD_MEMBER int64_t K() const { return r * n; }
   RANDLORA_HD_MEMBER int64_t classes() const { return (d + n - 1) / n; }
   // Numbers that `factors` of HadamardSignedDiagonals has room for: K of them in whole groups.
-  RANDLORA_HD_MEMBER int64_t factors() const { return (K() + 31) / 32 * 32; }
+  RANDLORA_HD_MEMBER int64_t room_of_factors() const { return (K() + 31) / 32 * 32; }
   RANDLORA_HD_MEMBER static int64_t power_of_two(int64_t least) {
     int64_t p = 1;
     while (p < least) p *= 2;
@@ -64,7 +65,7 @@ struct HadamardSignedDiagonals {
   void* signed_gam;  // (n, d) in the class dtype of `dtype`
   const void* lam;   // (r, n) in the compute type
   const float* col_signs;
-  void* factors;  // sizes.factors() in the compute type, at a multiple of 16 bytes
+  void* factors;  // sizes.room_of_factors() in the compute type, at a multiple of 16 bytes
   DType dtype;
 };
 
@@ -130,8 +131,9 @@ struct HadamardAdd {
   bool accumulate;
 };
 
-// dW of a layer, or of experts that share col_signs and the sizes: their matrices lie one behind the
-// other, and their a_signs and row_signs too, so many numbers apart, or 0 if all have the same.
+// dW of a layer, or of experts that share col_signs and the sizes. The experts' matrices lie one
+// behind the other, and so do their a_signs and row_signs, so many numbers apart, or 0 if all have
+// the same.
 struct HadamardDelta {
   HadamardSizes sizes;
   int64_t experts;

@@ -16,7 +16,7 @@ namespace randlora {
 
 // Ternary bases A and B, packed. A is always stored as lists by row, B as bit planes or, if
 // those are empty, as lists by row and by column.
-struct PackedBasis {
+struct TernaryBases {
   int64_t D = 0, d = 0, r = 0, n = 0;
   AnyLists a;       // r lines over d
   AnyLists b_rows;  // D lines over K
@@ -72,7 +72,7 @@ struct ScaledBasisBackward {
 // A layer is one of the two, and the other makes dx of dy. That one also makes dlam and dgam, both
 // or neither, if `other` is x; then `to` may be null.
 struct IndependentLinear {
-  PackedBasis basis;
+  TernaryBases basis;
   const void *lam, *gam, *from;
   void* to;
   DType dtype;

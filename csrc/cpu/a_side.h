@@ -24,7 +24,7 @@ RANDLORA_INLINE void tiles(int64_t first, int64_t count, const F& fn) {
 
 // v[j * n + i] = lam[j, i] * sum_{k in S_j} A[j, k] gamma[i, k] z[k]
 template <class Block>
-void a_up(const PackedBasis& b, const typename Block::C* lam, const typename Block::C* gT,
+void a_up(const TernaryBases& b, const typename Block::C* lam, const typename Block::C* gT,
           int64_t ldg, const typename Block::C* z, typename Block::C* v) {
   using C = typename Block::C;
   using Vector = typename Block::Vector;
@@ -65,7 +65,7 @@ void a_up(const PackedBasis& b, const typename Block::C* lam, const typename Blo
 // z[k] += sum_i A[j, k] gamma[i, k] lam[i] u[i] for one rank index j. u is (n, tokens), lam row j
 // of lambda, and `scaled` (n, tokens) scratch.
 template <class Block>
-void a_down(const PackedBasis& b, int64_t j, const typename Block::C* lam,
+void a_down(const TernaryBases& b, int64_t j, const typename Block::C* lam,
             const typename Block::C* gT, int64_t ldg, const typename Block::C* u,
             typename Block::C* scaled, typename Block::C* z) {
   using C = typename Block::C;
@@ -122,7 +122,7 @@ void transpose_copies(const typename Block::C* u, int64_t n, int64_t ldg, typena
 // sqrt(kTokens + T / kTokens), not sqrt(T). P (entries, ldg) has all rank indices; ut (tokens, ldg)
 // is for j alone.
 template <class Block>
-void a_grad(const PackedBasis& b, int64_t j, int64_t ldg, int64_t tokens,
+void a_grad(const TernaryBases& b, int64_t j, int64_t ldg, int64_t tokens,
             const typename Block::C* z, const typename Block::C* ut, typename Block::C* P,
             bool fresh) {
   using C = typename Block::C;

@@ -22,7 +22,7 @@ template <class Block>
 constexpr int kPart = Block::kTokens * int(sizeof(typename Block::C)) <= 64 ? Block::kVectors : 1;
 
 template <class Block>
-RANDLORA_INLINE int64_t table_length(const PackedBasis& b) {
+RANDLORA_INLINE int64_t table_length(const TernaryBases& b) {
   return b.has_planes() ? kQuads * kEntries * kPart<Block> * Block::kLanes : 0;
 }
 
@@ -33,7 +33,7 @@ struct QuadNumbers {
   int64_t sources = 0, lines = 0;
   uint64_t* words = nullptr;  // (ceil(sources / 64), 2, lines): of eight quads each
 
-  QuadNumbers(const PackedBasis& b, bool down, bool used, Arena& arena) : down(down) {
+  QuadNumbers(const TernaryBases& b, bool down, bool used, Arena& arena) : down(down) {
     if (!used || !b.has_planes()) return;
     sources = down ? b.D : b.K();
     lines = down ? b.K() : b.D;
@@ -51,7 +51,7 @@ RANDLORA_INLINE uint64_t number_quads(uint64_t plus, uint64_t minus, int half) {
 }
 
 // Fills `to`, if it is used, a square of 64 x 64 elements at a time.
-inline void number_lines(const PackedBasis& b, const QuadNumbers& to, Runtime& rt) {
+inline void number_lines(const TernaryBases& b, const QuadNumbers& to, Runtime& rt) {
   const Planes& planes = b.b_planes;
   rt.split(to.words ? b.D : 0, 64, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += 64)

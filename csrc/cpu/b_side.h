@@ -63,7 +63,7 @@ struct Slot {
   C *lines, *scaled;       // (kLines, tokens), (n, tokens)
   C* table;                // of planes
 
-  Slot(const PackedBasis& b, Arena& arena)
+  Slot(const TernaryBases& b, Arena& arena)
       : small(arena.array<C>(b.d * Block::kTokens)),
         large(arena.array<C>(b.D * Block::kTokens)),
         mid(arena.array<C>(b.K() * Block::kTokens)),
@@ -75,7 +75,7 @@ struct Slot {
 // out (T, D) (+)= scale * v B^T for one block. Lists take kLines features at a time, so that the
 // sums are still in the L1 cache when stored; planes fill all of own.large first.
 template <class Block>
-void emit_up(const PackedBasis& b, const QuadNumbers& numbers, const TokenSplit& split,
+void emit_up(const TernaryBases& b, const QuadNumbers& numbers, const TokenSplit& split,
              Slot<Block>& own, int64_t block, double scale, bool accumulate, void* out,
              DType dtype) {
   const auto emit = [&](const auto* sums, int64_t o, int64_t lines) {
@@ -96,7 +96,7 @@ void emit_up(const PackedBasis& b, const QuadNumbers& numbers, const TokenSplit&
 // u = B^T own.large, then fn(j, u of j) for each rank index j. Lists compute one rank index at a
 // time, always in the same memory, so that u stays in the L1 cache.
 template <class Block, class F>
-void down(const PackedBasis& b, const QuadNumbers& numbers, Slot<Block>& own, const F& fn) {
+void down(const TernaryBases& b, const QuadNumbers& numbers, Slot<Block>& own, const F& fn) {
   if (b.has_planes()) sum_planes<Block>(numbers, own.large, own.mid, own.table);
   for (int64_t j = 0; j < b.r; ++j) {
     auto* u = own.mid;

@@ -300,7 +300,7 @@ void hadamard_diagonal_gradients_as(const HadamardDiagonalGradients& p, Runtime&
     for (int64_t i = begin; i < end; ++i)
       for (int64_t m = 0; m < classes; ++m) {
         const int64_t first = m * n, count = d - first < n ? d - first : n;
-        const ClassOf<S>* from = class_gradient + (first + i) * n;
+        const ClassOf<S>* from = class_gradient + (m * n + i) * n;
         C* to = dgam + i * d + first;
         for (int64_t k = 0; k < count; ++k)
           to[k] = scale * C(p.a_signs[first + k]) * C(widen(from[k]));
@@ -423,7 +423,10 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
             unrolled<kLanes>([&](auto q) { store(tile + (k + q) * step + o, t[q]); });
           }
         for (int64_t k = 0; k < columns; ++k) {
-          p.reduce ? row.down(grad + (k0 + k) * D) : row.down(tile + k * step);
+          if (p.reduce)
+            row.down(grad + (k0 + k) * D);
+          else
+            row.down(tile + k * step);
           row.set_class((k0 + k) / n, &m);
           for (int64_t i = 0; i < n; i += kLanes) {
             C* at = gamma + k * of_gamma + i;

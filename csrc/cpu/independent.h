@@ -1,5 +1,5 @@
-// A linear layer on independent bases (equations in docs/math.md): products with A' and with B, its A
-// side and its B side, in turn. dW is never formed.
+// A linear layer on independent bases (equations in docs/math.md): products with A' and with B, its
+// A side and its B side, in turn. dW is never formed.
 //
 //   up      V = from A'^T,  to += s V B^T
 //   down    U = from B,     to += s U A'
@@ -23,7 +23,7 @@ namespace randlora::RANDLORA_ISA {
 
 // The row length of transposed gamma: n, padded to whole vectors.
 template <class C>
-RANDLORA_INLINE int64_t gamma_stride(const PackedBasis& b) {
+RANDLORA_INLINE int64_t gamma_stride(const TernaryBases& b) {
   constexpr int64_t lanes = kVectorBytes / int(sizeof(C));
   return (b.n + lanes - 1) / lanes * lanes;
 }
@@ -55,7 +55,7 @@ struct SharedScratch {
   int64_t* cursor;  // (threads, 2 r): the current position in each run of A's lists
   SharedScratch(const IndependentLinear& p, int64_t super, int threads, Arena& arena)
       : up(p.basis, false, p.up && p.to, arena), down(p.basis, true, !p.up || p.dlam, arena) {
-    const PackedBasis& b = p.basis;
+    const TernaryBases& b = p.basis;
     const int64_t ldg = gamma_stride<C>(b);
     gT = arena.array<C>(b.d * ldg);
     if (!p.dlam) return;
@@ -74,7 +74,7 @@ template <class Block>
 void linear_block(const IndependentLinear& p, const TokenSplit& split, Slot<Block>& own,
                   const SharedScratch<Block>& shared, int64_t block, int64_t at) {
   using C = typename Block::C;
-  const PackedBasis& b = p.basis;
+  const TernaryBases& b = p.basis;
   const bool grads = p.dlam != nullptr;
   const C *lam = static_cast<const C*>(p.lam), *gT = shared.gT;
   const int64_t ldg = gamma_stride<C>(b), first = block * Block::kTokens,
@@ -122,7 +122,7 @@ void reduce_P(const IndependentLinear& p, const Lists<Index>& a, const SharedScr
   using C = typename Block::C;
   using Vector = Vec<C>;
   constexpr int kLanes = kVectorBytes / int(sizeof(C));
-  const PackedBasis& b = p.basis;
+  const TernaryBases& b = p.basis;
   const int64_t ldg = gamma_stride<C>(b), vectors = ldg / kLanes;
   const C scale = C(p.scale), *lam = static_cast<const C*>(p.lam);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
@@ -170,7 +170,7 @@ void reduce_P(const IndependentLinear& p, const Lists<Index>& a, const SharedScr
 template <class Block>
 void linear_blocks(const IndependentLinear& p, Runtime& rt) {
   using C = typename Block::C;
-  const PackedBasis& b = p.basis;
+  const TernaryBases& b = p.basis;
   const bool grads = p.dlam != nullptr;
   const TokenSplit split(p.T, Block::kTokens, rt.width());
   const int64_t most = grads ? kBlocks * int64_t{rt.width()} : split.blocks;

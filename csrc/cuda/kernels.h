@@ -28,15 +28,15 @@ const char* refusal(int index);
 // fill_planes.cu: a kernel, to ask about. All are compiled for the same cards.
 const void* some_kernel();
 
-// a_support.cu: fills PackedBasis::a_tables, support_numbers(a.count, r, d) numbers.
+// a_support.cu: fills TernaryBases::a_tables, support_numbers(a.count, r, d) numbers.
 void support_tables(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device& device);
 
-// On independent bases, the products with B (those with A': ASideCall in a_side.h). All matrices are
-// row-major in `dtype`.
+// On independent bases, the products with B; those with A' are ASideCall's (a_side.h). All matrices
+// are row-major in `dtype`.
 //   up    to (T, D) = from (T, K) B^T [+ to]
 //   down  to (T, K) = from (T, D) B
 struct BSide {
-  const PackedBasis& basis;
+  const TernaryBases& basis;
   DType dtype = DType::f32;
   int64_t T = 0;
   bool up = false;

@@ -57,7 +57,7 @@ AnyLists checked_lists(const char* name, const Tensor& offset, const Tensor& ind
 }
 
 // Sets b.b_planes, and b.D, which follows from them.
-void set_planes(PackedBasis& b, const Tensor& planes, const Tensor& lam) {
+void set_planes(TernaryBases& b, const Tensor& planes, const Tensor& lam) {
   RANDLORA_CHECK(b.n <= 65536, "bit planes serve up to n = 65536 copies, got n = ", b.n);
   const int64_t words = words_of(b.K());
   check_same_device(planes, "b_planes", lam, "lam");
@@ -70,7 +70,7 @@ void set_planes(PackedBasis& b, const Tensor& planes, const Tensor& lam) {
   b.b_planes = view_planes(planes);
 }
 
-const int32_t* checked_tables(const PackedBasis& b, const Tensor& tables, const Tensor& lam) {
+const int32_t* checked_tables(const TernaryBases& b, const Tensor& tables, const Tensor& lam) {
   const int64_t numbers = support_numbers(b.a.count, b.r, b.d);
   check_same_device(tables, "a_tables", lam, "lam");
   RANDLORA_CHECK(tables.scalar_type() == ScalarType::Int && tables.dim() == 1 &&
@@ -82,13 +82,13 @@ const int32_t* checked_tables(const PackedBasis& b, const Tensor& tables, const 
 
 // The bases from the tensors that describe them. Throws if anything disagrees. r and n are lam's, d
 // is gam's, and D follows from B.
-PackedBasis checked_basis(const Tensor& lam, const Tensor& gam, const Tensor& a_offset,
-                          const Tensor& a_index, const OptionalTensor& a_tables,
-                          const OptionalTensor& b_planes, const OptionalTensor& b_row_offset,
-                          const OptionalTensor& b_row_index, const OptionalTensor& b_col_offset,
-                          const OptionalTensor& b_col_index) {
+TernaryBases checked_basis(const Tensor& lam, const Tensor& gam, const Tensor& a_offset,
+                           const Tensor& a_index, const OptionalTensor& a_tables,
+                           const OptionalTensor& b_planes, const OptionalTensor& b_row_offset,
+                           const OptionalTensor& b_row_index, const OptionalTensor& b_col_offset,
+                           const OptionalTensor& b_col_index) {
   check_diagonals(lam, gam);
-  PackedBasis b;
+  TernaryBases b;
   b.r = lam.size(0);
   b.n = lam.size(1);
   b.d = gam.size(1);
@@ -120,8 +120,8 @@ Tensor independent_linear(Tensor x, OptionalTensor weight, OptionalTensor bias, 
                           OptionalTensor b_planes, OptionalTensor b_row_offset,
                           OptionalTensor b_row_index, OptionalTensor b_col_offset,
                           OptionalTensor b_col_index, bool expand, double scale) {
-  const PackedBasis basis = checked_basis(lam, gam, a_offset, a_index, a_tables, b_planes,
-                                          b_row_offset, b_row_index, b_col_offset, b_col_index);
+  const TernaryBases basis = checked_basis(lam, gam, a_offset, a_index, a_tables, b_planes,
+                                           b_row_offset, b_row_index, b_col_offset, b_col_index);
   const int64_t in = expand ? basis.d : basis.D, out = expand ? basis.D : basis.d;
   const int64_t T = check_linear(x, weight, bias, lam, in, out);
   const DType dtype = activation_dtype(x, "x");
@@ -149,8 +149,8 @@ Gradients independent_linear_backward(Tensor dy, Tensor x, OptionalTensor weight
                                       OptionalTensor b_col_offset, OptionalTensor b_col_index,
                                       bool expand, double scale, bool need_dx,
                                       bool need_dlam_dgam) {
-  const PackedBasis basis = checked_basis(lam, gam, a_offset, a_index, a_tables, b_planes,
-                                          b_row_offset, b_row_index, b_col_offset, b_col_index);
+  const TernaryBases basis = checked_basis(lam, gam, a_offset, a_index, a_tables, b_planes,
+                                           b_row_offset, b_row_index, b_col_offset, b_col_index);
   const int64_t in = expand ? basis.d : basis.D, out = expand ? basis.D : basis.d;
   const int64_t T = check_linear(x, weight, {}, lam, in, out);
   check_output_gradient(dy, x, out);

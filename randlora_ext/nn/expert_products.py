@@ -79,6 +79,8 @@ class ExpertProducts(TorchFunctionMode):
     ) -> None:
         """The product y of x (..., in) and a matrix (in, out), or a stack of these; `ends` says
         where the rows of each expert end, if x has them one after the other."""
+        if x.dim() < 2:
+            x, y = x.unsqueeze(-2), y.unsqueeze(-2)  # matmul takes vectors, too
         if matrix.dim() != 3:
             self._report_one(layer, x, matrix, y)
             return

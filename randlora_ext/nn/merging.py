@@ -3,7 +3,6 @@
 import math
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +31,9 @@ class KeptWeight:
 
     Attributes:
         weight: W as `_keep` gives it; None if nothing is kept, and W is in the layer's own weight.
-        left_out: the merged adapters that this W does not hold: those merged since it was kept, and
-            those that changed no bit. The others, merged with keep_weight="nothing" or by stock
-            PEFT, are subtracted.
+        left_out: the merged adapters that need no subtraction: W does not hold those that were
+            merged since it was kept, and others changed no bit. `unmerge` subtracts all others,
+            those merged with keep_weight="nothing" or by stock PEFT.
     """
 
     weight: Any = None
@@ -85,16 +84,15 @@ class KeepsWeight(nn.Module):
         larger of W and W + dW. Warns, as PEFT does, if nothing is merged.
         """
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn_user("Already unmerged. Nothing to do.")
             return
         held = [name for name in self.merged_adapters if name not in self._kept.left_out]
         to_subtract = [name for name in held if name in self.randlora_lambda]
         deleted = [name for name in held if name not in self.randlora_lambda]
         if deleted:
-            warnings.warn(
+            warn_user(
                 f"the adapters {deleted} were deleted while merged, and W was not kept: their dW "
-                "stays in it",
-                stacklevel=2,
+                "stays in it"
             )
         if self._kept.weight is not None:
             self._replace(self._restorer(self._kept.weight), to_subtract)

@@ -237,8 +237,8 @@ def _plain_weight_backward(grad, lam, gam, a_signs, row_signs, col_signs, expand
         a_signs,
         row_signs,
         col_signs,
-        True,
-        scale,
+        expand=True,
+        scale=scale,
         need_dx=False,
         need_dlam_dgam=True,
     )

@@ -153,7 +153,8 @@ def _below_autograd(op, *inputs):
 
 
 def _differentiable(function: type[Function], *inputs):
-    # Off in compiled code, and in backward unless create_graph=True or torch.func turn it on.
+    # Gradient mode is off in compiled code. In backward it is on only with create_graph=True or
+    # under torch.func.
     if torch.is_grad_enabled():
         return function.apply(*inputs)
     return function.forward(*inputs)

@@ -27,8 +27,9 @@ _written: "WeakKeyDictionary[PackedBufferDict, ref]" = WeakKeyDictionary()
 
 def largest(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """(D, d) of the bases that PEFT shares among layers of these (in_features, out_features)."""
-    d, D = sorted(max(each) for each in zip(*sizes, strict=True))
-    return D, d
+    all_in, all_out = zip(*sizes, strict=True)
+    widest = max(all_in), max(all_out)
+    return max(widest), min(widest)
 
 
 class _DrawnByPeft(RandLoraModel):

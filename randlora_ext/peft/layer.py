@@ -1,6 +1,5 @@
 """PEFT's RandLoRA layers with forward, merging and delta weight on the compiled kernels."""
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -174,10 +173,9 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         served = device.type == "meta" or serve(device)
         basis = layer_basis(A, B, self.in_features, self.out_features, self.r[adapter], served)
         if not served and basis.kind == "dense" and isinstance(A, PackedBasis):
-            warnings.warn(
+            warn_user(
                 "RandLoRA layers multiply by dense bases: the CUDA kernels of randlora_ext are "
-                f"{cuda_refusal(device)}",
-                stacklevel=2,
+                f"{cuda_refusal(device)}"
             )
         return basis
 

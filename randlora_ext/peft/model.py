@@ -340,8 +340,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @classmethod
     def _get_adapter_state_dict(cls, **kwargs) -> dict:
-        # What DeepSpeed's ZeRO-3 gathers from its ranks has parameters and buffers, but no records.
         found, name = super()._get_adapter_state_dict(**kwargs), kwargs["adapter_name"]
+        if description_of_config(kwargs["config"]) is None:  # of a file for stock PEFT
+            return {key: found[key] for key in found if f".{RECORD}." not in key}
+        # What DeepSpeed's ZeRO-3 gathers from its ranks has parameters and buffers, but no records.
         for path, layer in kwargs["model"].named_modules():
             if not isinstance(layer, AcceleratedLinear) or name not in layer.randlora_record:
                 continue

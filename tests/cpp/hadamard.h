@@ -134,7 +134,7 @@ Prepared prepared(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   const DType compute = compute_dtype(dtype);
   const Array lam(compute, Values(p.lam.begin(), p.lam.begin() + p.K), skip),
       gam(compute, Values(p.gam.begin(), p.gam.begin() + count), skip);
-  Prepared made{Array(class_dtype(dtype), count, skip), Array(compute, p.sizes.factors())};
+  Prepared made{Array(class_dtype(dtype), count, skip), Array(compute, p.sizes.room_of_factors())};
   HadamardSignedDiagonals call{};
   call.sizes = p.sizes;
   call.gam = gam.get();

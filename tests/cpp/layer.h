@@ -20,8 +20,8 @@ struct Layer {
         A(r, d, density, unsigned(d + r), rt),
         B(D, K, density, unsigned(D + r), rt) {}
 
-  PackedBasis basis(Form form, bool wide = false) const {
-    PackedBasis b;
+  TernaryBases basis(Form form, bool wide = false) const {
+    TernaryBases b;
     b.D = D, b.d = d, b.r = r, b.n = n;
     b.a = A.by_row.view(wide);
     if (form == Form::planes)
@@ -57,7 +57,7 @@ struct Layer {
 };
 
 template <class Kernels>
-void set_case_of(const Kernels& kernels, const Layer& L, const PackedBasis& basis, DType dtype,
+void set_case_of(const Kernels& kernels, const Layer& L, const TernaryBases& basis, DType dtype,
                  int64_t T, bool reduce, int64_t skip) {
   set_case("D %ld d %ld r %ld T %ld planes %d wide %d dtype %d reduce %d skip %ld %s", long(L.D),
            long(L.d), long(L.r), long(T), basis.has_planes(), basis.a.wide, int(dtype), reduce,
@@ -66,7 +66,7 @@ void set_case_of(const Kernels& kernels, const Layer& L, const PackedBasis& basi
 
 // y, dx, dlam and dgam, also where only some of them are wanted.
 template <class Kernels>
-void check_linear(Kernels& kernels, const Layer& L, const PackedBasis& basis, DType dtype,
+void check_linear(Kernels& kernels, const Layer& L, const TernaryBases& basis, DType dtype,
                   int64_t T, bool expand, double bound) {
   set_case_of(kernels, L, basis, dtype, T, !expand, 0);
   const int64_t in = expand ? L.d : L.D, out = expand ? L.D : L.d;

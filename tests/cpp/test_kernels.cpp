@@ -125,7 +125,7 @@ void ternary() {
       for (const Way& way : ways) {
         const DType dtype = way.dtype;
         CpuKernels kernels(way.threads);
-        const PackedBasis basis = L.basis(way.form, way.wide);
+        const TernaryBases basis = L.basis(way.form, way.wide);
         const double bound = tolerance(dtype);
         check_linear(kernels, L, basis, dtype, s.T, expand, bound);
         check_scaled_basis(kernels, L, dtype, 0);

@@ -22,7 +22,7 @@ struct Side {
   const DType dtype, compute = compute_dtype(dtype);
   const int64_t T = c.T;
   Layer L{1, c.d, c.r, c.density};
-  PackedBasis basis = L.basis(Form::lists, c.wide);
+  TernaryBases basis = L.basis(Form::lists, c.wide);
   Array lam{compute, L.lam}, gam{compute, L.gam};
   TestDevice device{128, c.shared, c.multiprocessors};
 

@@ -23,7 +23,7 @@ void b_side(Form form, const cuda::BSide& p, TestDevice& device) {
 
 void check(const Case& c, DType dtype, bool tf32 = false) {
   const Layer L(c.D, c.d, c.r, c.density);
-  const PackedBasis basis = L.basis(c.form, c.wide);
+  const TernaryBases basis = L.basis(c.form, c.wide);
   const int64_t T = c.T, D = c.D, K = L.K;
   TestDevice device(128, c.shared, c.multiprocessors);
   device.tf32 = tf32;

@@ -19,6 +19,7 @@ from torch import nn
 
 import randlora_ext
 from randlora_ext import RandLoraLinear, calibrate
+from randlora_ext.batches import moved_to
 
 SHAPES_OF_A_BATCH = {
     "tensor": lambda x: x,
@@ -112,6 +113,34 @@ def padded(monkeypatch):
     mask[0, :4] = 0
     calibrate(model, [{"x": x, "attention_mask": mask}])
     return model, x[mask != 0]
+
+
+def test_a_mask_of_another_order_of_dimensions_leaves_nothing_out(monkeypatch):
+    """A model that takes (tokens, batch, features), of which (batch, tokens) says nothing."""
+    monkeypatch.setattr(Net, "forward", lambda self, x, attention_mask: self.one(x))
+    model = randlora_ext.apply_randlora(Net(), ["one"], r=5, basis="hadamard")
+    x, mask = uneven(7, 2), torch.ones(2, 7)
+    mask[0, :4] = 0
+    calibrate(model, [{"x": x, "attention_mask": mask}])
+    scale = model.one.randlora_input_scale["default"]
+    assert relative(normalized(scale), input_scale_of(x)) < 1e-6
+
+
+@pytest.mark.parametrize("mask", [{"full": torch.zeros(2, 7)}, torch.zeros(2, 1, 7, 7)])
+def test_a_mask_of_another_form_is_told_and_leaves_nothing_out(monkeypatch, mask):
+    monkeypatch.setattr(Net, "forward", lambda self, x, attention_mask: self.one(x))
+    model = randlora_ext.apply_randlora(Net(), ["one"], r=5, basis="hadamard")
+    with pytest.warns(UserWarning, match=r"attention_mask is no tensor \(batch, tokens\)"):
+        calibrate(model, [{"x": uneven(2, 7), "attention_mask": mask}])
+    assert model.one.is_calibrated("default")
+
+
+def test_a_batch_stays_where_it_is_beside_offloaded_parameters():
+    model = nn.Sequential(nn.Linear(2, 2, device="meta"), nn.Linear(2, 2))
+    batch = {"x": torch.ones(2), "masks": [torch.zeros(2)], "name": "a"}
+    moved = moved_to(model, batch)
+    assert moved == {"x": batch["x"], "masks": batch["masks"], "name": "a"}
+    assert moved["masks"][0].device.type == "cpu"
 
 
 def test_padding_is_left_out_of_the_vector(padded):

@@ -144,11 +144,11 @@ UNCALIBRATED = {
         "no active adapter is on Hadamard bases",
     ),
     "no adapter": (llama, "INFO", "the model has no RandLoRA adapter"),
-    "calibrated": (calibrated, "INFO", "the adapter is calibrated already"),
+    "calibrated": (calibrated, "INFO", "adapter 'default' is calibrated already"),
     "calibrated and trained": (
         lambda: randomize(calibrated()),
         "INFO",
-        "the adapter is calibrated already",
+        "adapter 'default' is calibrated already",
     ),
 }
 

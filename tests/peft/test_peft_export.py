@@ -60,6 +60,9 @@ def test_stock_opens_the_adapter(tmp_path, kind, x):
     saved = load_file(tmp_path / "adapter_model.safetensors")
     bases = [key for key in saved if key.endswith(("randlora_A", "randlora_B"))]
     assert bases == ["base_model.randlora_A", "base_model.randlora_B"]  # once
+    own = [key for key in saved if not key.startswith("base_model.model.")]
+    diagonals = [key for key in saved if key.endswith(("randlora_lambda", "randlora_gamma"))]
+    assert sorted(saved) == sorted([*own, *diagonals])  # and nothing that stock PEFT lacks
     for low_cpu_mem_usage in (True, False):
         loaded = opened_by_stock(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
         assert relative(loaded(x), model(x)) < 1e-6

@@ -1,10 +1,12 @@
 // What a step does with lambda and gamma before the class products, and with the gradients after
 // them:
 //
-//   hadamard_signed_diagonals    signed_gam[i, k] = a_signs[k] gam[i, k], rounded to the class dtype
-//                                factors = lam[c] col_signs[c], in the order of Factors (transform.h)
-//   hadamard_diagonal_gradients  dgam[i, k] = scale a_signs[k] class_gradient[m, i, k']
-//                                dlam[c] = scale col_signs[c] * sum over q of sums[q, c]
+//   hadamard_signed_diagonals
+//     signed_gam[i, k] = a_signs[k] gam[i, k], rounded to the class dtype
+//     factors = lam[c] col_signs[c], in the order of Factors (transform.h)
+//   hadamard_diagonal_gradients
+//     dgam[i, k] = scale a_signs[k] class_gradient[m, i, k']
+//     dlam[c] = scale col_signs[c] * sum over q of sums[q, c]
 //
 // Floor: 1 / r of the layer's weight read and written, so what counts is that each is one launch.
 #include <algorithm>
@@ -55,6 +57,7 @@ __global__ void hadamard_diagonal_gradients_kernel(HadamardDiagonalGradients p, 
     C* dgam = static_cast<C*>(p.dgam) + int64_t{i} * d;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
+      // Column k is at place k - m n of its class, so at ((m n + i) n + k - m n) of all.
       const int k = k0 + e * blockDim.x + threadIdx.x, m = k / n;
       if (k < d)
         dgam[k] =
@@ -87,7 +90,7 @@ void hadamard_signed_diagonals(const HadamardSignedDiagonals& p, Device& device)
            aligned_rows(p.sizes.d, kWidth, p.gam, p.signed_gam)
                ? hadamard_signed_diagonals_kernel<S, true>
                : hadamard_signed_diagonals_kernel<S, false>,
-           gamma_blocks + ceil_div(p.sizes.factors(), threads), threads, 0, p, factors,
+           gamma_blocks + ceil_div(p.sizes.room_of_factors(), threads), threads, 0, p, factors,
            gamma_blocks, col_blocks);
   });
 }

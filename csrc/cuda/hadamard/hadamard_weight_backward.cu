@@ -5,10 +5,10 @@
 //   dlam[c] = scale col_signs[c] sum over k of H[j, m] a_signs[k] gam[i, k] u[c]
 //
 // A block takes the tiles of a slot, kColumns columns each, and keeps the slot's sums for dlam in
-// shared memory, where always the same thread adds to a number; hadamard_diagonal_gradients adds the slots.
-// Elements of rows o and o + N of G, whose rows of H are equal, are added as they are read. If rows
-// do not fit, parts of 1 << log follow each other: each gives its transform to every u[c], with the
-// sign that H has for the bits above.
+// shared memory, where always the same thread adds to a number; hadamard_diagonal_gradients adds
+// the slots. Elements of rows o and o + N of G, whose rows of H are equal, are added as they are
+// read. If rows do not fit, parts of 1 << log follow each other: each gives its transform to every
+// u[c], with the sign that H has for the bits above.
 //
 // Floor: G read once, 15 us for 4096 x 4096 in bf16; the instructions, 42 for an element and 9 more
 // for each part after the first, and shared memory take twice as long.

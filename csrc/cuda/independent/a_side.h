@@ -1,5 +1,6 @@
-// Independent bases, what the products of the A side share. All n copies of row j of A (rank index j) have one
-// support, S_j = {k : A[j, k] != 0}. Each product is then a dense one with gathered features:
+// Independent bases, what the products of the A side share. All n copies of row j of A (rank index
+// j) have one support, S_j = {k : A[j, k] != 0}. Each product is then a dense one with gathered
+// features:
 //
 //   up     V[t, (j, i)]      = scale lam[j, i] sum_{p in S_j} G[p, i] z[t, k_p]      a_up.cu
 //   down   out[t, k_p]      += sum_i (scale lam[j, i] G[p, i]) U[t, (j, i)]          a_down.cu

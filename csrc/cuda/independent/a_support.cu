@@ -82,7 +82,7 @@ ASideCall::ASideCall(const IndependentLinear& p, int64_t T, Device& device)
 
 const Support& ASideCall::support() {
   if (support_.entry) return support_;
-  const PackedBasis& b = p_.basis;
+  const TernaryBases& b = p_.basis;
   const int32_t* tables = b.a_tables;
   if (!tables) {
     auto* made = scratch<int32_t>(device_, support_numbers(b.a.count, b.r, b.d));

@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(256, kResident)
 }  // namespace
 
 void b_lists(const BSide& p, Device& device) {
-  const PackedBasis& b = p.basis;
+  const TernaryBases& b = p.basis;
   const int64_t T = p.T, lines = p.up ? b.D : b.K(), features = p.up ? b.K() : b.D;
   if (T == 0) return;
   const int threads = min(256, device.max_threads);

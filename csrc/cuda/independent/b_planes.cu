@@ -168,7 +168,7 @@ void run(Product<S>& p, bool up, Device& device) {
 
 void b_planes(const BSide& side, Device& device) {
   if (side.T == 0) return;
-  const PackedBasis& b = side.basis;
+  const TernaryBases& b = side.basis;
   with_engine(side.dtype, device.tf32, [&](auto storage, auto tf32) {
     using S = decltype(storage);
     Product<S> p{};

@@ -34,7 +34,7 @@ class ReusedScratch : public Device {
 }  // namespace
 
 void independent_linear(const IndependentLinear& p, Device& device) {
-  const PackedBasis& b = p.basis;
+  const TernaryBases& b = p.basis;
   const bool grads = p.dlam != nullptr;
   if (!grads && (!p.to || p.T == 0)) return;
   const int64_t chunk = tokens_within(device.chunk_bytes, p.T, b.K(), p.dtype);  // of V or U

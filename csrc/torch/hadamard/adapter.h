@@ -32,7 +32,8 @@ void check_weights(const Tensor& t, const char* name, const HadamardAdapter& ada
 // plain torch computes (randlora_ext/ops/hadamard.py).
 bool serves(const HadamardAdapter& adapter, const Tensor& x);
 
-// The same arguments in an operator's schema.
+// The same arguments in an operator's schema. a_signs and row_signs hold the adapter's input scale,
+// too (core/hadamard.h).
 #define RANDLORA_HADAMARD_ADAPTER                                                \
   "Tensor lam, Tensor gam, Tensor a_signs, Tensor row_signs, Tensor col_signs, " \
   "bool expand, float scale"

@@ -10,8 +10,8 @@ constexpr int64_t kSpan = 512;   // tokens of a span, about
 // Of z, and as many of w.
 constexpr int64_t kBytesInCaches = int64_t{1} << 20, kMostBytes = int64_t{64} << 20;
 
-// At most 512, all of which run at once, and not more than give the longest slot as few tokens:
-// each writes K sums.
+// With 512 slots, all of which run at once, the longest would have this many tokens. The fewest
+// slots with which it has no more suffice, since each writes K sums.
 int64_t slots_on_card(int64_t tokens) {
   const int64_t longest = std::max<int64_t>((tokens + 511) / 512, 1);
   return (tokens + longest - 1) / longest;

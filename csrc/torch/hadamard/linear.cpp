@@ -3,10 +3,10 @@
 //
 //   y = x W^T + bias + x dW^T,   dW = scale * B (lambda * A * gamma), transposed unless `expand`
 //
-// On the CPU the base layer's product comes first, and the adapter adds to it. On a card it comes
-// last and adds to the adapter: it multiplies for longer than it takes to read what it adds to,
-// while the adapter's last kernel would wait for that. With a bias, which torch adds only in a
-// product of its own, it comes first there, too.
+// On the CPU the base layer's product comes first, and the adapter adds to it. On a card the base
+// layer's product comes last and adds to the adapter's: a large product hides the reading of what
+// it adds to, for which the adapter's last kernel would wait. With a bias, which torch adds only in
+// a product that comes first, that is the order there, too.
 #include "product.h"
 
 namespace randlora {

@@ -9,7 +9,7 @@ HadamardProduct::HadamardProduct(const HadamardAdapter& adapter, const Tensor& l
       dtype_(activation_dtype(like, "x")),
       chunks_(sizes_, T, dtype_, like),
       classes_(adapter, chunks_, like),
-      factors_(sizes_.factors(), compute_dtype(dtype_), like) {
+      factors_(sizes_.room_of_factors(), compute_dtype(dtype_), like) {
   const Tensor lam = compute_copy(adapter.lam, dtype_), gam = compute_copy(adapter.gam, dtype_);
   HadamardSignedDiagonals p{};
   p.sizes = sizes_;

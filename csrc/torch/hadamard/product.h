@@ -11,8 +11,8 @@ class HadamardProduct {
   HadamardProduct(const HadamardAdapter& adapter, const Tensor& like, int64_t T);
 
   // to (+)= the product of `from` with dW: `up` from d features to D, or down. With `other`, which
-  // has the features of `to`, `finish_gradients` may follow. IndependentLinear (core/operators.h) has the same
-  // operands.
+  // has the features of `to`, `finish_gradients` may follow. IndependentLinear has the same
+  // operands (core/operators.h).
   void compute(bool up, const Tensor& from, const OptionalTensor& to, bool accumulate,
                const Tensor* other = nullptr);
   // dlam and dgam. Call it once.

@@ -31,6 +31,7 @@ Tensor hadamard_weight(OptionalTensor weight, Tensor lam, Tensor gam, Tensor a_s
   const HadamardAdapter adapter(lam, gam, a_signs, row_signs, col_signs, expand, scale);
   const DType dtype = activation_dtype(weight ? *weight : lam, weight ? "weight" : "lam");
   if (weight) check_weights(*weight, "weight", adapter);
+  // Unlike the others, this operator's kernel works in tiles, so rows of B always fit.
   if (!has_kernels(lam))
     return std::get<0>(call_torch<Tensor>("randlora::hadamard_weight_plain", weight, lam, gam,
                                           a_signs, row_signs, col_signs, expand, scale));
