@@ -235,6 +235,15 @@ def test_a_printed_model_says_what_computes_each_layer(case):
     assert f"24->40; default: {said}" in repr(made(**options))
 
 
+def test_a_summary_and_a_printed_model_say_that_an_adapter_is_calibrated(x):
+    model = made(basis="hadamard")
+    for layer in layers(model):
+        torch.nn.init.zeros_(layer.randlora_lambda["default"])
+    randlora_ext.calibrate(model, [x])
+    assert "r=5 hadamard (calibrated) by" in accelerated.kernel_summary(model)
+    assert "r=5 hadamard (calibrated) by" in repr(model)
+
+
 def test_a_printed_model_says_what_is_merged():
     model = made(density=0.2)
     model.merge_adapter()
