@@ -197,20 +197,23 @@ def by_forgetting(rows: list[dict]):
     return figure
 
 
+# Whose dW `by_inputs` looks at: not calibrated, by size alone, and as `calibrate` does.
+SCALED_INPUTS = ("hadamard", "hadamard scaled:p=0", "hadamard scaled")
+USUAL = {"model": "fp32", "task": "spelling", "targets": "four", "steps": 40, "r": 32}
+
+
 def by_inputs(inputs: dict, rows: list[dict]):
     """The mean's share of the inputs' energy, and of dW's response: before and after."""
     targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
-    usual = {"model": "fp32", "task": "spelling", "targets": "four", "steps": 40, "r": 32}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     looks = [("0.6", "as they are"), ("tab:orange", "divided by their size alone")]
     looks.append(("tab:red", "and weighed by what varies"))
     shares = [
         [inputs["manual"][k][name] for k in targets] for name in ("mean", "scaled", "calibrated")
     ]
-    methods = ("hadamard", "hadamard scaled:p=0", "hadamard scaled")
     responses = []
-    for method in methods:
-        mine = [r["common"] for r in rows if usual.items() <= r.items() and r["method"] == method]
+    for method in SCALED_INPUTS:
+        mine = [r["common"] for r in rows if USUAL.items() <= r.items() and r["method"] == method]
         responses.append([sum(c[layer] for c in mine) / len(mine) for layer in targets])
     titles = (
         "the mean's share of the inputs' energy",
@@ -249,8 +252,17 @@ def main(arguments: list[str] | None = None) -> None:
     if path.exists():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         by_forgetting(rows).savefig(args.out / "forgetting.png", dpi=110)
-        inputs = json.loads(path.with_name(f"inputs-{args.name}.json").read_text())
-        by_inputs(inputs, rows).savefig(args.out / "inputs.png", dpi=110)
+        shares = path.with_name(f"inputs-{args.name}.json")
+        seen = {row["method"] for row in rows if USUAL.items() <= row.items()}
+        if shares.exists() and seen.issuperset(SCALED_INPUTS):
+            by_inputs(json.loads(shares.read_text()), rows).savefig(
+                args.out / "inputs.png", dpi=110
+            )
+        else:
+            print(
+                f"no {shares.name}, or no rows of {', '.join(SCALED_INPUTS)} on q, v, o and "
+                "down_proj: inputs.png stays as it is"
+            )
 
 
 if __name__ == "__main__":

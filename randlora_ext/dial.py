@@ -89,7 +89,7 @@ def dial_curve(
     loss_on_task, loss_on_text = _measure("task", task, first), _measure("text", text, first)
     points = []
     for factor in factors:
-        with _as_measured(model, set(layers.values()), adapter_name, factor):
+        with _with_factor(model, set(layers.values()), adapter_name, factor):
             losses = float(loss_on_task(model)), float(loss_on_text(model))
             points.append(DialPoint(float(factor), *losses))
     distributed = dist.is_available() and dist.is_initialized()
@@ -185,7 +185,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:
 
 
 @contextmanager
-def _as_measured(
+def _with_factor(
     model: nn.Module, layers: set[AdaptedLayer], adapter_name: str, factor: float
 ) -> Iterator[None]:
     """In eval mode, with a factor in `scaling`, which comes back bit for bit."""

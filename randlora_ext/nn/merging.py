@@ -235,8 +235,10 @@ class KeepsWeight(nn.Module):
             raise RuntimeError(
                 f"{self._in_words()}: base_layer.weight has no numbers (meta device)"
             )
-        if not weight.is_floating_point():
-            raise TypeError(f"base_layer.weight must be floating point, got {weight.dtype}")
+        if not weight.is_floating_point() or weight.itemsize < 2:  # torch adds nothing to float8
+            raise TypeError(
+                f"base_layer.weight must be floating point of 16 bits or more, got {weight.dtype}"
+            )
         if weight.numel() != math.prod((*self.experts, self.in_features, self.out_features)):
             raise RuntimeError(
                 f"base_layer.weight is {tuple(weight.shape)} here and lies elsewhere (DeepSpeed "

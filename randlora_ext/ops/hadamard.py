@@ -186,7 +186,7 @@ def _transform(v: Tensor) -> Tensor:
     return (left @ v.unflatten(1, (rows, columns)) @ right).flatten(1)
 
 
-def _each(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:
+def _by_expert(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:
     """Every expert's part of these tensors; None and vectors are for all."""
     check_dimensions("lam", lam, "experts, r, n")
     parts: list = []
@@ -202,7 +202,7 @@ def _each(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:
 
 def _plain_weight(weight, lam, gam, a_signs, row_signs, col_signs, expand, scale):
     if lam.dim() == 3:
-        parts = _each(lam, weight, lam, gam, a_signs, row_signs)
+        parts = _by_expert(lam, weight, lam, gam, a_signs, row_signs)
         return torch.stack([_plain_weight(*part, col_signs, expand, scale) for part in parts])
     d, D = _check_basis(lam, gam, a_signs, row_signs, col_signs)
     if weight is not None:
@@ -220,7 +220,7 @@ def _plain_weight(weight, lam, gam, a_signs, row_signs, col_signs, expand, scale
 
 def _plain_weight_backward(grad, lam, gam, a_signs, row_signs, col_signs, expand, scale):
     if lam.dim() == 3:
-        parts = _each(lam, grad, lam, gam, a_signs, row_signs)
+        parts = _by_expert(lam, grad, lam, gam, a_signs, row_signs)
         results = [_plain_weight_backward(*part, col_signs, expand, scale) for part in parts]
         dlams, dgams = zip(*results, strict=True)
         return torch.stack(dlams), torch.stack(dgams)

@@ -34,7 +34,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
     _bases_from: tuple | None  # the device and the contents from which `bases` are made
-    disabled = Linear.disable_adapters
+    disabled = Linear.disable_adapters  # PEFT's property, by our layers' name
     # Of these PEFT deletes an adapter's entries with it.
     other_param_names = (*Linear.other_param_names, "bases", "randlora_input_scale", RECORD)
     # Of all layers; `enable` sets them, and says what they do.

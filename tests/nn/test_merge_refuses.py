@@ -109,6 +109,16 @@ def test_models_are_checked_before_a_layer_is_merged(with_peft):
     assert torch.equal(model(x), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_weight_that_no_sum_can_be_written_into(dtype):
+    base = make_base(24, 24)
+    base.weight = nn.Parameter(base.weight.detach().to(dtype), requires_grad=False)
+    layer = RandLoraLinear(base, 4)
+    with pytest.raises(TypeError, match=f"floating point of 16 bits or more, got {dtype}"):
+        layer.merge()
+    assert not layer.merged
+
+
 @pytest.mark.parametrize("with_peft", [False, True])
 @pytest.mark.parametrize("at, size", [((8, 0), (24, 24)), ((23, 23), (8, 9)), ((0, 12), (12, 24))])
 def test_views_that_overlap_share_a_weight(with_peft, at, size):
