@@ -42,7 +42,8 @@ def prepare(checkout: Path, work: Path, args: argparse.Namespace) -> None:
         projection_prng_key=0,
         target_modules=args.targets.split(","),
     ).save_pretrained(experiment)
-    optimizer = {"lr": args.lr, "weight_decay": 0.1}  # as in PEFT's defaults
+    # PEFT's default weight decay, 0.1, would pull gamma, and so dW, to zero.
+    optimizer = {"lr": args.lr, "weight_decay": 0.0}
     training = {"optimizer_kwargs": optimizer, "compile": args.compile}
     if args.model:
         training["model_id"] = str(Path(args.model).resolve())

@@ -120,7 +120,7 @@ METHODS = {
     ("shira", "mlp"): ("tab:green", "s", "-", "SHiRA"),
     ("shira", "all"): ("tab:green", "s", ":", "SHiRA, all linear layers"),
     ("lora", "mlp"): ("k", "^", "-", "LoRA"),
-    ("oft", "four"): ("tab:purple", "D", "--", "OFT, q, v, o and down_proj"),
+    ("oft", "mlp"): ("tab:purple", "D", "-", "OFT"),
 }
 MODEL_NAMES = {"fp32": "SmolLM2-135M", "gemma": "Gemma 3 270M"}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import approximate
 import budget
 import checkpoint
+import forgetting
 import hadamard_floors
 import layer
 import merge
@@ -69,6 +70,20 @@ def test_plots_are_drawn_from_the_results_and_shown(tmp_path):
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     text = "".join(page.read_text() for page in pages)
     assert all(f"figures/{name}" in text for name in drawn)
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")
+def test_forgetting_is_drawn_and_told_from_the_results(tmp_path, monkeypatch, capsys):
+    plots.main(["zen5", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.glob("*.png")} == {"forgetting.png", "inputs.png"}
+    monkeypatch.setattr("sys.argv", ["forgetting.py", "zen5"])
+    forgetting.main()
+    page = (ROOT / "docs" / "density.md").read_text()
+    told = [line for line in capsys.readouterr().out.splitlines() if "MLP alone |" in line]
+    assert len(told) > 3
+    for line in told[:1]:  # what the page says is what the rows say
+        numbers = re.findall(r"\d\.\d{3} \(\d\)", line)
+        assert len(numbers) == 8 and all(number in page for number in numbers)
 
 
 def test_programs_that_only_print(monkeypatch, capsys):
