@@ -43,6 +43,7 @@ METHODS = {  # method and layers
     "LoRA, all linear": ("lora", "all"),
     "OFT, MLP alone": ("oft", "mlp"),
     "OFT": ("oft", "four"),
+    "OFT, all linear": ("oft", "all"),
 }
 POWERS = {  # of the share that varies, in the formula of `calibrate`
     "p = 0": "hadamard scaled:p=0",
