@@ -74,24 +74,34 @@ def selected(rows: list[dict], **values) -> list[dict]:
 
 
 def curves(rows: list[dict], text: str = "manual") -> list[list[tuple[float, float]]]:
-    """Loss and forgetting of one method and seed: by factors of dW for each rate, and by rates."""
+    """Loss and forgetting of one method and seed: by factors of dW for each rate, and by rates.
+
+    Older rows have the manual alone at factors, so other texts leave them out.
+    """
+    names = [f"x {factor}" for factor in FACTORS]
+    rows = [row for row in rows if all(text in row[name] for name in names if name in row)]
     by_rate = [(row["held_out_loss"], row["forgetting"][text]) for row in rows]
     found = [by_rate]
     for row, trained in zip(rows, by_rate, strict=True):
-        after = [row[f"x {factor}"] for factor in FACTORS if f"x {factor}" in row]
-        points = [(each["held_out_loss"], each[text]) for each in after if text in each]
-        found.append([trained, *points])
+        after = [row[name] for name in names if name in row]
+        found.append([trained, *((each["held_out_loss"], each[text]) for each in after)])
     return [sorted(points) for points in found]
+
+
+def between(loss: float, points: list[tuple[float, float]]) -> float | None:
+    """What was forgotten at this loss, between the two neighbours around it."""
+    for (low, more), (high, less) in pairwise(points):
+        if low <= loss < high and more > 0 and less > 0:
+            share = (loss - low) / (high - low)
+            return math.exp((1 - share) * math.log(more) + share * math.log(less))
+    return None
 
 
 def at(loss: float, points: list[tuple[float, float]]) -> list[float]:
     """What those that learned at least as much forgot, and what lies between two neighbours."""
     found = [forgot for own, forgot in points if own <= loss]
-    for (low, more), (high, less) in pairwise(points):
-        if low <= loss < high and more > 0 and less > 0:
-            share = (loss - low) / (high - low)
-            found.append(math.exp((1 - share) * math.log(more) + share * math.log(less)))
-    return found
+    inside = between(loss, points)
+    return found if inside is None else [*found, inside]
 
 
 def by_seed(rows: list[dict], loss: float, text: str = "manual") -> dict[int, float | None]:
@@ -213,14 +223,14 @@ def dial_and_rate(rows: list[dict]) -> str:
             for seed in sorted({row["seed"] for row in mine}):
                 of_seed = sorted(selected(mine, seed=seed), key=lambda row: row["lr"])
                 for low, high in pairwise(of_seed):
-                    _, scaled = curves([high])
+                    by_factors = curves([high])[1]
                     loss, forgot = low["held_out_loss"], low["forgetting"]["manual"]
-                    if not scaled[0][0] <= loss <= scaled[-1][0]:
-                        continue
-                    lines.append(
-                        f"| {name}, {layers} | {seed} | {low['lr']:g} | {loss:.3f} | {forgot:.3f} "
-                        f"| {high['lr']:g}: {min(at(loss, scaled[:])[-1:]):.3f} |"
-                    )
+                    scaled = between(loss, by_factors)
+                    if scaled is not None:
+                        lines.append(
+                            f"| {name}, {layers} | {seed} | {low['lr']:g} | {loss:.3f} "
+                            f"| {forgot:.3f} | {high['lr']:g}: {scaled:.3f} |"
+                        )
     return "\n".join(lines) + "\n"
 
 

@@ -248,9 +248,8 @@ def _mean_loss(model: nn.Module, batches: Sequence[Any], counts: Sequence[int]) 
     total = 0.0
     for batch, labels in zip(batches, counts, strict=True):
         given = batch if isinstance(batch, Mapping) else {"input_ids": batch, "labels": batch}
-        loss = float(
-            model(**moved_to(model, given)).loss
-        )  # all ranks of a sharded model must call it
+        outputs = model(**moved_to(model, given))  # all ranks of a sharded model must call it
+        loss = float(outputs.loss)
         if labels:  # without any, the loss is NaN
             total += loss * labels
     return total / sum(counts)

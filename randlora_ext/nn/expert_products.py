@@ -53,7 +53,8 @@ class ExpertProducts(TorchFunctionMode):
         report: Callable[[AdaptedParameter, Tensor, Tensor, int], None],
     ) -> None:
         super().__init__()
-        self.layers, self.report = layers, report
+        self.layers = layers
+        self.report = report
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -80,7 +81,9 @@ class ExpertProducts(TorchFunctionMode):
         """The product y of x (..., in) and a matrix (in, out), or a stack of these; `ends` says
         where the rows of each expert end, if x has them one after the other."""
         if x.dim() < 2:
-            x, y = x.unsqueeze(-2), y.unsqueeze(-2)  # matmul takes vectors, too
+            # matmul takes vectors, too.
+            x = x.unsqueeze(-2)
+            y = y.unsqueeze(-2)
         if matrix.dim() != 3:
             self._report_one(layer, x, matrix, y)
             return
