@@ -8,7 +8,14 @@ from expert_models import EXPERTS, MODELS, batch, logits, make, train, with_scal
 from layer_helpers import layers, randomize
 from torch import nn
 
-from randlora_ext import apply_randlora, load_adapter, merge_and_unload, save_adapter, unload
+from randlora_ext import (
+    apply_randlora,
+    calibrate,
+    load_adapter,
+    merge_and_unload,
+    save_adapter,
+    unload,
+)
 from randlora_ext.nn.apply import adapted_layers
 
 
@@ -280,3 +287,21 @@ def test_offloaded_experts_are_refused():
     pytest.importorskip("accelerate").cpu_offload(model, execution_device="cpu")
     with pytest.raises(RuntimeError, match="not whole here .* offloading"):
         model(**batch())
+
+
+class OneToken(nn.Module):
+    """Experts that multiply one token, a vector, with their whole stack."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 4))
+
+    def forward(self, x):
+        return torch.matmul(x, self.weight.mT)
+
+
+def test_experts_that_take_a_vector_are_calibrated():
+    model = nn.Sequential(OneToken())
+    apply_randlora(model, target_parameters=["0.weight"], r=2, basis="hadamard")
+    calibrate(model, [token for token in torch.randn(40, 4)])
+    assert model[0].is_calibrated("default")
