@@ -16,12 +16,13 @@ from distributed_ranks import (
     RecordedCollectives,
     adam,
     bytes_of,
+    full_tensor,
     same_parameters,
     trained,
     worlds,
 )
 from distributed_training import base, batch, share, train
-from peft_helpers import adapted, are_calibrated, layers, randomize, scales
+from peft_helpers import adapted, are_calibrated, layers, randomize, relative, scales
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -247,18 +248,20 @@ def check_experts(place: Place):
             assert scale.shape[0] == 4
             torch.testing.assert_close(scale, want)
     for each, rows in ((reference, both), (model, own), (ddp, own)):
-        optimizer = adam(each)
+        # Adam divides a gradient near zero by its own size, and what was rounded with it.
+        optimizer = torch.optim.SGD(trained(each), lr=1e-2)
         for _ in range(3):
             each(**of(rows)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     for each in (model, ddp.module):
-        same_parameters(each, reference, **LIMITS)
+        for ours, theirs in zip(trained(each), trained(reference), strict=True):
+            assert relative(full_tensor(ours), theirs) < 1e-5
     full = StateDictOptions(full_state_dict=True)
     wanted, before = model(**data).logits, get_model_state_dict(model, options=full)
     before = {name: value.clone() for name, value in before.items()}
     model.merge_adapter()
-    torch.testing.assert_close(model(**data).logits, wanted, **LIMITS)
+    assert relative(model(**data).logits, wanted) < 1e-5
     model.unmerge_adapter()
     after = get_model_state_dict(model, options=full)
     assert place.rank or all(torch.equal(after[name], before[name]) for name in before)
