@@ -1,7 +1,6 @@
-"""What Python costs: processor time of an eager step of tiny layers, and of its parts.
+"""What Python costs: processor time of an eager step of tiny layers.
 
     python benchmarks/host.py                 the table of docs/benchmarks.md
-    python benchmarks/host.py --parts         a call of one layer, from the layer down to torch
     python benchmarks/host.py --compiled      a compiled step of a tiny Llama
 
 A small step on a card waits for Python, and 16 layers of 64 x 64 on 8 tokens and one thread compute
@@ -18,9 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from record import machine, show, write
-from torch import Tensor, nn
+from torch import nn
 
 LAYERS, SIZE, TOKENS, RANK = 16, 64, 8, 8
 
@@ -40,8 +38,8 @@ def adapted(model: nn.Module, method: str, targets: str) -> nn.Module:
     if method == "frozen":
         return model
     if method.startswith("layer"):
-        names = [n for n, m in model.named_modules() if type(m) is nn.Linear]
-        randlora_ext.apply_randlora(model, target_modules=names, r=RANK)
+        for name, layer in [*model.named_children()]:
+            model.set_submodule(name, randlora_ext.RandLoraLinear(layer, r=RANK))
         return model
     common = {"r": RANK, "target_modules": targets}
     randlora = common | {"randlora_alpha": 20 * RANK, "save_projection": False}
@@ -97,62 +95,6 @@ def eager(turns: int) -> list[dict]:
     return [{"step": name, "us a layer": (t - frozen) / LAYERS} for name, t in times.items()]
 
 
-# ---- parts ---------------------------------------------------------------------------------------
-
-
-class Bare(torch.autograd.Function):
-    """The least that a Function with one operator each way costs."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, lam, gam):
-        ctx.save_for_backward(x, weight, lam, gam)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, lam, gam = ctx.saved_tensors
-        return dy @ weight, None, None, lam, gam
-
-
-def parts(turns: int) -> list[dict]:
-    from randlora_ext.ops import functional, hadamard
-
-    model = adapted(stack(), "hadamard", r"\d+")
-    layer = model.base_model.model[0]
-    base, lam, gam = layer.base_layer, layer.randlora_lambda.default, layer.randlora_gamma.default
-    x = torch.randn(TOKENS, SIZE, requires_grad=True)
-    dy = torch.ones(TOKENS, SIZE)
-    basis, scaling = layer.basis_of("default", x.device), layer.scaling["default"]
-    given = (x, base.weight, base.bias)
-    arguments = (*given, lam, gam, *hadamard.basis_arguments(basis, x.device, scaling).values())
-    op = torch.ops.randlora.hadamard_linear.default
-    back = torch.ops.randlora.hadamard_linear_backward.default
-    of_back = (dy, x, base.weight, lam, gam, *arguments[5:], True, True)
-
-    def trained(forward: Callable[[], Tensor]) -> Callable:
-        return lambda: forward().backward(dy)
-
-    forwards: dict[str, Callable] = {
-        "layer": lambda: layer(x),
-        "functional.linear": lambda: functional.linear(*given, basis, lam, gam, scaling),
-        "its Function": lambda: hadamard.linear(*arguments),
-        "a bare Function": lambda: Bare.apply(*given, lam, gam),
-        "F.linear": lambda: F.linear(*given),
-    }
-
-    def below_autograd(op, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
-    steps = forwards | {f"{k}, with backward": trained(f) for k, f in forwards.items()}
-    steps |= {
-        "operator": lambda: below_autograd(op, *arguments),
-        "backward operator": lambda: below_autograd(back, *of_back),
-    }
-    times = microseconds(steps, turns, 200)
-    return [{"part": name, "us": t} for name, t in times.items()]
-
-
 # ---- compiled ------------------------------------------------------------------------------------
 
 
@@ -192,14 +134,13 @@ def compiled(turns: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", action="store_true", help="of one call of one layer")
     parser.add_argument("--compiled", action="store_true", help="a tiny Llama under torch.compile")
     parser.add_argument("--turns", type=int, default=41)
     parser.add_argument("--out", type=Path, help="write FILE.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    measure = parts if args.parts else compiled if args.compiled else eager
+    measure = compiled if args.compiled else eager
     print(machine()["cpu"])
     rows = measure(args.turns)
     for i, row in enumerate(rows):

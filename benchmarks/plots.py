@@ -1,13 +1,8 @@
-"""Draws the figures of README.md and docs/benchmarks.md from the results of layer.py.
+"""Draws the figures of README.md and docs/ from benchmarks/results.
 
-    python benchmarks/plots.py epyc-zen4     from benchmarks/results/{layer,density}-epyc-zen4.json
+    python benchmarks/plots.py        all of `FIGURES`, into docs/figures
 
-    bench-tokens.png     layer-NAME.json      layer.py with several numbers of tokens
-    bench-density.png    density-NAME.json    layer.py with many densities, at one size
-    forgetting.png       forgetting-NAME.jsonl   finetune.py, a task a panel, a curve a method
-    inputs.png           inputs-NAME.json        finetune.py --inputs, and runs of the former
-
-Only float32 rows are drawn, so that no line mixes types.
+Of layers only float32 rows are drawn, so that no line mixes types.
 """
 
 import argparse
@@ -232,37 +227,30 @@ def by_inputs(inputs: dict, rows: list[dict]):
     return figure
 
 
+FIGURES = {  # how each is drawn, and of which results
+    "bench-tokens.png": (by_tokens, "layer-xeon-167.json"),
+    "bench-density.png": (by_density, "density-epyc-zen4.json"),
+    "forgetting.png": (by_forgetting, "forgetting-zen5.jsonl"),
+    "inputs.png": (by_inputs, "inputs-zen5.json", "forgetting-zen5.jsonl"),
+}
+
+
+def results(file: str):
+    """A file of results: of JSON as it is, of JSON lines a list."""
+    text = (ROOT / "results" / file).read_text()
+    if file.endswith(".jsonl"):
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help="the machine's name in the names of the results")
     parser.add_argument("--out", type=Path, default=ROOT.parent / "docs" / "figures")
     args = parser.parse_args(arguments)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, measured, draw in (
-        ("tokens", "layer", by_tokens),
-        ("density", "density", by_density),
-    ):
-        path = ROOT / "results" / f"{measured}-{args.name}.json"
-        if not path.exists():
-            print(f"no {path.name}: bench-{name}.png stays as it is")
-            continue
-        draw(json.loads(path.read_text())).savefig(args.out / f"bench-{name}.png", dpi=110)
-    path = ROOT / "results" / f"forgetting-{args.name}.jsonl"
-    if path.exists():
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        by_forgetting(rows).savefig(args.out / "forgetting.png", dpi=110)
-        shares = path.with_name(f"inputs-{args.name}.json")
-        seen = {row["method"] for row in rows if USUAL.items() <= row.items()}
-        if shares.exists() and seen.issuperset(SCALED_INPUTS):
-            by_inputs(json.loads(shares.read_text()), rows).savefig(
-                args.out / "inputs.png", dpi=110
-            )
-        else:
-            print(
-                f"no {shares.name}, or no rows of {', '.join(SCALED_INPUTS)} on q, v, o and "
-                "down_proj: inputs.png stays as it is"
-            )
+    for name, (draw, *files) in FIGURES.items():
+        draw(*map(results, files)).savefig(args.out / name, dpi=110)
 
 
 if __name__ == "__main__":

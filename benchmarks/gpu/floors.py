@@ -124,22 +124,18 @@ def scaled_basis(b: Basis, element: int = 2) -> Floor:
     return Floor(moved, fma=b.K * b.d)
 
 
-def independent(
-    b: Basis, tokens: int, element: int = 2, matrix_unit: bool = True
-) -> tuple[Floor, Floor]:
+def independent(b: Basis, tokens: int, element: int = 2) -> tuple[Floor, Floor]:
     """Forward and backward of the adapter: x read, y written, a product with either side.
 
     Backward: x and dy read, dx and the diagonals' gradients written; two products with A, and with
-    B one if d == in, otherwise two. A product with B: a GEMM on decoded planes (without a matrix
-    unit a tabled sum for four elements), additions from lists.
+    B one if d == in, otherwise two. A product with B: a GEMM on decoded planes, additions from
+    lists.
     """
     a_side = Floor(0, matrix=2 * b.density * b.K * b.d * tokens)
     if b.format == "lists":
         b_side = Floor(list_bytes(b), fma=b.density * b.D * b.K * tokens)
-    elif matrix_unit:
-        b_side = Floor(planes_bytes(b), matrix=2 * (b.D * b.K) * tokens)
     else:
-        b_side = Floor(planes_bytes(b), fma=b.D * b.K * tokens / 4)
+        b_side = Floor(planes_bytes(b), matrix=2 * (b.D * b.K) * tokens)
     x, y = (element * tokens * size for size in (b.in_features, b.out_features))
     gradients = Floor(4 * (b.r * b.n + b.n * b.d))
     forward = Floor(x + y + small_bytes(b)) + a_side + b_side

@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterator
 
 import torch
-from each_operator import Op, of_layers, that_make_bases
 from methods import basis_of
 
 from . import rows
 from .card import Card
+from .each_operator import Op, of_layers, that_make_bases
 from .floors import Ceilings
 from .layers import BASES, RANK
 

@@ -1,4 +1,4 @@
-"""Every operator as a call with its floor, for micro.py (a CPU) and gpu/kernels.py (a card)."""
+"""Every operator as a call with its floor, for kernels.py."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from gpu import floors
-from gpu.floors import Floor
 
 from randlora_ext import _C, Basis
 from randlora_ext.ops import hadamard, independent
+
+from . import floors
+from .floors import Floor
 
 ops = torch.ops.randlora
 
@@ -59,7 +60,7 @@ def of_layers(
     with_weight: bool = False,
 ) -> Iterator[Op]:
     """What layers call, without the base layer's GEMM, which is torch's, unless `with_weight`."""
-    size, element, cpu = (b.out_features, b.in_features), dtype.itemsize, device.type == "cpu"
+    size, element = (b.out_features, b.in_features), dtype.itemsize
     wide = torch.promote_types(dtype, torch.float32)
 
     def normal(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
@@ -85,12 +86,8 @@ def of_layers(
         x, dy = normal(count, b.in_features), normal(count, b.out_features)
         if b.kind == "hadamard":
             one, two = floors.hadamard(b, count, element=element)
-            if cpu:  # z and w stay in the caches
-                moved, small = element * (x.numel() + dy.numel()), 4 * (lam.numel() + gam.numel())
-                two = replace(two, bytes=moved + element * x.numel() + 2 * small)
-                one = replace(one, bytes=moved + small)
         else:
-            one, two = floors.independent(b, count, element, matrix_unit=not cpu)
+            one, two = floors.independent(b, count, element)
         base = W if with_weight else None
         yield Op(forward, count, partial(getattr(ops, forward), x, base, None, *bases), one)
         call = partial(getattr(ops, backward), dy, x, base, *bases, True, True)
