@@ -1,0 +1,217 @@
+"""`own_text`: what a language model writes by itself, from which can be told what it knows."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .checks import check_model
+from .ranks import is_dtensor
+
+NO_LABEL = -100  # which torch's cross entropy leaves out
+
+
+def own_text(
+    model: nn.Module,
+    rows: int = 8,
+    tokens: int = 128,
+    prompts: Sequence[Sequence[int] | Tensor] | None = None,
+    seed: int = 0,
+) -> list[dict[str, Tensor]]:
+    """Text that the base model writes by sampling from its full distribution.
+
+    Each row begins with the model's first token, "bos" (or "eos" if it has none), or with a prompt,
+    and goes on until the model ends it, for `tokens` tokens at most. Nothing but sampling at a
+    temperature of 1 decides the tokens: the model's own ``generation_config`` (temperature, top_k,
+    penalties) does not act, but for the tokens that end a text. Equivalent to, of each row::
+
+        while len(written) < tokens and row[-1] not in eos:
+            row.append(torch.multinomial(model(row).logits[-1].softmax(-1), 1, generator=own))
+
+    Args:
+        model: with transformers' ``generate``. A PeftModel writes with its adapters disabled. Other
+            models write as they are. It runs in eval mode; afterwards each module is in its old
+            mode.
+        rows: how many, if there are no prompts.
+        tokens: how many the model writes at most in a row.
+        prompts: rows of token ids, each answered once, as of a chat model
+            ``tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]``.
+        seed: of the generator that samples; torch's own generators stay as they are. If
+            torch.distributed is initialized, every rank adds its rank and writes other rows; all
+            must call with equally many rows if FSDP2 or DeepSpeed's ZeRO-3 has sharded the model.
+
+    Returns:
+        A batch a row, so that none is padded: ``input_ids``, ``attention_mask`` and ``labels``, all
+        int64 (1, tokens of the row), on the model's device. The labels of the first token or the
+        prompt are -100.
+
+    Raises TypeError if model is no module or cannot ``generate``, or a prompt holds something else
+    than integers; ValueError if rows or tokens is not positive, a prompt is empty or there are
+    none, or the configuration names neither a first nor a last token.
+    """
+    check_model(model)
+    if not writes(model):
+        raise TypeError(
+            "own text needs a decoder with transformers' generate, which continues what it reads, "
+            f"got {type(model).__name__}"
+        )
+    if tokens < 1 or rows < 1:
+        raise ValueError(f"rows and tokens must be positive, got {rows} and {tokens}")
+    given = [[_first_token(model)]] * rows if prompts is None else _checked(prompts)
+    written = _answers(model, given, tokens, seed)
+    device = _device(model)
+    return [_batch(of, new, device) for of, new in zip(given, written, strict=True)]
+
+
+def writes(model: Any) -> bool:
+    """Whether `own_text` takes the model."""
+    can = callable(getattr(model, "generate", None)) and hasattr(model, "generation_config")
+    return can and not model.config.is_encoder_decoder
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Inside it a PeftModel is its base model; another model stays as it is.
+
+    PEFT's own context makes every parameter of an active adapter trainable, at its end, even one
+    that was frozen; this one gives them back as they were.
+    """
+    if not hasattr(model, "disable_adapter"):
+        yield
+        return
+    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, did in trains.items():
+            parameter.requires_grad_(did)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _first_token(model: nn.Module) -> int:
+    names = "bos_token_id", "eos_token_id"
+    for name in names:
+        token = getattr(model.generation_config, name, None)
+        token = getattr(model.config, name, None) if token is None else token
+        if token is not None:
+            return int(token[0] if isinstance(token, Sequence) else token)
+    raise ValueError(
+        f"{type(model).__name__} can begin no text of its own, as its configuration has neither "
+        f"{' nor '.join(names)}; give prompts"
+    )
+
+
+def _checked(prompts: Any) -> list[list[int]]:
+    """The prompts as lists of token ids."""
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be rows of token ids, got {prompts!r}")
+    rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
+    if not rows or not all(rows):
+        raise ValueError(f"prompts must be rows of at least one token, got {prompts!r}")
+    for row in rows:
+        if not isinstance(row, Sequence) or not all(isinstance(token, int) for token in row):
+            raise TypeError(f"prompts must be rows of token ids, got one with {row!r}")
+    return [list(row) for row in rows]
+
+
+def _answers(model: Any, given: list[list[int]], tokens: int, seed: int) -> list[list[int]]:
+    """What the model writes behind each row, its last token included."""
+    width = max(map(len, given))
+    device = _device(model)
+    padding = [width - len(row) for row in given]
+    ends = _ends(model)
+    pad = ends[0] if ends else 0  # it is masked, so any serves
+    ids = [[pad] * n + row for n, row in zip(padding, given, strict=True)]
+    mask = [[0] * n + [1] * len(row) for n, row in zip(padding, given, strict=True)]
+    generator = torch.Generator(device).manual_seed(seed + _rank())
+
+    def sample(_: Tensor, scores: Tensor) -> Tensor:
+        """By Gumbel's noise: the largest is one drawn from softmax(scores)."""
+        noise = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=generator)
+        return scores.float() - noise.log()
+
+    with adapters_disabled(model), in_eval_mode(model), _generating_plainly(model):
+        rows = model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=ends or None,
+            pad_token_id=pad,
+            use_cache=True,
+            logits_processor=[sample],
+            synced_gpus=_is_sharded(model),
+        )
+    return [_up_to_the_end(row[width:], ends) for row in rows.tolist()]
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Of the first parameter; those that accelerate has offloaded are on the meta device."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((each for each in devices if each.type != "meta"), torch.device("cpu"))
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _ends(model: Any) -> list[int]:
+    """The tokens that end a text."""
+    ends = model.generation_config.eos_token_id
+    ends = getattr(model.config, "eos_token_id", None) if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _up_to_the_end(row: list[int], ends: list[int]) -> list[int]:
+    length = next((i for i, token in enumerate(row, 1) if token in ends), len(row))
+    return row[:length]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether ranks must compute together, so that all go on until the longest row has ended."""
+    return any(is_dtensor(p) or hasattr(p, "ds_id") for p in model.parameters())
+
+
+@contextmanager
+def _generating_plainly(model: Any) -> Iterator[None]:
+    """`model.generate` follows its arguments alone, and gathers what FSDP2 gathers in forward."""
+    writer = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = writer.generation_config
+    writer.generation_config = type(own)()
+    registers = dist.is_available() and _registered_with_fsdp(model)
+    try:
+        yield
+    finally:
+        writer.generation_config = own
+        if registers:
+            del model.generate
+
+
+def _registered_with_fsdp(model: nn.Module) -> bool:
+    if not any(map(is_dtensor, model.parameters())):
+        return False
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method  # slow to import
+
+    register_fsdp_forward_method(model, "generate")  # does nothing to other modules
+    return isinstance(model, FSDPModule)
+
+
+def _batch(given: list[int], written: list[int], device: torch.device) -> dict[str, Tensor]:
+    ids = torch.tensor([given + written], device=device)
+    labels = ids.clone()
+    labels[:, : len(given)] = NO_LABEL
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
