@@ -22,11 +22,8 @@ from ._C import isa as _isa
 from .basis import Basis
 from .calibration import calibrate
 from .devices import CUDA_STATUS as _CUDA_STATUS
-from .dial import dial_curve, set_dial
-from .nn.apply import apply_randlora, merge_and_unload, unload
-from .nn.experts import RandLoraParameter
+from .dial import set_dial
 from .nn.linear import RandLoraLinear
-from .nn.save_and_load import load_adapter, save_adapter
 from .ops.functional import delta_weight, linear, merged_weight, scaled_basis
 
 if TYPE_CHECKING:
@@ -50,20 +47,13 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "RandLoraLinear",
-    "RandLoraParameter",
     "Basis",
     "__version__",
-    "apply_randlora",
     "build_info",
     "calibrate",
     "delta_weight",
-    "dial_curve",
     "linear",
-    "load_adapter",
-    "merge_and_unload",
     "merged_weight",
-    "save_adapter",
     "scaled_basis",
     "set_dial",
-    "unload",
 ]

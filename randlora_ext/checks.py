@@ -100,18 +100,6 @@ def check_r(r: int) -> None:
     check_integer("r", r, 1, 2**16)
 
 
-def check_adapter_name(name: str) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"adapter_name must be a string, got {name!r}")
-    # nn.ModuleDict and nn.ParameterDict keep their entries as attributes.
-    taken = hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
-    if not name or "." in name or taken:
-        raise ValueError(
-            f"adapter_name must be non-empty, without '.', and no attribute of nn.ModuleDict or "
-            f"nn.ParameterDict, got {name!r}"
-        )
-
-
 def check_alpha(name: str, alpha: float) -> None:
     # An int may be larger than any float.
     check_number(name, alpha, "a finite number", lambda v: abs(v) <= sys.float_info.max)
@@ -119,17 +107,6 @@ def check_alpha(name: str, alpha: float) -> None:
 
 def check_dropout(dropout: float) -> None:
     check_number("randlora_dropout", dropout, "a number in [0, 1)", lambda v: 0 <= v < 1)
-
-
-def check_parameter_options(
-    parameters: Any, basis: str | None, density: float | None, randlora_dropout: float
-) -> None:
-    """Raises ValueError for what adapters of parameters cannot have."""
-    if basis not in (None, "hadamard") or density is not None or randlora_dropout:
-        raise ValueError(
-            f'target_parameters {parameters!r} need basis="hadamard" and randlora_dropout=0, got '
-            f"basis={basis!r}, density={density}, randlora_dropout={randlora_dropout}"
-        )
 
 
 # ---- for operators in plain torch, what csrc/torch/check.cpp checks for the kernels --------------

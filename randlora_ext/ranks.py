@@ -1,13 +1,10 @@
-"""Models spread over ranks: FSDP2's DTensor parameters, what ZeRO-3 has taken apart, and ranks that
-fail together."""
+"""Models spread over ranks: FSDP2's DTensor parameters, and what ZeRO-3 has taken apart."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
 
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 if TYPE_CHECKING:  # slow to import
     from torch.distributed.tensor import DTensor
@@ -49,19 +46,3 @@ def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(apart):
         yield
-
-
-@contextmanager
-def failing_together(mesh: DeviceMesh | None) -> Iterator[None]:
-    """If the block raises OSError on the mesh's first rank, all raise it; None is one process."""
-    raised = None
-    try:
-        yield
-    except OSError as error:
-        raised = error
-    message = [None if raised is None else str(raised)]
-    if mesh is not None:
-        for dim in range(mesh.ndim):
-            dist.broadcast_object_list(message, group=mesh.get_group(dim), group_src=0)
-    if message[0] is not None:
-        raise raised or OSError(f"on the first rank: {message[0]}")

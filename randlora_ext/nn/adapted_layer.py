@@ -11,9 +11,10 @@ from ..checks import check_model, check_one_of
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import do_nothing, plain_operands, refuse_cut
+from .input_scale import input_scale_misfits
 from .merging import KeepsWeight
-from .paths import in_base_model
-from .state_dict import input_scale_misfits, refuse_misfit
+from .state_dict import refuse_misfits
+from .uncalibrated import warn_if_uncalibrated
 
 
 class AdaptedLayer(KeepsWeight):
@@ -32,7 +33,9 @@ class AdaptedLayer(KeepsWeight):
     randlora_dropout: nn.ModuleDict
     # Those whose outputs are added, unless the layer is disabled.
     active_adapters: Sequence[str]
-    disabled: bool
+    disabled = False
+    # Whether forward is still to look if an adapter is trained without calibration.
+    watches_calibration = False
 
     def _force_module_call(self) -> None:
         """Makes nn.TransformerEncoderLayer call this layer in eval mode. Its fused kernel would
@@ -63,8 +66,7 @@ class AdaptedLayer(KeepsWeight):
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer, or the module that has the parameter. Source: PEFT's method."""
-        base = self.base_layer
-        return base.get_base_layer() if isinstance(base, AdaptedLayer) else base
+        return self.base_layer
 
     def _base_weight(self) -> Tensor:
         """Has the dtype, device and layout in which the base layer computes."""
@@ -79,10 +81,9 @@ class AdaptedLayer(KeepsWeight):
 
     def _reset_input_scale(self, adapter: str, on_hadamard: bool) -> None:
         """Ones for an adapter on Hadamard bases, nothing for one on others."""
-        device = self.randlora_lambda[adapter].device
         if on_hadamard:
-            ones = torch.ones(*self.experts, self.in_features, device=device)
-            self.randlora_input_scale[adapter] = ones
+            device = self.randlora_lambda[adapter].device
+            self.randlora_input_scale.reset(adapter, (*self.experts, self.in_features), device)
         elif adapter in self.randlora_input_scale:
             del self.randlora_input_scale[adapter]
 
@@ -136,11 +137,14 @@ class AdaptedLayer(KeepsWeight):
         return not input_scale.is_meta and bool((input_scale != 1).any())
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
-        refuse_misfit(self, state_dict, prefix)
+        path = prefix.removesuffix(".")
+        refuse_misfits({path: self}, state_dict, f"the state dict of {path or 'the layer'}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _output_with_adapters(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and those of these adapters, by one operator if that may be."""
+        if self.watches_calibration:
+            warn_if_uncalibrated(self, names)
         base = self._modules["base_layer"]
         if len(names) == 1 and not args and not kwargs:
             name = names[0]
@@ -230,6 +234,5 @@ def layers_by_path(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def layers_by_name(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The same by the names of what they adapt in the base model: of modules or parameters."""
-    layers = layers_by_path(model)
-    return {layer.name_at(in_base_model(path, layers)): layer for path, layer in layers.items()}
+    """The same by the names of what they adapt: of modules or parameters."""
+    return {layer.name_at(path): layer for path, layer in layers_by_path(model).items()}

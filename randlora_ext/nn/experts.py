@@ -1,4 +1,4 @@
-"""Adapters of a parameter of any module, such as the stacked experts of a mixture model."""
+"""Adapters of a module's parameters, such as the stacked experts of a mixture model."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,26 +12,14 @@ from ..basis import Basis
 from ..checks import at_most_ten
 from ..ops import hadamard
 from ..ranks import is_dtensor, laid_out_like
-from .adapted_layer import AdaptedLayer, layers_by_path
+from .adapted_layer import AdaptedLayer
 from .base_layer import check_is_called, check_no_plan, check_whole
-from .linear import RandLoraLinear
-from .paths import in_base_model
+from .uncalibrated import warn_if_uncalibrated
 
-# Models of transformers that store experts as (in, out), and the classes of these, by model_type.
-# Modules say so themselves by ``is_transposed``, but Llama 4's, and a folder has no modules.
-TRANSPOSED = {
-    "aria_text": "AriaExperts",
-    "gpt_oss": "GptOssExperts",
-    "llama4_text": "Llama4TextExperts",
-    "openai_privacy_filter": "OpenAIPrivacyFilterExperts",
-}
-
-
-class ParameterPlace(NamedTuple):
-    """Where a parameter lies in a model."""
-
-    module: str  # the path of the module that has it
-    name: str  # in that module
+# The classes of transformers' models that store experts as (in, out), but do not say so by
+# ``is_transposed``.
+TRANSPOSED = ("Llama4TextExperts",)
+ADAPTERS = "adapted_parameters"  # of a module, in the names of its adapters' tensors
 
 
 class ParameterSizes(NamedTuple):
@@ -43,47 +31,85 @@ class ParameterSizes(NamedTuple):
     experts: int
 
 
+class AdaptedModule(nn.Module):
+    """A module that computes with W + dW wherever it has an adapted parameter W.
+
+    ``base_layer`` is the module, ``adapted_parameters`` holds an `AdaptedParameter` for each of
+    them by its name in the module. Only lambda and gamma are kept for backward, and W + dW by the
+    module itself. PEFT's LoRA has one ``lora.ParamWrapper`` for each parameter, nested.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapted_parameters = nn.ModuleDict()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        changed: dict[str, Tensor] = {}
+        for name, parameter in self.adapted_parameters.items():
+            adapted = parameter.adapted_weight()
+            if adapted is not None:
+                changed[name] = adapted
+        if not changed:
+            return self.base_layer(*args, **kwargs)
+        return functional_call(self.base_layer, changed, args, kwargs)
+
+    def unload_and_optionally_merge_module(self, merge: bool, *args: Any, **kwargs: Any) -> Any:
+        """The module that PEFT puts in the place of this one, with its adapters merged or not."""
+        if merge:
+            for parameter in self.adapted_parameters.values():
+                parameter.merge(*args, **kwargs)
+        return self.base_layer
+
+    def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
+        inside = f"{prefix}base_layer."
+        merged = [name for name, each in self.adapted_parameters.items() if each.merged]
+        if merged and any(key.startswith(inside) for key in state_dict):
+            raise RuntimeError(
+                f"the state dict of {prefix}base_layer does not fit: adapters are merged into "
+                f"{merged}; call unmerge() first"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class AdaptedParameter(AdaptedLayer):
-    """The module `base_layer`, which computes with W + dW where it has the parameter W.
+    """The adapters of one parameter W of a module, inside the module's `AdaptedModule`.
 
     W is (experts, out, in), (experts, in, out) if the module says ``is_transposed = True``, as
     those of transformers do but Llama 4's, which is known by name, or (out, in), one expert. Every
     expert has a lambda and a gamma: ``randlora_lambda`` (experts, r, n) and ``randlora_gamma``
     (experts, n, d). All share the bases.
-
-    The layers of several parameters of one module are nested; the outermost calls the module. Only
-    lambda and gamma are kept for backward, and W + dW by the module itself. Source: PEFT's
-    ``lora.ParamWrapper``.
     """
 
     # `calibrate` sets it, to see products with W itself and not with W + dW; dW is zero then.
     takes_base_weight = False
 
-    def _set_sizes(self, base_layer: nn.Module, parameter_name: str) -> tuple[int, int]:
-        """Finds what `base_layer` says of the parameter; returns (in_features, out_features)."""
+    def _set_parameter(self, module: nn.Module, parameter_name: str) -> ParameterSizes:
+        """Finds what the module says of its parameter."""
+        # In a tuple, because the module is a part of the `AdaptedModule`.
+        self._module = (module,)
         self.parameter_name = parameter_name
-        base = base_layer.get_base_layer() if isinstance(base_layer, AdaptedLayer) else base_layer
-        sizes = sizes_of(base, parameter_name)
+        sizes = sizes_of(module, parameter_name)
         self.transposed = sizes.transposed
         self.experts = (sizes.experts,)
-        return sizes.in_features, sizes.out_features
+        return sizes
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that has the parameter."""
+        return self._module[0]
 
     def _base_weight(self) -> Tensor:
         return getattr(self.get_base_layer(), self.parameter_name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        changed: dict[str, Tensor] = {}
-        layer: nn.Module = self
-        while isinstance(layer, AdaptedParameter):
-            names = [] if layer.takes_base_weight else layer._adapters_to_add()
-            if names:
-                changed[layer.parameter_name] = layer._adapted_weight(names)
-            if layer.merged_adapters:
-                layer._warn_if_trained()
-            layer = layer.base_layer
-        return functional_call(layer, changed, args, kwargs) if changed else layer(*args, **kwargs)
-
-    def _adapted_weight(self, names: list[str]) -> Tensor:
+    def adapted_weight(self) -> Tensor | None:
+        """W + dW of the active adapters in the dtype of W; None if there are none to add."""
+        if self.merged_adapters:
+            self._warn_if_trained()
+        names = [] if self.takes_base_weight else self._adapters_to_add()
+        if not names:
+            return None
+        if self.watches_calibration:
+            warn_if_uncalibrated(self, names)
         weight = self._base_weight()
         offloaded = weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook")  # accelerate's
         if is_dtensor(weight) or weight.numel() == 0 or offloaded:
@@ -110,40 +136,10 @@ class AdaptedParameter(AdaptedLayer):
         return laid_out_like(delta, self._base_weight())
 
     def name_at(self, path: str) -> str:
-        return f"{path}.{self.parameter_name}"
+        return path.replace(f".{ADAPTERS}.", ".")
 
     def describe(self, adapter: str) -> str:
         return f"{self.parameter_name} of {self.experts[0]} experts, {super().describe(adapter)}"
-
-
-class RandLoraParameter(AdaptedParameter, RandLoraLinear):
-    """`RandLoraLinear` of a parameter of any module: what `apply_randlora` makes of experts.
-
-    Args:
-        base_layer: the module, or a `RandLoraParameter` of another parameter of it.
-        parameter_name: of a parameter as `AdaptedParameter` has it.
-        **options: r, randlora_alpha, seed and adapter_name of `RandLoraLinear`.
-
-    Raises TypeError or ValueError, naming the argument.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        parameter_name: str,
-        adapter_name: str = "default",
-        **options: Any,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = self._set_sizes(base_layer, parameter_name)
-        self.fan_in_fan_out = False  # experts have `transposed`
-        self._make_empty(base_layer, adapter_name)
-        self.update_layer(adapter_name, **options)
-        self._freeze_base()
-        self.train(base_layer.training)
-
-    def _freeze_base(self) -> None:
-        self._base_weight().requires_grad_(False)
 
 
 def stacked_weight(
@@ -183,18 +179,17 @@ def sizes_of(module: nn.Module, name: str) -> ParameterSizes:
         out_features, in_features = shape
         return ParameterSizes(in_features, out_features, transposed=False, experts=1)
     experts, rows, columns = shape
-    if class_name in TRANSPOSED.values() or getattr(module, "is_transposed", False):
+    if class_name in TRANSPOSED or getattr(module, "is_transposed", False):
         return ParameterSizes(rows, columns, transposed=True, experts=experts)
     return ParameterSizes(columns, rows, transposed=False, experts=experts)
 
 
-def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, ParameterPlace]:
-    """By its name in the base model, where each parameter lies that ``target_parameters`` match, as
-    in PEFT: one of them, or ending in ``.`` and one of them. In the model's order, which is that of
-    nesting.
+def sizes_of_matching(model: nn.Module, targets: Sequence[str]) -> dict[str, ParameterSizes]:
+    """By its name in the base model, the sizes of each parameter that ``target_parameters`` match
+    by PEFT's rule: a name equal to one of them, or ending in ``.`` and one of them.
 
     Raises TypeError if they are no names; ValueError if nothing matches, or a parameter that has
-    several names, is cut over ranks, or whose module is never called.
+    several names, is cut over ranks, whose module is never called, or lies inside another's.
     """
     if isinstance(targets, str) or not all(isinstance(name, str) for name in targets):
         raise TypeError(f"target_parameters must be a list of names, got {targets!r}")
@@ -202,11 +197,11 @@ def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, P
         return {}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     ends = tuple(f".{name}" for name in targets)
-    layers = layers_by_path(model)
     found = {}
+    modules: set[str] = set()
     for path, module in model.named_modules():
         for name_in_module, parameter in module.named_parameters(recurse=False):
-            name = f"{in_base_model(path, layers)}.{name_in_module}"
+            name = f"{path}.{name_in_module}".replace(".base_layer", "")  # as PEFT does
             if not f".{name}".endswith(ends):
                 continue
             argument = f"target_parameters: {name!r}"
@@ -216,7 +211,13 @@ def matching_parameters(model: nn.Module, targets: Sequence[str]) -> dict[str, P
                 raise ValueError(
                     f"{argument} is used under several names, and one would be adapted"
                 )
-            found[name] = ParameterPlace(path, name_in_module)
+            above = [other for other in modules if path.startswith(f"{other}.")]
+            if above:
+                raise ValueError(
+                    f"{argument} lies inside {above[0]!r}, of which a parameter is a target, too"
+                )
+            modules.add(path)
+            found[name] = sizes_of(module, name_in_module)
     if not found:
         names = [name for name, p in model.named_parameters() if p.dim() == 3]
         raise ValueError(

@@ -1,46 +1,46 @@
 """One warning, when training begins, of an adapter that could be calibrated and is not."""
 
-import warnings
-import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from .adapted_layer import AdaptedLayer
+from ..checks import warn_user
+
+if TYPE_CHECKING:
+    from .adapted_layer import AdaptedLayer
 
 
-def warn_when_trained(model: nn.Module, adapter: str) -> None:
-    """Has the first backward of a new adapter warn unless it is calibrated by then.
+def watch_calibration(layers: Sequence["AdaptedLayer"], model: nn.Module, adapter: str) -> None:
+    """Has the first of these layers of a language model, where calibration helps, look at a new
+    adapter when it is trained, if the adapter is on Hadamard bases."""
+    calibratable = [layer for layer in layers if adapter in layer.randlora_input_scale]
+    if calibratable and _reads_tokens(model):
+        calibratable[0].watches_calibration = True
 
-    In language models, where calibration helps, and for adapters on Hadamard bases. A hook on the
-    gradient of one lambda does it, and removes itself: compiled code does not contain it, and later
-    steps do not pay for it. Copies and FSDP2 make new parameters, which do not have it.
-    """
-    modules = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
-    layers = [layer for layer in modules if adapter in layer.randlora_input_scale]
-    if not layers or not _reads_tokens(model):
+
+def warn_if_uncalibrated(layer: "AdaptedLayer", names: Sequence[str]) -> None:
+    """Called in forward. In the first one that trains these adapters, it warns if one is new and
+    not calibrated; it does not look again. Compiled code does not look at all."""
+    if torch.compiler.is_compiling() or not layer.training or not torch.is_grad_enabled():
         return
-    first = layers[0].randlora_lambda[adapter]
-    held = weakref.WeakSet(layers)
-
-    def check(gradient: Tensor) -> None:
-        if not any(layer.training for layer in held):
-            return
-        handle.remove()
-        is_new = not bool(first.any())
-        if is_new and not any(layer.is_calibrated(adapter) for layer in held):
-            warnings.warn(
-                f"RandLoRA adapter {adapter!r} is trained without calibration, so the model will "
-                "forget more of what it knows. Before the first step call "
-                "randlora_ext.calibrate(model, batches), or give transformers' Trainer "
-                "callbacks=[randlora_ext.CalibrateCallback()]. To train without it, silence this: "
-                'warnings.filterwarnings("ignore", message="RandLoRA adapter")',
-                stacklevel=2,
-            )
-
-    was = first.requires_grad
-    first.requires_grad_(True)  # an adapter that is not active yet has no gradient
-    handle = first.register_hook(check)
-    first.requires_grad_(was)
+    trained = [name for name in names if layer.randlora_lambda[name].requires_grad]
+    if not trained:
+        return
+    layer.watches_calibration = False
+    for name in trained:
+        if name not in layer.randlora_input_scale or layer.is_calibrated(name):
+            continue
+        if bool(layer.randlora_lambda[name].any()):  # it has trained already
+            continue
+        warn_user(
+            f"RandLoRA adapter {name!r} is trained without calibration, so the model will forget "
+            "more of what it knows. Before the first step call randlora_ext.calibrate(model, "
+            "batches), or give transformers' Trainer callbacks=[randlora_ext.ForgettingBudget()]. "
+            "To train without it, silence this: "
+            'warnings.filterwarnings("ignore", message="RandLoRA adapter")'
+        )
 
 
 def _reads_tokens(model: nn.Module) -> bool:

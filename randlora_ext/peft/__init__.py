@@ -7,7 +7,7 @@
     model = peft.get_peft_model(model, peft.RandLoraConfig(sparse=True, target_modules=...))
 
 After `enable`, every RandLoRA model that PEFT makes or loads computes its layers with
-`torch.ops.randlora`. `accelerate` does the same to a model that exists already.
+`torch.ops.randlora`.
 """
 
 import warnings
@@ -35,18 +35,13 @@ def check_version() -> None:
 
 check_version()
 
-from .activation import accelerate, disable, enable  # noqa: E402
+from .activation import disable, enable  # noqa: E402
 from .config import RandLoraConfig  # noqa: E402
-from .hotswap import hotswap_adapter  # noqa: E402
 from .layer import kernel_summary  # noqa: E402
-from .saving import export_to_peft  # noqa: E402
 
 __all__ = [
     "RandLoraConfig",
-    "accelerate",
     "disable",
     "enable",
-    "export_to_peft",
-    "hotswap_adapter",
     "kernel_summary",
 ]

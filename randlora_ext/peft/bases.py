@@ -17,9 +17,10 @@ from ..basis.cache import ordinary_tensors, share
 from ..basis.dense import DenseMatrices
 from ..basis.description import Shape
 from ..basis.ternary import ImportedMatrices, pack_dense
-from ..nn.saved_adapter import BASIS_NAMES
-from ..nn.state_dict import tensor_misfits
+from ..nn.input_scale import tensor_misfits
 from .config import description_of_config
+
+BASIS_NAMES = ("randlora_A", "randlora_B")
 
 # The state dict that each dictionary of bases wrote last.
 _written: "WeakKeyDictionary[PackedBufferDict, ref]" = WeakKeyDictionary()

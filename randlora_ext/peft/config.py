@@ -8,11 +8,16 @@ from typing import Any
 import peft
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from ..basis import BasisDescription
-from ..checks import check_alpha, check_dropout, check_one_of, check_parameter_options, check_r
-from ..nn.adapter_config import NEEDS_OURS, description_from_fields
+from ..basis.description import SPECIFICATIONS
+from ..checks import check_alpha, check_dropout, check_integer, check_one_of, check_r, check_seed
 
+# The type in files that stock PEFT cannot open: its error quotes a type that it does not know.
+NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
+_SPARSE = "sparse", "very_sparse"
 _FLAGS = (
     "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
 )  # fmt: skip
@@ -36,10 +41,13 @@ class RandLoraConfig(peft.RandLoraConfig):
             "experts.gate_up_proj": (experts, out, in), (experts, in, out) or (out, in). Only with
             basis="hadamard" and without dropout.
 
-    With "hadamard" and "independent", ``projection_prng_key`` becomes a text that describes the
-    bases, for example ``randlora_ext:independent-1:density=0.07:seed=42``. The text is complete: a
-    configuration with this field alone has the same bases. Stock PEFT refuses the file: its
-    ``peft_type`` says what to type, and PEFT's error quotes that.
+    With "hadamard" and "independent", ``projection_prng_key`` is their seed. A file has a text in
+    its place that describes them, such as ``randlora_ext:independent-1:density=0.07:seed=42``. The
+    text is complete: a configuration with this field alone has the same bases. Stock PEFT refuses
+    the file: its ``peft_type`` says what to type, and PEFT's error quotes that.
+
+    Attributes: the fields, and ``basis_description``, what generates the bases; None if PEFT draws
+    them.
 
     Raises:
         TypeError, ValueError: a field is not allowed, or contradicts another.
@@ -55,17 +63,20 @@ class RandLoraConfig(peft.RandLoraConfig):
         _check_types(self)
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
-        generated = description_from_fields(vars(self))
+        generated = _description(self)
+        self.basis_description = generated
         if generated is not None:
             self.save_projection = True  # else PEFT warns that bases may be lost
         super().__post_init__()
         if generated is not None:
             self.basis, self.density = generated.kind, generated.density
-            key: Any = generated.key()
-            self.projection_prng_key, self.save_projection = key, False
-        if self.target_parameters:
-            check_parameter_options(
-                self.target_parameters, self.basis, self.density, self.randlora_dropout
+            self.projection_prng_key = generated.seed
+            self.save_projection = False
+        if self.target_parameters and (self.basis != "hadamard" or self.randlora_dropout):
+            raise ValueError(
+                f"target_parameters {self.target_parameters!r} need basis='hadamard' and "
+                f"randlora_dropout=0, got basis={self.basis!r}, "
+                f"randlora_dropout={self.randlora_dropout}"
             )
         if PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA] is RandLoraConfig:
             return
@@ -84,30 +95,76 @@ class RandLoraConfig(peft.RandLoraConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
-        """As PEFT's; the configuration remembers the folder, which errors then name."""
+        """As PEFT's; the configuration remembers the folder, which errors then name.
+
+        Raises ValueError, naming the file, if the tensors beside it are damaged: PEFT would first
+        make the adapter.
+        """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         folder = os.fspath(pretrained_model_name_or_path)
-        config.read_from = os.path.join(folder, subfolder) if subfolder else folder
+        if subfolder:
+            folder = os.path.join(folder, subfolder)
+        config.read_from = folder
+        tensors = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(tensors):
+            try:
+                with safe_open(tensors, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{tensors} is damaged: {error}") from error
         return config
 
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
         values = super().to_dict()
-        if self.basis == "peft":
+        if self.basis_description is None:
             return {k: v for k, v in values.items() if k not in _OURS}
-        return values | {"peft_type": NEEDS_OURS}
+        key = self.basis_description.key()
+        return values | {"peft_type": NEEDS_OURS, "projection_prng_key": key}
 
 
 def description_of_config(config: peft.RandLoraConfig) -> BasisDescription | None:
-    """What generates the adapter's bases; None if PEFT draws them. `RandLoraConfig` has derived it
-    from its fields, and keeps it as the text of the key."""
-    key: Any = config.projection_prng_key
-    return BasisDescription.parse(key) if isinstance(key, str) else None
+    """What generates the adapter's bases; None if PEFT draws them, and of a configuration of stock
+    PEFT."""
+    return getattr(config, "basis_description", None)
 
 
 def target_parameters(config: peft.RandLoraConfig) -> list[str]:
     """Sorted; stock PEFT's configuration has none."""
     return sorted(getattr(config, "target_parameters", None) or ())
+
+
+def _description(config: RandLoraConfig) -> BasisDescription | None:
+    """What generates the bases by a configuration's fields; None if PEFT draws them. TypeError or
+    ValueError, naming the field, for what is not allowed.
+
+    A text in ``projection_prng_key`` is complete; the other fields may only agree with it.
+    """
+    basis, density = config.basis, config.density
+    seed_or_key: Any = config.projection_prng_key
+    flags = [name for name in _SPARSE if getattr(config, name)]
+    check_one_of("basis", basis, ("peft", *SPECIFICATIONS))
+    if isinstance(seed_or_key, str):
+        try:
+            description = BasisDescription.parse(seed_or_key)
+        except ValueError as error:
+            raise ValueError(f"projection_prng_key: {error}") from error
+        agrees = basis in ("peft", description.kind) and density in (None, description.density)
+        if not agrees or flags:
+            raise ValueError(
+                f"projection_prng_key={seed_or_key!r} contradicts basis={basis!r}, "
+                f"density={density}, flags {flags}; the text says all, give it alone"
+            )
+        return description
+    if basis == "peft" and density is None:
+        # As torch takes it.
+        check_integer("projection_prng_key", seed_or_key, -(2**63), 2**64 - 1, "[-2**63, 2**64)")
+        return None
+    kind = "independent" if basis == "peft" else basis
+    if flags:
+        raise ValueError(f"{flags[0]} is of PEFT's own bases; basis={kind!r} takes a density")
+    check_seed("projection_prng_key", seed_or_key)
+    return BasisDescription(kind, density, seed_or_key)
 
 
 def _check_types(config: RandLoraConfig) -> None:

@@ -1,26 +1,22 @@
 """PEFT's RandLoRA layers with forward, merging and delta weight on the compiled kernels."""
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import peft
 import torch
-from peft import PeftModel
 from peft.tuners.randlora.layer import Linear, RandLoraLayer
-from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..basis import Basis
-from ..checks import at_most_ten, check_model, check_one_of, warn_user
+from ..checks import check_model, warn_user
 from ..devices import cuda_refusal, serve
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.adapter_record import RECORD, AdapterRecord
 from ..nn.base_layer import is_conv1d
 from ..nn.experts import AdaptedParameter
 from ..nn.input_scale import InputScales
-from ..nn.merging import forget_merged
-from ..nn.state_dict import DIAGONALS
 from .bases import PackedBasis, PackedBufferDict, description_of_matrix, layer_basis
 
 
@@ -37,9 +33,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     disabled = Linear.disable_adapters  # PEFT's property, by our layers' name
     # Of these PEFT deletes an adapter's entries with it.
     other_param_names = (*Linear.other_param_names, "bases", "randlora_input_scale", RECORD)
-    # Of all layers; `enable` sets them, and says what they do.
-    float32_products = False
-    keep_weight = "host"
+    float32_products = False  # of all layers; `enable` sets it, and says what it does
 
     def __init__(
         self,
@@ -52,17 +46,21 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     ) -> None:
         """`sizes`: in_features and out_features. Source: PEFT's ``Linear``, which reads them off an
         nn.Linear or a Conv1D, and knows no other layers."""
-        nn.Module.__init__(self)
-        RandLoraLayer.__init__(self, nn.Linear(*sizes, bias=False, device="meta"))
+        self._make_empty(adapter_name, config, sizes)
         self.base_layer = base_layer
-        self.fan_in_fan_out = config.fan_in_fan_out
         self.is_target_conv_1d_layer = is_conv1d(base_layer)
-        self._active_adapter = adapter_name
-        self.add_our_own()
         self.update_layer(adapter_name, randlora_A, randlora_B, config.r, config=config)
 
-    def add_our_own(self) -> None:
-        """Makes the attributes that PEFT's layers do not have, still empty."""
+    def _make_empty(
+        self, adapter_name: str, config: peft.RandLoraConfig, sizes: tuple[int, int]
+    ) -> None:
+        """Makes the attributes of a layer that still lacks its base layer and its first adapter."""
+        nn.Module.__init__(self)
+        for name, value in vars(RandLoraLayer(nn.Linear(*sizes, device="meta"))).items():
+            if name != "base_layer":
+                setattr(self, name, value)
+        self.fan_in_fan_out = config.fan_in_fan_out
+        self._active_adapter = adapter_name
         self.bases = {}
         self._bases_from = None
         self.randlora_input_scale = InputScales()
@@ -84,7 +82,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         self._reset_input_scale(adapter_name, made is not None and made.kind == "hadamard")
         if made is not None:  # files do not hold the bases
             self.randlora_record[adapter_name] = AdapterRecord(
-                config, self.in_features, self.out_features
+                made, r, config.randlora_alpha, self.in_features, self.out_features
             )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
@@ -99,10 +97,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
                 parameter = nn.Parameter(parameter.detach().to(to), parameter.requires_grad)
             diagonals[adapter_name] = parameter
         # PEFT moves only what is in dictionaries of its own classes.
-        input_scales = self.randlora_input_scale
-        if adapter_name in input_scales and not input_scales[adapter_name].is_meta:
-            to = self.randlora_lambda[adapter_name].device
-            input_scales[adapter_name] = input_scales[adapter_name].to(to)
+        if adapter_name in self.randlora_input_scale:
+            self.randlora_input_scale.move(adapter_name, self.randlora_lambda[adapter_name].device)
 
     def cast_like_base(self, adapter_name: str) -> None:
         """Gives lambda and gamma the dtype of the base layer, as PEFT does; the model then casts
@@ -206,44 +202,30 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return dtype
 
     @torch.no_grad()
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        keep_weight: str | None = None,
-    ) -> None:
-        """As PEFT's, but all adapters are added before the sum is rounded, and W is kept, as by
-        `RandLoraLinear.merge` and, for None, as `enable` was told; if quantized on its own device.
-        """
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT's, but all adapters are added before the sum is rounded, and W is kept in CPU
+        memory, if quantized on its own device, so that unmerging restores every bit."""
         chosen = check_adapters_to_merge(self, adapter_names) or []
         names = [name for name in dict.fromkeys(chosen) if name in self.randlora_lambda]
         if names:
-            self._merge(names, safe_merge, keep_weight or self.keep_weight)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """What PEFT puts in the layer's place; nothing is kept, because nothing can unmerge it."""
-        if merge:
-            self.merge(safe_merge, adapter_names, keep_weight="nothing")
-        forget_merged(self)
-        return self.get_base_layer()
+            self._merge(names, safe_merge)
 
 
-class ParamWrapper(AdaptedParameter, AcceleratedLinear):
-    """What PEFT's ``lora.ParamWrapper`` is for LoRA; PEFT finds those layers by this name."""
+class AcceleratedParameter(AdaptedParameter, AcceleratedLinear):
+    """The adapters of one parameter of a module, as PEFT's functions know layers."""
 
     def __init__(
         self,
-        base_layer: nn.Module,
+        module: nn.Module,
         parameter_name: str,
         A: PackedBufferDict,
         B: PackedBufferDict,
         adapter_name: str,
         config: peft.RandLoraConfig,
     ) -> None:
-        sizes = self._set_sizes(base_layer, parameter_name)
-        super().__init__(base_layer, A, B, adapter_name, config, sizes)
+        sizes = self._set_parameter(module, parameter_name)
+        self._make_empty(adapter_name, config, (sizes.in_features, sizes.out_features))
+        self.update_layer(adapter_name, A, B, config.r, config=config)
 
     def update_layer(
         self,
@@ -265,11 +247,6 @@ class ParamWrapper(AdaptedParameter, AcceleratedLinear):
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple:
         return self._base_weight().device, self._base_weight().dtype
 
-    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
-        if isinstance(self.base_layer, ParamWrapper):
-            self.base_layer.unload_and_optionally_merge_module(*args, **kwargs)
-        return super().unload_and_optionally_merge_module(*args, **kwargs)
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False  # PEFT converts matrices
 
@@ -285,44 +262,9 @@ def kernel_summary(model: nn.Module) -> str:
             names = [name for name in layer.active_adapters if name in layer.randlora_lambda]
             counts.update(f"{shape} {layer.describe(name)}" for name in names)
         elif isinstance(layer, RandLoraLayer):
-            without = "made without randlora_ext.peft.enable() or accelerate()"
+            without = "made without randlora_ext.peft.enable()"
             counts[f"on PEFT's own code: {without}"] += 1
     if not counts:
         return "no RandLoRA layers"
     listed = ", ".join(f"{count}x {what}" for what, count in sorted(counts.items()))
     return f"{counts.total()} RandLoRA layers: {listed}"
-
-
-def warn_of_misfits(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """Warns if tensors, by their names in `model`, fit an adapter only in part. PEFT returns such
-    names, and few look at them."""
-    ends = tuple(f".{diagonal}.{adapter_name}" for diagonal in DIAGONALS)
-    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    own = {name.replace("_fsdp_wrapped_module.", "") for name in names if name.endswith(ends)}
-    given = {key for key in state_dict if any(f".{diagonal}" in key for diagonal in DIAGONALS)}
-    for keys, what in (
-        (given - own, "tensors have no place in the model and are not used"),
-        (own - given, "tensors of the adapter are missing and stay as they were"),
-    ):
-        if keys:
-            warn_user(
-                f"the tensors fit adapter {adapter_name!r} only in part: {len(keys)} {what}: "
-                f"{at_most_ten(sorted(keys))}"
-            )
-
-
-def layers_with(model: Any, adapter_name: str | None = None) -> dict[str, RandLoraLayer]:
-    """The RandLoRA layers of a PeftModel, ours or stock PEFT's, by their paths in the base model.
-
-    Raises TypeError if there are none, ValueError if `adapter_name` is no adapter of the model.
-    """
-    layers = {}
-    if isinstance(model, PeftModel) and isinstance(model.base_model, BaseTuner):
-        modules = model.base_model.model.named_modules()
-        layers = {path: m for path, m in modules if isinstance(m, RandLoraLayer)}
-    if not layers:
-        raise TypeError(f"model must be a PeftModel with RandLoRA layers, got {type(model)}")
-    if adapter_name is None:
-        return layers
-    check_one_of("adapter_name", adapter_name, model.peft_config)
-    return {path: m for path, m in layers.items() if adapter_name in m.randlora_lambda}

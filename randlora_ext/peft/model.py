@@ -1,7 +1,7 @@
 """PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,8 +14,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..checks import at_most_ten, check_alpha, check_r, meant_targets, warn_of_unmatched, warn_user
+from ..nn.adapted_layer import layers_by_path
 from ..nn.adapter_record import RECORD
-from ..nn.apply import check_not_nested
 from ..nn.base_layer import (
     check_is_called,
     check_no_plan,
@@ -24,17 +24,17 @@ from ..nn.base_layer import (
     features,
     is_conv1d,
 )
-from ..nn.experts import matching_parameters, sizes_of
+from ..nn.experts import ADAPTERS, AdaptedModule, sizes_of_matching
+from ..nn.input_scale import tensor_misfits
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
-from ..nn.merging import check_mergeable, warn_of_shared
-from ..nn.state_dict import guard, refuse, tensor_misfits
-from ..nn.uncalibrated import warn_when_trained
+from ..nn.merging import check_mergeable
+from ..nn.state_dict import DIAGONALS, refuse_misfits
+from ..nn.uncalibrated import watch_calibration
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, description_of_matrix, largest, new_bases
 from .config import description_of_config, target_parameters
-from .layer import AcceleratedLinear, ParamWrapper, warn_of_misfits
+from .layer import AcceleratedLinear, AcceleratedParameter
 from .quantized import QuantizedLinear
-from .saving import refuse_lora_files
 
 # PEFT adds these names to ``modules_to_save`` of classifiers, of which each has one.
 _SAVED_ANYWAY = {"classifier", "score", "qa_outputs"}
@@ -44,9 +44,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
     """What `enable` puts in the place of ``peft.RandLoraModel``; docs/peft.md says what differs."""
 
     peft_config: dict[str, Any]
-    # (D, d), which `_prepare_model` finds and the adapter's first `_create_and_replace` uses up;
-    # PEFT passes nothing from one to the other.
-    _sizes_of_bases_to_make: tuple[int, int] | None = None
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
@@ -81,14 +78,6 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 f"{scaling:g}; examples train with at most {DEFAULT_SCALING:g}, which is "
                 f"randlora_alpha={DEFAULT_SCALING * config.r:g}"
             )
-        parameters = target_parameters(config)
-        for name, other in self.peft_config.items():
-            others = target_parameters(other)
-            if parameters and others and others != parameters:
-                raise ValueError(
-                    f"target_parameters must be {others}, those of adapter {name!r}, got "
-                    f"{parameters}: the names of saved tensors depend on the order of nested layers"
-                )
         BaseTuner._check_new_adapter_config(self, config)
         if description_of_config(config) is None:
             configs = self.peft_config
@@ -110,8 +99,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
             if old_A is not None and old_B is not None:
                 self.randlora_A[adapter_name], self.randlora_B[adapter_name] = old_A, old_B
             raise
-        guard(self.model)
-        warn_when_trained(self.model, adapter_name)
+        layers = [
+            module for module in self.model.modules() if isinstance(module, AcceleratedLinear)
+        ]
+        watch_calibration(layers, self.model, adapter_name)
         if adapter_name == "ref":
             self._copy_for_trl()
 
@@ -152,33 +143,38 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _create_and_replace(
         self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        if self._sizes_of_bases_to_make is not None:  # this is the adapter's first layer
-            D, d = self._sizes_of_bases_to_make
-            self._sizes_of_bases_to_make = None
-            self._add_bases(config, adapter_name, D, d)
-            refuse_lora_files(self.model)
+        if adapter_name not in self.randlora_A:  # this is the adapter's first layer
+            self._add_bases(config, adapter_name)
         if parameter_name is not None:
             self._adapt_parameter(config, adapter_name, target, target_name, parent, parameter_name)
-        else:
-            try:
-                check_is_called(self.model, current_key, f"module {current_key!r}")
-            except ValueError as error:  # not raised: files of stock PEFT must load
-                warn_user(str(error))
-            super()._create_and_replace(
-                config, adapter_name, target, target_name, parent, current_key
-            )
-            disable_nested_tensors(self.model, current_key)
+            return
+        try:
+            check_is_called(self.model, current_key, f"module {current_key!r}")
+        except ValueError as error:  # not raised: files of stock PEFT must load
+            warn_user(str(error))
+        super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key)
+        disable_nested_tensors(self.model, current_key)
         getattr(parent, target_name).path = current_key
 
-    def _adapt_parameter(
-        self, config, adapter_name, target, target_name, parent, parameter_name
-    ) -> None:
-        A, B = self.randlora_A, self.randlora_B
-        if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
-            target.update_layer(adapter_name, A, B, config.r, config=config)
+    def _adapt_parameter(self, config, adapter_name, target, target_name, parent, name) -> None:
+        """`target` has the parameter, or is already the `AdaptedModule` around what has it."""
+        around = next((m for m in (target, parent) if isinstance(m, AdaptedModule)), None)
+        if around is None:
+            around = AdaptedModule(target)
+            setattr(parent, target_name, around)
+        A, B, adapted = self.randlora_A, self.randlora_B, around.adapted_parameters
+        if name in adapted:
+            adapted[name].update_layer(adapter_name, A, B, config.r, config=config)
         else:
-            wrapper = ParamWrapper(target, parameter_name, A, B, adapter_name, config)
-            setattr(parent, target_name, wrapper)
+            made = AcceleratedParameter(around.base_layer, name, A, B, adapter_name, config)
+            if adapter_name not in self.active_adapter:  # as PEFT does with linear layers
+                made.requires_grad_(False)
+            adapted[name] = made
+
+    def _check_target_module_exists(self, config, key: str) -> Any:
+        if f".{ADAPTERS}." in key:  # ours, which may have the name of a target
+            return False
+        return super()._check_target_module_exists(config, key)
 
     def _prepare_adapter_config(self, config, model_config):
         # As PEFT's LoRA: the model's usual modules, or none of a model that PEFT does not know.
@@ -189,38 +185,48 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _prepare_model(self, config, model) -> None:
         """Checks the targets before anything is drawn or replaced."""
-        parameters = self._parameter_sizes(config)
         config = _maybe_include_all_linear_layers(config, model)
-        targets = {
-            name: module
-            for name, module in model.named_modules()
-            if self._check_target_module_exists(config, name) and _is_linear(module)
-        }
-        if not targets and (config.target_modules or not parameters):
+        parameters = sizes_of_matching(model, target_parameters(config))
+        linear = self._linear_targets(config)
+        if not linear and (config.target_modules or not parameters):
             names = [name for name, module in model.named_modules() if _is_linear(module)]
-            linear = [name for name in names if not name.endswith(".base_layer")]
+            unadapted = [name for name in names if not name.endswith(".base_layer")]
             raise ValueError(
                 f"target_modules {config.target_modules!r} matches no linear layer of "
-                f"{type(model).__name__}{meant_targets(config.target_modules, linear)}; its linear "
-                f"layers are called {at_most_ten(linear)}"
+                f"{type(model).__name__}{meant_targets(config.target_modules, unadapted)}; its "
+                f"linear layers are called {at_most_ten(unadapted)}"
             )
         _warn_of_unmatched(config, model, parameters)
-        if parameters:
-            config.target_parameters = _in_order_of(parameters, config.target_parameters)
-        for name, module in targets.items():
+        for name, module in linear.items():
             check_no_plan(model, name, f"target {name!r}")
             if not isinstance(module, RandLoraLayer):
                 check_whole(getattr(module, "weight", None), f"target {name!r}")
             # PEFT leaves out what lies inside its own layers.
             if isinstance(model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
-                check_not_nested(model, name, f"target {name!r}")
-        D, d = largest([*map(features, targets.values()), *parameters.values()])
-        if config.r > d:
-            warn_user(more_than_d(config.r, d))
-        self._sizes_of_bases_to_make = D, d
+                raise ValueError(
+                    f"target {name!r} lies inside a RandLoraLinear, and adapters cannot be nested"
+                )
+        smallest = min(map(min, self._sizes(config)))
+        if config.r > smallest:
+            warn_user(more_than_d(config.r, smallest))
 
-    def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str, D: int, d: int) -> None:
+    def _linear_targets(self, config: peft.RandLoraConfig) -> dict[str, nn.Module]:
+        """The linear layers that ``target_modules`` match, adapted ones included, by their names."""
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if _is_linear(module) and self._check_target_module_exists(config, name)
+        }
+
+    def _sizes(self, config: peft.RandLoraConfig) -> list[tuple[int, int]]:
+        """(in_features, out_features) of each layer that the adapter will have."""
+        parameters = sizes_of_matching(self.model, target_parameters(config))
+        of_parameters = [(p.in_features, p.out_features) for p in parameters.values()]
+        return [*map(features, self._linear_targets(config).values()), *of_parameters]
+
+    def _add_bases(self, config: peft.RandLoraConfig, adapter_name: str) -> None:
         """Takes another adapter's, as stock PEFT does, or makes new ones."""
+        D, d = largest(self._sizes(config))
         A, B = self._bases_to_share(config, D, d) or new_bases(config, D, d)
         for bases, matrix in ((self.randlora_A, A), (self.randlora_B, B)):
             bases[adapter_name] = matrix
@@ -237,6 +243,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
             other, A, B = self.peft_config[name], self.randlora_A[name], self.randlora_B[name]
             if other.r != config.r or other.projection_prng_key != config.projection_prng_key:
                 continue
+            if description_of_config(other) != description_of_config(config):
+                continue
             fits = A.shape[-1] == d and B.shape[0] == D
             if name == known[0]:
                 fits = A.shape[-1] >= d and B.shape[0] >= D
@@ -244,38 +252,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 return A, B
         return None
 
-    def _parameter_sizes(self, config: peft.RandLoraConfig) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of the ``target_parameters`` by their names."""
-        targets = matching_parameters(self.model, target_parameters(config))
-        found = {}
-        for name, place in targets.items():  # PEFT would look for it in the wrong place
-            if ".base_layer" in name:  # the user's own, since `name` is of the base model
-                raise ValueError(
-                    f"target_parameters: {name!r} lies in a module called 'base_layer', a name "
-                    "that PEFT takes for its own and leaves out; apply_randlora takes it"
-                )
-            modules = [other.module for other in targets.values()]
-            above = [module for module in modules if place.module.startswith(f"{module}.")]
-            if above:
-                raise ValueError(
-                    f"target_parameters: {name!r} lies inside {above[0]!r}, of which a parameter "
-                    "is a target, too; apply_randlora takes both"
-                )
-            sizes = sizes_of(self.model.get_submodule(place.module), place.name)
-            found[name] = sizes.in_features, sizes.out_features
-        return found
-
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        modules = self.model.named_modules(remove_duplicate=False)
-        layers = {path: m for path, m in modules if isinstance(m, AcceleratedLinear)}
-        check_mergeable(layers)
-        warn_of_shared(self.model, layers)
-
-    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        guard(model)
-        return model
+        check_mergeable(layers_by_path(self.model))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names=None, **call):
@@ -292,7 +271,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
         take_names = AcceleratedLinear, AuxiliaryTrainingWrapper
         modules = [module for module in self.modules() if isinstance(module, take_names)]
-        if any(isinstance(m, ParamWrapper) for m in modules):
+        if any(isinstance(m, AcceleratedParameter) for m in modules):
             raise ValueError(
                 "adapter_names cannot choose among adapters of target_parameters: one W + dW "
                 "serves the whole batch"
@@ -324,19 +303,26 @@ class AcceleratedRandLoraModel(RandLoraModel):
             getattr(self, name)._save_to_state_dict(destination, f"{prefix}{name}.", keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *others) -> None:
-        A, B = (getattr(self, name).saved(f"{prefix}{name}.") for name in BASIS_NAMES)
-        own = A | B
-        misfits = []
-        for key in own:
-            if key in state_dict:
-                misfits += tensor_misfits(key, state_dict[key], own[key])
-        refuse(misfits, "the state dict", f"the {type(self).__name__}", RuntimeError)
+        self._refuse_bases(state_dict, prefix)
+        own = self._saved_bases(prefix)
         # Stock PEFT's files hold a copy under every layer, and packing each would take long.
         copied = tuple("." + key.removeprefix(prefix) for key in own if key in state_dict)
         for key in [key for key in state_dict if key.endswith(copied) and key not in own]:
             del state_dict[key]
         missing += [key for key in own if key not in state_dict]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *others)
+
+    def _saved_bases(self, prefix: str) -> dict[str, Tensor]:
+        A, B = (getattr(self, name).saved(f"{prefix}{name}.") for name in BASIS_NAMES)
+        return A | B
+
+    def _refuse_bases(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Raises RuntimeError if bases in a state dict have other shapes or dtypes."""
+        own = self._saved_bases(prefix)
+        given = [key for key in own if key in state_dict]
+        misfits = [why for key in given for why in tensor_misfits(key, state_dict[key], own[key])]
+        if misfits:
+            raise RuntimeError("the bases do not fit:\n\t" + "\n\t".join(misfits))
 
     @classmethod
     def _get_adapter_state_dict(cls, **kwargs) -> dict:
@@ -354,15 +340,37 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, **kwargs) -> dict:
+        """As PEFT's. Here all tensors of a file are seen before the first one is copied, so here
+        they are checked."""
+        model, name, named = kwargs["model"], kwargs["adapter_name"], {}
         # PEFT adds the adapter's name only to entries that the model would write itself. A file may
         # hold bases elsewhere, also under every layer.
-        name, named = kwargs["adapter_name"], {}
         for key, tensor in super()._remap_adapter_state_dict_for_load(**kwargs).items():
             if key.endswith(BASIS_NAMES):
                 key = f"{key}.{name}"
             named[key] = tensor
-        warn_of_misfits(kwargs["model"], name, named)
+        folder = getattr(kwargs["config"], "read_from", None)
+        refuse_misfits(layers_by_path(model), named, f"the adapter {folder or name!r}")
+        _warn_of_missing(model, name, named)
         return named
+
+
+def _warn_of_missing(model: nn.Module, adapter_name: str, named: Mapping[str, Tensor]) -> None:
+    """Warns if tensors, by their names in `model`, fit an adapter only in part. PEFT returns such
+    names, and few look at them."""
+    ends = tuple(f".{diagonal}.{adapter_name}" for diagonal in DIAGONALS)
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    own = {name.replace("_fsdp_wrapped_module.", "") for name in names if name.endswith(ends)}
+    given = {key for key in named if any(f".{diagonal}" in key for diagonal in DIAGONALS)}
+    for keys, what in (
+        (given - own, "tensors have no place in the model and are not used"),
+        (own - given, "tensors of the adapter are missing and stay as they were"),
+    ):
+        if keys:
+            warn_user(
+                f"the tensors fit adapter {adapter_name!r} only in part: {len(keys)} {what}: "
+                f"{at_most_ten(sorted(keys))}"
+            )
 
 
 def layer_class(base_layer: nn.Module) -> type[AcceleratedLinear]:
@@ -384,17 +392,6 @@ def _warn_of_unmatched(
     # PEFT looks for these without a dot before them.
     saved = {name for name in saved if not any(path.endswith(name) for path in modules)}
     warn_of_unmatched("modules_to_save", saved, modules, module_of)
-
-
-def _in_order_of(parameters: Iterable[str], targets: Iterable[str]) -> list[str]:
-    """``target_parameters`` in the order of what they match, which is that of nesting, innermost
-    first: `randlora merge` reads it. What matches nothing comes last."""
-    names, ordered = dict.fromkeys(targets), []
-    for parameter in parameters:
-        for name in names:
-            if f".{parameter}".endswith(f".{name}") and name not in ordered:
-                ordered.append(name)
-    return ordered + [name for name in names if name not in ordered]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -38,9 +38,9 @@ class QuantizedLinear(AcceleratedLinear):
 
     quantization_backend: Any
 
-    def add_our_own(self) -> None:
-        super().add_our_own()
-        self.quantization_backend = backend_of(self.get_base_layer())
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        self.quantization_backend = backend_of(base_layer)
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple:
         if isinstance(base_layer, nn.Linear):
@@ -79,7 +79,7 @@ class QuantizedLinear(AcceleratedLinear):
         like.base_layer.bias = base.bias  # which not all of them copy
         return lambda: setattr(self, "base_layer", like.base_layer)
 
-    def _keep(self, keep_weight: str) -> nn.Module:
+    def _keep(self) -> nn.Module:
         """The base layer itself, without a copy: the sum is in another one."""
         return self.base_layer
 
