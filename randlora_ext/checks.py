@@ -18,10 +18,11 @@ def check_model(model: Any) -> None:
 
 
 def warn_user(message: str) -> None:
-    """Warns at the line that called this package, perhaps through PEFT or a module of torch."""
+    """Warns at the line that called this package, perhaps through torch or a library around it."""
     packages = [__file__, torch.__file__]
-    if "peft" in sys.modules:
-        packages.append(str(sys.modules["peft"].__file__))
+    for library in ("accelerate", "peft", "transformers", "trl"):
+        if library in sys.modules:
+            packages.append(str(sys.modules[library].__file__))
     folders = [os.path.dirname(file) + os.sep for file in packages]
     not_users = (contextlib.__file__, *folders)
     frame, level = sys._getframe(1), 2

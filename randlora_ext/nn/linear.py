@@ -45,7 +45,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     Attributes have the names that they have under PEFT, which knows several adapters; the one here
     is called "default": ``randlora_lambda["default"]`` (r, n), initially zero, so a new adapter
     changes nothing; ``randlora_gamma["default"]`` (n, d), initially 1 / max(n, d);
-    ``scaling["default"]``; ``bases["default"]`` (`Basis`).
+    ``scaling["default"]``; ``bases["default"]`` (`Basis`). While ``disabled`` is True, the layer
+    computes what its base layer computes.
 
     Dtypes: lambda and gamma start as float32 (float64 on a float64 base), and ``.to(dtype)`` casts
     them with the base: to train float32 adapters on a 16-bit base, cast it first, then wrap it.
@@ -113,7 +114,7 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         return self._output_with_adapters(self._adapters_to_add(), x)
 
     def _adapters_to_add(self) -> list[str]:
-        return [] if self.merged_adapters else [NAME]
+        return [] if self.disabled or self.merged_adapters else [NAME]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False) -> None:

@@ -1,7 +1,7 @@
 """One warning, when training begins, of an adapter that could be calibrated and is not."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from .adapted_layer import AdaptedLayer
 
 
-def watch_calibration(layers: Sequence["AdaptedLayer"], model: nn.Module, adapter: str) -> None:
-    """Has the first of these layers of a language model, where calibration helps, look at a new
-    adapter when it is trained, if the adapter is on Hadamard bases."""
-    calibratable = [layer for layer in layers if adapter in layer.randlora_input_scale]
-    if calibratable and _reads_tokens(model):
-        calibratable[0].watches_calibration = True
+def watch_calibration(model: nn.Module, adapter: str) -> None:
+    """Has one layer of a language model, where calibration helps, look at a new adapter on Hadamard
+    bases when it is trained."""
+    if not _reads_tokens(model):
+        return
+    module: Any
+    for module in model.modules():
+        if adapter in getattr(module, "randlora_input_scale", ()):
+            module.watches_calibration = True
+            return
 
 
 def warn_if_uncalibrated(layer: "AdaptedLayer", names: Sequence[str]) -> None:
@@ -37,7 +41,8 @@ def warn_if_uncalibrated(layer: "AdaptedLayer", names: Sequence[str]) -> None:
         warn_user(
             f"RandLoRA adapter {name!r} is trained without calibration, so the model will forget "
             "more of what it knows. Before the first step call randlora_ext.calibrate(model, "
-            "batches), or give transformers' Trainer callbacks=[randlora_ext.ForgettingBudget()]. "
+            "batches), or with a Trainer of transformers "
+            "trainer.add_callback(randlora_ext.ForgettingBudget(trainer)). "
             "To train without it, silence this: "
             'warnings.filterwarnings("ignore", message="RandLoRA adapter")'
         )

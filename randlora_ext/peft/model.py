@@ -99,10 +99,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             if old_A is not None and old_B is not None:
                 self.randlora_A[adapter_name], self.randlora_B[adapter_name] = old_A, old_B
             raise
-        layers = [
-            module for module in self.model.modules() if isinstance(module, AcceleratedLinear)
-        ]
-        watch_calibration(layers, self.model, adapter_name)
+        watch_calibration(self.model, adapter_name)
         if adapter_name == "ref":
             self._copy_for_trl()
 
@@ -211,7 +208,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             warn_user(more_than_d(config.r, smallest))
 
     def _linear_targets(self, config: peft.RandLoraConfig) -> dict[str, nn.Module]:
-        """The linear layers that ``target_modules`` match, adapted ones included, by their names."""
+        """By their names, the linear layers that ``target_modules`` match, adapted ones included."""
         return {
             name: module
             for name, module in self.model.named_modules()
