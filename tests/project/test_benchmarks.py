@@ -2,18 +2,27 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import approximate
 import budget
 import checkpoint
 import forgetting
 import layer
+import metamath
 import model_step
+import peft
 import plots
 import pytest
 import record
+import torch
+from cli_helpers import llama
 from methods import METHODS
+from peft_helpers import are_calibrated
+
+import randlora_ext.peft
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("stock_peft")
@@ -75,3 +84,60 @@ def test_forgetting_is_told_from_the_results(monkeypatch, capsys):
     for line in told[:1]:  # what the page says is what the rows say
         numbers = re.findall(r"\d\.\d{3} \(\d\)", line)
         assert len(numbers) == 8 and all(number in page for number in numbers)
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")
+def test_the_table_names_every_result_and_programs_that_exist():
+    table = (ROOT / "benchmarks" / "README.md").read_text()
+    results = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    assert set(re.findall(r"[\w-]+\.jsonl?", table)) == results
+    programs = re.findall(r"python (\w+\.py)", table)
+    assert all((ROOT / "benchmarks" / name).exists() for name in programs)
+
+
+RUNNER = """
+import os
+import random
+
+def main(path_experiment):
+    # load configs
+    config = peft.PeftConfig.from_pretrained(path_experiment)
+    model = peft.get_peft_model(base, config)
+    print_verbose(model)
+    return model
+"""
+
+
+class Rows:
+    """As of a data set: a slice gives columns."""
+
+    def __getitem__(self, rows: slice) -> dict:
+        lengths = [2 + i % 3 for i in range(rows.start, rows.stop)]
+        ids = [list(range(1, length + 1)) for length in lengths]
+        return {"input_ids": ids, "attention_mask": [[1] * length for length in lengths]}
+
+
+def pad(columns: dict, return_tensors: str) -> dict:
+    pad_all = torch.nn.utils.rnn.pad_sequence
+    return {name: pad_all([*map(torch.tensor, rows)], True) for name, rows in columns.items()}
+
+
+def test_pefts_runner_gets_a_hook_and_a_row(tmp_path):
+    """Of a runner with the same lines, on a tiny model."""
+    run = tmp_path / "method_comparison" / "MetaMathQA" / "run.py"
+    run.parent.mkdir(parents=True)
+    run.write_text(RUNNER)
+    metamath.main([str(tmp_path)])
+    changed = run.read_text()
+    with pytest.raises(FileExistsError):
+        metamath.main([str(tmp_path)])
+    assert run.read_text() == changed
+    randlora_ext.peft.disable()  # the row's own file enables it
+    found = {"base": llama(), "peft": peft, "print_verbose": str, "train_config": SimpleNamespace()}
+    found["train_config"].query_template = "{query}"
+    found["tokenizer"] = SimpleNamespace(pad=pad)
+    found["get_train_valid_test_datasets"] = lambda **named: (Rows(), None, None)
+    model = runpy.run_path(str(run), found)["main"](str(run.parent / "experiments" / metamath.NAME))
+    assert len(are_calibrated(model)) == 6 and all(are_calibrated(model))
+    with pytest.raises(ValueError, match="'import random.n' 0 times"):
+        metamath.with_hook(RUNNER.replace("import random", ""))
