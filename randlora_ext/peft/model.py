@@ -208,7 +208,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             warn_user(more_than_d(config.r, smallest))
 
     def _linear_targets(self, config: peft.RandLoraConfig) -> dict[str, nn.Module]:
-        """By their names, the linear layers that ``target_modules`` match, adapted ones included."""
+        """By name, the linear layers that ``target_modules`` match, adapted ones included."""
         return {
             name: module
             for name, module in self.model.named_modules()
