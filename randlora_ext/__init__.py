@@ -23,11 +23,12 @@ from .basis import Basis
 from .calibration import calibrate
 from .devices import CUDA_STATUS as _CUDA_STATUS
 from .dial import set_dial
+from .forgetting_meter import forgetting
 from .nn.linear import RandLoraLinear
 from .ops.functional import delta_weight, linear, merged_weight, scaled_basis
 
 if TYPE_CHECKING:
-    from .callback import CalibrateCallback as CalibrateCallback
+    from .budget import ForgettingBudget as ForgettingBudget
 
 __version__: str = _build_info()["version"]
 
@@ -38,10 +39,10 @@ def build_info() -> dict:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "CalibrateCallback":  # imported when asked for: it needs transformers
-        from .callback import CalibrateCallback
+    if name == "ForgettingBudget":  # imported when asked for: it needs transformers
+        from .budget import ForgettingBudget
 
-        return CalibrateCallback
+        return ForgettingBudget
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -52,6 +53,7 @@ __all__ = [
     "build_info",
     "calibrate",
     "delta_weight",
+    "forgetting",
     "linear",
     "merged_weight",
     "scaled_basis",

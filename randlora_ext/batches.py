@@ -1,9 +1,10 @@
-"""Batches of a model's arguments."""
+"""Batches of a model's arguments, which each rank has of its own."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -27,3 +28,12 @@ def _moved(value: Any, device: torch.device) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_moved(each, device) for each in value)
     return value
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """The values of all ranks, in their order; of one process its own."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

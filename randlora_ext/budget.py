@@ -1,0 +1,321 @@
+"""`ForgettingBudget`: transformers' Trainer, and all that is built on it, forgets no more than it
+may."""
+
+import inspect
+import logging
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback
+
+from .batches import of_all_ranks
+from .calibration import calibrate, layers_to_calibrate
+from .checks import check_number
+from .dial import dialed, set_dial
+from .forgetting_meter import forgetting, own_text_of
+from .nn.adapted_layer import AdaptedLayer, layers_by_name
+
+logger = logging.getLogger(__name__)
+
+CALIBRATION_BATCHES = 4  # of the training's size, on each rank
+HALVINGS = 6  # of the factors from 0 to 1, so the dial is exact to 1/64
+
+T = TypeVar("T")
+
+
+class ForgettingBudget(TrainerCallback):
+    """Calibrates before the first step, shows what is forgotten, and keeps it within a budget.
+
+    For transformers' ``Trainer`` and what is built on it, such as TRL's trainers::
+
+        trainer = trl.SFTTrainer(...)
+        trainer.add_callback(randlora_ext.ForgettingBudget(trainer, max_rise=0.05))
+        trainer.train()
+        trainer.save_model()
+
+    Before the first step it calls `calibrate` on four batches of the training data, chosen by a
+    random generator of its own. After every evaluation, and at the end, it logs `forgetting` as
+    "eval_forgetting", through the trainer, so that wandb and TensorBoard draw it. ``evaluate`` also
+    returns it, so that ``metric_for_best_model`` can name it.
+
+    If at the end, after ``load_best_model_at_end``, that is more than `max_rise`, the budget has to
+    be kept: by bisection it finds the largest factor of dW, to 1/64, at which what is measured is
+    within the budget; it calls `set_dial` with that factor, logs it as "dial", and evaluates before
+    and after, to show what that costs. Checkpoints that were saved before stay as they are.
+
+    It never ends a training that would run without it. What it cannot do it leaves undone, and logs
+    why: as INFO what needs nothing to be done, as if training resumes or the adapter is calibrated
+    already, else as WARNING. The trainer sees the batches that it sees without the callback, and
+    the random generators of Python, numpy and torch (the CPU's and the current CUDA card's) keep
+    their states. An iterable data set must begin anew whenever it is iterated.
+
+    Of adapters other than ours, such as LoRA, it measures; they have neither calibration nor dial.
+
+    Args:
+        trainer: the one that it is added to.
+        max_rise: the budget, in nats per token; None measures only.
+        prompts, batches: the text to measure on, as for `forgetting`; by default the model's own.
+
+    Raises TypeError or ValueError: trainer is no Trainer, max_rise no positive finite number, or
+    both prompts and batches are given.
+
+    Source: ours.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        max_rise: float | None = None,
+        prompts: Sequence[Sequence[int] | Tensor] | None = None,
+        batches: Iterable[Any] | None = None,
+    ) -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                "trainer must be the transformers.Trainer that the callback is added to, by "
+                f"trainer.add_callback(ForgettingBudget(trainer, ...)), got {trainer!r}"
+            )
+        if max_rise is not None:
+            allowed = "a positive finite number or None"
+            check_number("max_rise", max_rise, allowed, lambda v: 0 < v < math.inf)
+        if prompts is not None and batches is not None:
+            raise ValueError("batches and prompts are two texts; give one of them")
+        self.trainer = trainer
+        self.max_rise = max_rise
+        self.prompts = prompts
+        self.text = batches if batches is None else list(batches)
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        if self._do("not calibrated", lambda: self._calibrate(train_dataloader)):
+            self._say("calibrated the adapter")
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
+        self._do("forgetting was not measured", lambda: self._show(metrics))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self._do("the budget was not kept", self._keep_budget)
+
+    def _do(self, otherwise: str, act: Callable[[], None]) -> bool:
+        """Whether it could be done; else it is told why not."""
+        _, error = _attempt(act)
+        if error is None:
+            return True
+        if not isinstance(error, _Cannot):
+            logger.warning("%s: %s", otherwise, error, exc_info=error)
+        elif self.trainer.state.is_world_process_zero:
+            logger.log(error.level, "%s: %s", otherwise, error)
+        return False
+
+    def _say(self, line: str) -> None:
+        # Printed, as Trainer prints its losses. By default its log shows warnings alone, and a
+        # warning asks for something to be done.
+        if self.trainer.state.is_world_process_zero:
+            print(f"randlora_ext: {line}")
+
+    def _calibrate(self, loader: DataLoader) -> None:
+        model = self.trainer.model
+        if why := _why_needless(model, self.trainer.state.global_step):
+            raise _Needless(why)
+        try:
+            layers_to_calibrate(model)
+        except ValueError as error:
+            raise _Cannot(str(error)) from None
+        size = self.trainer.args.train_batch_size
+        batches, error = _attempt(lambda: _sample(model, loader, size))
+        # The other ranks wait for this one, whatever has befallen it.
+        whys = of_all_ranks(_in_words(error))
+        if why := next(filter(None, whys), ""):
+            raise _Cannot(
+                f"{why}; call randlora_ext.calibrate(model, batches) before training"
+            ) from error
+        # FSDP2 gathers weights in each forward, in which all ranks must take part.
+        calibrate(model, batches[: min(of_all_ranks(len(batches)))])
+
+    def _measure(self) -> float:
+        model = self.trainer.model
+        if self.text is None:
+            self.text = own_text_of(model, self.prompts)
+        return forgetting(model, self.text).nats
+
+    def _show(self, metrics: dict[str, float] | None = None) -> float:
+        nats = self._measure()
+        if metrics is not None:  # those that `evaluate` returns
+            metrics["eval_forgetting"] = nats
+        self.trainer.log({"eval_forgetting": nats})
+        return nats
+
+    def _keep_budget(self) -> None:
+        rise = self._show()
+        if self.max_rise is None or rise <= self.max_rise:
+            return
+        over = f"{rise:.3g} nats a token were forgotten, over the budget of {self.max_rise:g}"
+        layers, adapters = _trained(self.trainer.model)
+        if not adapters:
+            raise _Cannot(f"{over}, and only RandLoRA adapters on our layers have a dial")
+        factor = 0.0
+        for halving in range(1, HALVINGS + 1):
+            larger = factor + 0.5**halving
+            with dialed(layers, adapters, larger):
+                found = self._measure()
+            if found <= self.max_rise:
+                factor, rise = larger, found
+        if not factor:
+            raise _Cannot(f"{over}, and so they are with dW times {larger:g}")
+        before = self._evaluation_loss()
+        for adapter in adapters:
+            set_dial(self.trainer.model, factor, adapter)
+        self.trainer.log({"dial": factor})
+        after = self._evaluation_loss()
+        if after is None:  # an evaluation shows it as well
+            self._show()
+        cost = "" if after is None else f", at an evaluation loss of {after:.4g} (was {before:.4g})"
+        self._say(f"{over}; with dW times {factor:g} they are {rise:.3g}{cost}")
+
+    def _evaluation_loss(self) -> float | None:
+        """The first one of several; None if nothing is evaluated, or that fails, which is told."""
+        if self.trainer.eval_dataset is None:
+            return None
+        metrics: dict[str, float] = {}
+        self._do("not evaluated", lambda: metrics.update(self.trainer.evaluate()))
+        return next((value for name, value in metrics.items() if name.endswith("_loss")), None)
+
+
+class _Cannot(Exception):
+    """Says in a sentence why something is left undone."""
+
+    level = logging.WARNING
+
+
+class _Needless(_Cannot):
+    """The user need not do anything about it."""
+
+    level = logging.INFO
+
+
+def _in_words(error: Exception | None) -> str:
+    if error is None or isinstance(error, _Cannot):
+        return str(error or "")
+    return f"the trainer's data could not be read apart from training, {error!r}"
+
+
+def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What it returns, or what it raised. The training draws the random numbers that it would have
+    drawn without it."""
+    try:
+        with _random_states_kept():
+            return act(), None
+    # Data sets, collators, models and trainers are the user's and may raise anything; the training
+    # runs without what the callback does beside it.
+    except Exception as error:
+        return None, error
+
+
+def _why_needless(model: nn.Module, step: int) -> str:
+    """Why nothing is left to calibrate; "" if something is."""
+    if step:
+        return f"training resumes after step {step}"
+    layers = layers_by_name(model).values()
+    if not layers:
+        return "the model has no RandLoRA adapter"
+    active = [
+        (layer, adapter)
+        for layer in layers
+        if not layer.disabled
+        for adapter in layer.active_adapters
+        if adapter in layer.randlora_input_scale
+    ]
+    if not active:
+        return "no active adapter is on Hadamard bases, and only these can scale their inputs"
+    done = sorted({adapter for layer, adapter in active if layer.is_calibrated(adapter)})
+    if done:  # and perhaps trained, too
+        return f"adapter {', '.join(map(repr, done))} is calibrated already"
+    return ""
+
+
+def _trained(model: nn.Module) -> tuple[set[AdaptedLayer], list[str]]:
+    """Our layers, and the active adapters that train."""
+    layers = set(layers_by_name(model).values())
+    adapters = {
+        adapter
+        for layer in layers
+        for adapter in layer.active_adapters
+        if adapter in layer.randlora_lambda and layer.randlora_lambda[adapter].requires_grad
+    }
+    return layers, sorted(adapters)
+
+
+def _sample(model: nn.Module, loader: DataLoader, size: int) -> list[dict[str, Any]]:
+    """At least one batch, at most `CALIBRATION_BATCHES`, of `size` rows of the loader's data set.
+
+    The loader itself is not iterated: its sampler, its workers and accelerate's bookkeeping have
+    states that training would find changed.
+    """
+    dataset: Any = getattr(loader, "dataset", None)
+    if dataset is None:
+        raise _Cannot(f"the trainer's loader, {type(loader).__name__}, has no data set to read")
+    if loader.batch_sampler is None:  # batch_size=None: each row is a batch
+        size = 1
+    rows = _rows(dataset, CALIBRATION_BATCHES * size)
+    if loader.batch_sampler is None:
+        batches = [loader.collate_fn(row) for row in rows]
+    else:
+        batches = [loader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
+    if not batches:
+        raise _Cannot("the trainer's data set has too few rows")
+    return [_arguments(model, batch) for batch in batches]
+
+
+def _rows(dataset: Any, count: int) -> list[Any]:
+    """At most so many of this rank's: each takes others."""
+    distributed = dist.is_available() and dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    if isinstance(dataset, IterableDataset):
+        return list(islice(dataset, rank, count * ranks, ranks))
+    enough = min(len(dataset), count * ranks)
+    numbers = random.Random(0).sample(range(len(dataset)), enough)[rank::ranks]
+    if hasattr(dataset, "__getitems__"):  # as torch's loaders ask first
+        return list(dataset.__getitems__(numbers))
+    return [dataset[i] for i in numbers]
+
+
+def _arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """What of the batch the model takes."""
+    if not isinstance(batch, Mapping):
+        raise _Cannot(
+            "the trainer's batches are no mappings of the model's arguments, but "
+            f"{type(batch).__name__}"
+        )
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # PEFT's
+        inner = inner.get_base_model()
+    known = inspect.signature(type(inner).forward).parameters
+    found = {name: value for name, value in batch.items() if name in known}
+    # Some take all by **kwargs; those that name arguments as well need no more than these.
+    if not found and any(each.kind is each.VAR_KEYWORD for each in known.values()):
+        found = dict(batch)
+    if not found:
+        raise _Cannot(
+            f"the trainer's batches hold {[*batch]}, none of which {type(inner).__name__} takes"
+        )
+    return found
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Collators draw masks and data sets augment: whatever they drew, training draws again."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

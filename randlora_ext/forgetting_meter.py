@@ -1,0 +1,221 @@
+"""`forgetting`: how far a tuned model is from its base model, a number that needs no data."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .batches import moved_to, of_all_ranks
+from .checks import check_model
+from .nn.adapted_layer import layers_by_name
+from .own_text import NO_LABEL, adapters_disabled, in_eval_mode, own_text, writes
+
+NUMBERS_AT_ONCE = 2**24  # of logits in float32, so that a large vocabulary takes no more memory
+
+
+class Forgetting(NamedTuple):
+    """What `forgetting` has measured."""
+
+    nats: float  # a token, the mean
+    standard_error: float  # of that mean; NaN of a single row
+    tokens: int  # how many were counted
+
+
+@torch.no_grad()
+def forgetting(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    prompts: Sequence[Sequence[int] | Tensor] | None = None,
+    seed: int = 0,
+) -> Forgetting:
+    """How much a tuned model has forgotten: KL(base, tuned) in nats per token.
+
+    By its definition the rise of the loss on text that the base model writes. It compares whole
+    distributions, not samples of them, so a thousand tokens suffice::
+
+        print(randlora_ext.forgetting(model))  # of RandLoRA, LoRA, any PeftModel
+
+    Equivalent to, over the tokens that count::
+
+        log_p, log_q = base_logits.log_softmax(-1), tuned_logits.log_softmax(-1)  # in float32
+        (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    The base is the same model with its adapters disabled: the original modules in place of
+    ``modules_to_save``, too. The standard error takes rows as independent, not tokens, which depend
+    on the tokens before them.
+
+    Args:
+        model: with adapters that are not merged, a PeftModel or one that has `RandLoraLinear`
+            layers; it may be wrapped, as by DistributedDataParallel. It runs in eval mode, and
+            afterwards is as before.
+        batches: mappings of the model's arguments; or tensors (rows, tokens) of token numbers,
+            without padding. "labels" (rows, tokens) say which tokens count, those that are not
+            -100; without labels all do that "attention_mask" does not leave out. Of transformers'
+            causal models, which predict no first token, those in ``labels[:, 1:]``. By default
+            `own_text`: 8 rows of 128 tokens that the base model writes, 1,024 in all.
+        prompts: of a chat model, rows of token numbers, such as
+            ``tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]``. The
+            base model answers them, and the tokens of its answers count.
+        seed: of what the base model writes. No random state changes.
+
+    If torch.distributed is initialized, all ranks must call, each with its own batches, equally
+    many if the model is sharded; every rank writes other text, and all get the number of all rows.
+
+    Raises TypeError or ValueError: model is no module, has no adapter or one that is merged or
+    trains biases, which PEFT cannot take back; both batches and prompts are given; a batch is
+    something else; no token counts; the model gives no logits for each token, or they are not
+    finite; or as `own_text`.
+
+    Source: ours. That what reinforcement learning forgets goes with this divergence was seen in
+    arXiv:2509.04259.
+    """
+    check_model(model)
+    _check_adapters(model)
+    if batches is None:
+        batches = own_text_of(model, prompts, seed)
+    elif prompts is not None:
+        raise ValueError("batches and prompts are two texts; give one of them")
+    _check_batches(batches)
+    rows: list[tuple[float, int]] = []
+    with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            rows += _measure(model, batch)
+    return _mean([row for of_rank in of_all_ranks(rows) for row in of_rank])
+
+
+@contextmanager
+def base_of(model: nn.Module) -> Iterator[None]:
+    """Inside it the model computes what it does without adapters."""
+    parts = _peft_models(model)
+    plain = [] if parts else [each for each in layers_by_name(model).values() if not each.disabled]
+    with ExitStack() as held:
+        for part in parts:
+            held.enter_context(adapters_disabled(part))
+        for layer in plain:
+            held.callback(setattr, layer, "disabled", False)
+            layer.disabled = True
+        yield
+
+
+def _peft_models(model: nn.Module) -> list[nn.Module]:
+    """The model itself, or what wrappers such as DistributedDataParallel hold."""
+    return [module for module in model.modules() if hasattr(type(module), "disable_adapter")]
+
+
+def own_text_of(model: nn.Module, prompts: Any = None, seed: int = 0) -> list[dict[str, Tensor]]:
+    """`own_text` by the base of a model that may be wrapped."""
+    writer = next((module for module in model.modules() if writes(module)), model)
+    with base_of(model):
+        return own_text(writer, prompts=prompts, seed=seed)
+
+
+def _check_adapters(model: nn.Module) -> None:
+    """ValueError unless disabling the adapters gives the base model, and enabling them this one."""
+    parts: list[Any] = _peft_models(model)
+    if not parts and not layers_by_name(model):
+        raise ValueError(
+            "model has no adapter to disable: give a PeftModel, or one with RandLoraLinear layers"
+        )
+    for name, module in model.named_modules():
+        merged = getattr(module, "merged_adapters", None)  # of PEFT's layers and of ours
+        if isinstance(merged, Sequence) and merged:
+            raise ValueError(f"adapter {merged[0]!r} of layer {name!r} is merged; unmerge it first")
+    for part in parts:
+        for adapter in part.active_adapters:
+            bias = getattr(part.peft_config[adapter], "bias", "none")
+            if bias != "none":
+                raise ValueError(
+                    f"adapter {adapter!r} trains biases (bias={bias!r}), which stay when it is "
+                    "disabled, so the base model is not at hand"
+                )
+
+
+def _check_batches(batches: Any) -> None:
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be several, such as [batch], got one {type(batches)}")
+
+
+def _measure(model: nn.Module, batch: Any) -> list[tuple[float, int]]:
+    """Of each row of the batch the sum over its tokens that count, and how many these are."""
+    arguments = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    labels = _labels(arguments)
+    predicts_next = _predicts_next(model)
+    if predicts_next:
+        arguments = {name: value for name, value in arguments.items() if name != "labels"}
+    counted = labels[:, 1:] != NO_LABEL if predicts_next else labels != NO_LABEL
+
+    def logits() -> Tensor:
+        found = getattr(model(**moved_to(model, arguments)), "logits", None)
+        if not isinstance(found, Tensor) or found.shape[:-1] != labels.shape:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else found
+            raise ValueError(
+                f"model must give logits (rows, tokens, vocabulary) for {tuple(labels.shape)} "
+                f"tokens, got {shape}"
+            )
+        found = found[:, :-1] if predicts_next else found
+        return found[counted.to(found.device)]
+
+    tuned = logits()
+    with base_of(model):
+        base = logits()
+    sums = torch.zeros(counted.shape, dtype=torch.float64)
+    sums[counted.cpu()] = _divergence(base, tuned).cpu().double()
+    return list(zip(sums.sum(1).tolist(), counted.sum(1).tolist(), strict=True))
+
+
+def _labels(arguments: Any) -> Tensor:
+    if not isinstance(arguments, Mapping):
+        raise TypeError(
+            "batches must hold tensors of token numbers, or mappings of the model's arguments, "
+            f"got {arguments!r}"
+        )
+    labels = arguments.get("labels")
+    if labels is None:
+        labels, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        if labels is not None and mask is not None:
+            labels = labels.masked_fill(mask == 0, NO_LABEL)
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        raise ValueError(
+            'batches must hold "labels" or "input_ids", tensors (rows, tokens), got '
+            f"{labels if labels is None else tuple(labels.shape)} in one with {[*arguments]}"
+        )
+    return labels
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether it is a causal model of transformers, whose loss leaves out the first label."""
+    of_transformers = (m for m in model.modules() if hasattr(type(m), "loss_function"))
+    inner: Any = next(of_transformers, None)  # the outermost, below PEFT and DDP
+    if inner is None or inner.config.is_encoder_decoder:
+        return False
+    return getattr(inner.loss_function, "__name__", "") == "ForCausalLMLoss"
+
+
+def _divergence(base: Tensor, tuned: Tensor) -> Tensor:
+    """KL(base, tuned) of each token, of logits (tokens, vocabulary)."""
+    at_once = max(1, NUMBERS_AT_ONCE // base.shape[-1])
+    parts = []
+    for of_base, of_tuned in zip(base.split(at_once), tuned.split(at_once), strict=True):
+        log_p, log_q = of_base.float().log_softmax(-1), of_tuned.float().log_softmax(-1)
+        each = log_p.exp() * (log_p - log_q)
+        # A token that the base never says adds nothing, whatever the other says of it.
+        parts.append(each.masked_fill(log_p == -math.inf, 0).sum(-1))
+    return torch.cat(parts)
+
+
+def _mean(rows: list[tuple[float, int]]) -> Forgetting:
+    rows = [(total, tokens) for total, tokens in rows if tokens]
+    if not rows:
+        raise ValueError(f"batches must hold tokens that count, labels other than {NO_LABEL}")
+    counted = sum(tokens for _, tokens in rows)
+    nats = sum(total for total, _ in rows) / counted
+    if not math.isfinite(nats):
+        raise ValueError(f"the logits of model or of its base are not finite: their KL is {nats}")
+    if len(rows) == 1:
+        return Forgetting(nats, math.nan, counted)
+    off = sum((total - nats * tokens) ** 2 for total, tokens in rows)
+    error = math.sqrt(off * len(rows) / (len(rows) - 1)) / counted
+    return Forgetting(nats, error, counted)
