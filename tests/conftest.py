@@ -1,6 +1,5 @@
 """Fixtures that several test files use."""
 
-import gc
 import os
 
 # Before torch: a thread that waits for others leaves its core to them, and to the other processes.
@@ -31,9 +30,7 @@ def stock_peft():
     pytest.importorskip("peft")
     from randlora_ext.peft import disable, enable
 
-    enable(float32_products=False, keep_weight="host")  # the defaults
+    enable(float32_products=False)  # the default
     disable()
-    gc.freeze()  # enable() looks through all objects: now through the test's alone
     yield
-    gc.unfreeze()
     disable()

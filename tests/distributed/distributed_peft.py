@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from cli_helpers import llama
+from language_models import llama
 from distributed_ranks import (
     Place,
     RecordedCollectives,

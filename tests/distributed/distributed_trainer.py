@@ -12,7 +12,7 @@ import transformers
 import trl
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from cli_helpers import llama
+from language_models import llama
 from distributed_ranks import Place, full_tensor, same_parameters, trained, worlds
 from peft_helpers import adapted, are_calibrated, randomize, scales
 from tokenizers import Tokenizer, models

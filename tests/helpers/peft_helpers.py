@@ -82,7 +82,7 @@ def t5():
 
 
 def small_llama():
-    from cli_helpers import llama
+    from language_models import llama
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
     return llama(), {"targets": targets, "task_type": "CAUSAL_LM"}

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from cli_helpers import llama
+from language_models import llama
 from expert_models import EXPERTS, MODELS, logits, make, with_scales
 from peft_helpers import Deep, accelerated, adapted, opened, peft, randomize
 from safetensors.torch import load_file

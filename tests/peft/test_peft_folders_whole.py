@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cli_helpers import llama
+from language_models import llama
 from peft_helpers import PEFT, Deep, Headed, accelerated, adapted, opened, randomize, shake
 from safetensors.torch import load_file, save_file
 from same_adapters import X, assert_same

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from cli_helpers import llama
+from language_models import llama
 from compile_helpers import assert_steps_agree, compiled, graphs
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from expert_models import batch

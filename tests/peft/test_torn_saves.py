@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from cli_helpers import llama
+from language_models import llama
 from peft_helpers import (
     Deep,
     accelerated,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import llama
+from language_models import llama
 from peft_helpers import accelerated, adapted, config, layers, opened, randomize, runs_on_kernels
 
 import randlora_ext
