@@ -24,6 +24,7 @@ class AdaptedLayer(KeepsWeight):
     dtype each has.
     """
 
+    base_layer: nn.Module
     _modules: dict[str, Any]  # read directly: nn.Module's __getattr__ takes half a microsecond
     fan_in_fan_out: bool  # whether the weight is (in, out)
     # Of each adapter, by its name, as what `KeepsWeight` names.

@@ -39,6 +39,9 @@ class AdaptedModule(nn.Module):
     module itself. PEFT's LoRA has one ``lora.ParamWrapper`` for each parameter, nested.
     """
 
+    base_layer: nn.Module
+    adapted_parameters: Any  # an nn.ModuleDict, whose type forgets what the modules are
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer

@@ -95,14 +95,17 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
         self.base_layer = base_layer.requires_grad_(False)
         weight = self._base_weight()
-        like = {"device": weight.device, "dtype": adapter_dtype(weight.dtype)}
-        gamma = torch.full(bases.gam_shape, 1 / max(bases.n, bases.d), **like)
+        device, dtype = weight.device, adapter_dtype(weight.dtype)
+        lam = torch.zeros(bases.lam_shape, device=device, dtype=dtype)
+        first = 1 / max(bases.n, bases.d)
+        gam = torch.full(bases.gam_shape, first, device=device, dtype=dtype)
         dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
         self.randlora_dropout = nn.ModuleDict({NAME: dropout})
-        self.randlora_lambda = nn.ParameterDict({NAME: torch.zeros(bases.lam_shape, **like)})
-        self.randlora_gamma = nn.ParameterDict({NAME: gamma})
+        self.randlora_lambda = nn.ParameterDict({NAME: lam})
+        self.randlora_gamma = nn.ParameterDict({NAME: gam})
         self.randlora_input_scale = InputScales()
         self._reset_input_scale(NAME, bases.kind == "hadamard")
+        assert bases.description is not None  # their seed generates them
         record = AdapterRecord(bases.description, r, alpha, self.in_features, self.out_features)
         self.randlora_record = nn.ModuleDict({NAME: record})
         self._force_module_call()

@@ -37,7 +37,7 @@ class KeepsWeight(nn.Module):
     randlora_lambda: nn.ParameterDict
     randlora_gamma: nn.ParameterDict
     randlora_input_scale: InputScales  # of those on Hadamard bases
-    randlora_record: nn.ModuleDict  # of those on generated bases
+    randlora_record: Any  # nn.ModuleDict of an AdapterRecord for those on generated bases
     merged_adapters: list[str]
     # W as `_keep` gives it, while an adapter is merged. In a tuple, because nn.Module would take a
     # quantized base layer for a part of this one.
