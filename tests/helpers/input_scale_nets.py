@@ -1,10 +1,9 @@
 """Layers and models to calibrate."""
 
 import torch
-from layer_helpers import randomize, uneven
+from layer_helpers import adapt, randomize, uneven
 from torch import nn
 
-import randlora_ext
 from randlora_ext import RandLoraLinear, calibrate
 
 
@@ -27,7 +26,7 @@ class Net(nn.Module):
 
 
 def net(**options):
-    return randlora_ext.apply_randlora(Net(), ["one", "two"], r=5, basis="hadamard", **options)
+    return adapt(Net(), "one", "two", r=5, basis="hadamard", **options)
 
 
 def calibrated():

@@ -34,6 +34,15 @@ def layers(model):
     return {path: m for path, m in model.named_modules() if isinstance(m, RandLoraLinear)}
 
 
+def adapt(model, *names, **options):
+    """The model, in which these linear layers have become a RandLoraLinear, and nothing else is
+    trained."""
+    model.requires_grad_(False)
+    for name in names:
+        model.set_submodule(name, RandLoraLinear(model.get_submodule(name), **options))
+    return model
+
+
 def randomize(model, seed=0):
     """Random diagonals that make adapters and base equally important; exact in bfloat16."""
     generator = torch.Generator().manual_seed(seed)
@@ -116,12 +125,6 @@ def small_net(kind=0.1, **options):
     for i in (0, 2):
         net[i] = randomize(RandLoraLinear(net[i], r=5, **options), seed=i)
     return net
-
-
-def two_adapters(dtype):
-    layer = RandLoraLinear(make_base(24, 40, dtype=dtype), r=5, seed=1, basis="independent")
-    layer.update_layer("two", r=7, randlora_alpha=70, density=0.2, seed=2**64 - 1)
-    return randomize(layer)
 
 
 def pickled(module):

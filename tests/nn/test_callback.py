@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from cli_helpers import llama
+from language_models import llama
 from layer_helpers import randomize
 from torch.utils.data import IterableDataset
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cli_helpers import llama
+from language_models import llama
 from layer_helpers import randomize, relative
 
 transformers = pytest.importorskip("transformers")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from expert_models import EXPERTS, MODELS, batch, logits, make, train, with_scales
 from layer_helpers import layers, randomize
+from randlora_ext.nn.apply import adapted_layers
 from torch import nn
 
 from randlora_ext import (
@@ -16,7 +17,6 @@ from randlora_ext import (
     save_adapter,
     unload,
 )
-from randlora_ext.nn.apply import adapted_layers
 
 
 def applied(name="Mixtral", **options):

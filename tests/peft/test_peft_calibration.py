@@ -7,7 +7,7 @@ import expert_models
 import pytest
 import torch
 import transformers
-from cli_helpers import llama, run
+from language_models import llama
 from layer_helpers import uneven
 from peft_helpers import (
     accelerated,

@@ -5,7 +5,7 @@ import copy
 import expert_models
 import pytest
 import torch
-from cli_helpers import llama, run
+from language_models import llama
 from layer_helpers import uneven
 from peft_helpers import (
     accelerated,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import KINDS, TARGETS, llama
 from huggingface_hub import ModelCard
+from language_models import llama
 from peft_helpers import (
     PEFT,
     Deep,

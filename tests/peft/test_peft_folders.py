@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from language_models import llama
 from expert_models import EXPERTS, MODELS, logits, make, with_scales
+from language_models import llama
 from peft_helpers import Deep, accelerated, adapted, opened, peft, randomize
 from safetensors.torch import load_file
 from same_adapters import assert_same, parameters

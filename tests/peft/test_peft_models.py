@@ -5,10 +5,10 @@ import functools
 
 import pytest
 import torch
-from language_models import llama
 from compile_helpers import assert_steps_agree, compiled, graphs
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from expert_models import batch
+from language_models import llama
 from peft_helpers import (
     Deep,
     Wide,

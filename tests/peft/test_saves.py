@@ -25,10 +25,10 @@ from peft_helpers import (
     randomize,
     stock_made,
 )
+from randlora_ext.files import appear_together
 from safetensors.torch import load_file
 
 import randlora_ext
-from randlora_ext.files import appear_together
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cli_helpers import llama, run
+from language_models import llama
 from peft_helpers import (
     accelerated,
     made,

@@ -18,7 +18,7 @@ import plots
 import pytest
 import record
 import torch
-from cli_helpers import llama
+from language_models import llama
 from methods import METHODS
 from peft_helpers import are_calibrated
 

@@ -36,7 +36,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, stock_peft):
     namespace: dict = {"__name__": "docs"}
     if page == "README.md":
         pytest.importorskip("peft")
-        namespace["model"] = importlib.import_module("cli_helpers").llama(hidden_size=128)
+        namespace["model"] = importlib.import_module("language_models").llama(hidden_size=128)
         namespace["batches"] = [{"input_ids": torch.arange(8).view(2, 4)}]
     for line, source in found:
         # Padded with empty lines, so that a traceback names the line of the page.

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import cli_helpers
+import language_models
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,7 +73,7 @@ def trains_and_loads(model, load, folder):
     model.save_pretrained(folder)
     want = model.eval()(tokens).logits
     assert torch.equal(load(str(folder)).eval()(tokens).logits, want)
-    assert not torch.allclose(cli_helpers.llama()(tokens).logits, want)
+    assert not torch.allclose(language_models.llama()(tokens).logits, want)
 
 
 def test_axolotl(tmp_path, monkeypatch, stock_peft):
@@ -92,7 +92,7 @@ def test_axolotl(tmp_path, monkeypatch, stock_peft):
 
     def load(folder=None, **options):
         changed = DictDefault(cfg | {"lora_model_dir": folder})
-        return load_adapter(cli_helpers.llama(), changed, "randlora", **options)
+        return load_adapter(language_models.llama(), changed, "randlora", **options)
 
     model, config = load()
     (callback,) = manager.add_callbacks_pre_trainer(cfg, model)
@@ -101,7 +101,7 @@ def test_axolotl(tmp_path, monkeypatch, stock_peft):
     assert config.r == 4 and load(config_only=True)[0] is None
     trains_and_loads(model, lambda folder: load(folder)[0], tmp_path)
     with pytest.raises(ValueError, match="needs lora_r, lora_alpha"):
-        load_adapter(cli_helpers.llama(), DictDefault(adapter="randlora"), "randlora")
+        load_adapter(language_models.llama(), DictDefault(adapter="randlora"), "randlora")
 
 
 def test_ms_swift(tmp_path, monkeypatch, stock_peft):
@@ -114,7 +114,7 @@ def test_ms_swift(tmp_path, monkeypatch, stock_peft):
     tuner = tuners_map["randlora"]
     callback = callbacks_map["calibrate"](None, None)
     assert isinstance(callback, randlora_ext.CalibrateCallback)
-    base = cli_helpers.llama()
+    base = language_models.llama()
     base.model_meta = SimpleNamespace(model_arch=None)
     args = SimpleNamespace(
         lora_rank=4, lora_alpha=80.0, lora_dropout=0.0, target_modules=["all-linear"]
@@ -124,5 +124,5 @@ def test_ms_swift(tmp_path, monkeypatch, stock_peft):
     tuner.save_pretrained(model, str(tmp_path / "tuner"))
     assert (tmp_path / "tuner" / "adapter_model.safetensors").exists()
     trains_and_loads(
-        model, lambda folder: tuner.from_pretrained(cli_helpers.llama(), folder), tmp_path
+        model, lambda folder: tuner.from_pretrained(language_models.llama(), folder), tmp_path
     )

@@ -7,7 +7,7 @@ import pytest
 import spelling
 import torch
 import transformers
-from cli_helpers import llama
+from language_models import llama
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
