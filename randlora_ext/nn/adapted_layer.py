@@ -132,10 +132,8 @@ class AdaptedLayer(KeepsWeight):
         an unknown adapter.
         """
         check_one_of("adapter", adapter, self.randlora_lambda)
-        if adapter not in self.randlora_input_scale:
-            return False
-        input_scale = self.randlora_input_scale[adapter]
-        return not input_scale.is_meta and bool((input_scale != 1).any())
+        scales = self.randlora_input_scale
+        return adapter in scales and scales.are_calibrated(adapter)
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
         path = prefix.removesuffix(".")

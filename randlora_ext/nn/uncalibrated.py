@@ -1,15 +1,12 @@
 """One warning, when training begins, of an adapter that could be calibrated and is not."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..checks import warn_user
-
-if TYPE_CHECKING:
-    from .adapted_layer import AdaptedLayer
 
 
 def watch_calibration(model: nn.Module, adapter: str) -> None:
@@ -24,9 +21,9 @@ def watch_calibration(model: nn.Module, adapter: str) -> None:
             return
 
 
-def warn_if_uncalibrated(layer: "AdaptedLayer", names: Sequence[str]) -> None:
-    """Called in forward. In the first one that trains these adapters, it warns if one is new and
-    not calibrated; it does not look again. Compiled code does not look at all."""
+def warn_if_uncalibrated(layer: Any, names: Sequence[str]) -> None:
+    """Called in forward of an `AdaptedLayer`. In the first one that trains these adapters, it warns
+    if one is new and not calibrated; it does not look again. Compiled code does not look at all."""
     if torch.compiler.is_compiling() or not layer.training or not torch.is_grad_enabled():
         return
     trained = [name for name in names if layer.randlora_lambda[name].requires_grad]
@@ -34,7 +31,8 @@ def warn_if_uncalibrated(layer: "AdaptedLayer", names: Sequence[str]) -> None:
         return
     layer.watches_calibration = False
     for name in trained:
-        if name not in layer.randlora_input_scale or layer.is_calibrated(name):
+        scales = layer.randlora_input_scale
+        if name not in scales or scales.are_calibrated(name):
             continue
         if bool(layer.randlora_lambda[name].any()):  # it has trained already
             continue
