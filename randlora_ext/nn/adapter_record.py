@@ -78,7 +78,8 @@ def other_adapter(problems: list[str]) -> str:
     return (
         "the tensors do not belong to the adapter. If they are from the same folder as its "
         "configuration, the files are of two saves, one of which was interrupted or is still "
-        f"running: load again, or save the adapter again.\n\t{lines}"
+        "running: load again, or save the adapter again. An adapter that exists keeps its "
+        f"configuration; delete it before you load another in its place.\n\t{lines}"
     )
 
 

@@ -71,4 +71,6 @@ def _other_records(layer: KeepsWeight, state_dict: Mapping[str, Any], prefix: st
         key = f"{prefix}{RECORD}.{name}._extra_state"
         if key in state_dict:
             found += record.misfits(key, state_dict[key])
+        elif any(f"{prefix}{diagonal}.{name}" in state_dict for diagonal in DIAGONALS):
+            found.append(f"{key} is missing, which says what the tensors belong to")
     return found
