@@ -9,7 +9,7 @@ import torch
 from . import _C
 
 LIBRARY = Path(__file__).parent / "librandlora_cuda.so"
-# Tests load the kernels compiled for the CPU (docs/cuda-on-cpu.md).
+# Tests load the kernels compiled for the CPU (CONTRIBUTING.md, "The execution gate").
 _SERVES_CPU = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
 
 
