@@ -17,7 +17,8 @@ from ..nn.adapter_record import RECORD, AdapterRecord
 from ..nn.base_layer import is_conv1d
 from ..nn.experts import AdaptedParameter
 from ..nn.input_scale import InputScales
-from .bases import PackedBasis, PackedBufferDict, description_of_matrix, layer_basis
+from .bases import PackedBasis, PackedBufferDict, layer_basis
+from .config import description_of_config
 
 
 class AcceleratedLinear(AdaptedLayer, Linear):
@@ -78,7 +79,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     ) -> None:
         super().update_layer(adapter_name, A, B, r, config=config, **kwargs)
         self.cast_like_base(adapter_name)
-        made = description_of_matrix(self.randlora_A[adapter_name])  # None: PEFT drew them
+        made = description_of_config(config)  # None: PEFT drew the bases
         self._reset_input_scale(adapter_name, made is not None and made.kind == "hadamard")
         if made is not None:  # files do not hold the bases
             self.randlora_record[adapter_name] = AdapterRecord(

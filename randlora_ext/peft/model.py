@@ -108,8 +108,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
         DPO, KTO, GRPO and RLOO add it with the very configuration of "default", and then copy every
         parameter whose name contains ".default.". Names of RandLoRA *end* in ".default", so the
-        reference would silently be the base model. Here every parameter and buffer
-        of the adapter is copied. If a mended version copies them, too, they are the same.
+        reference would silently be the base model. Here every parameter and buffer of the adapter
+        is copied. If a mended version copies them, too, they are the same.
         """
         if "trl" not in sys.modules:
             return
