@@ -28,16 +28,32 @@ def blocks(text: str) -> list[tuple[int, str]]:
     ]
 
 
+@pytest.fixture
+def toy_hub(monkeypatch):
+    """What README downloads is a random Llama of one layer, over bytes."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    numbers = {token: i for i, token in enumerate(["<end>", *sorted(split.alphabet())])}
+    bytewise = tokenizers.Tokenizer(tokenizers.models.BPE(numbers, []))
+    bytewise.pre_tokenizer = split
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=len(numbers), num_hidden_layers=1, **sizes)
+    downloads = {
+        transformers.AutoTokenizer: lambda name: fast,
+        transformers.AutoModelForCausalLM: lambda name: transformers.LlamaForCausalLM(config),
+    }
+    for auto, download in downloads.items():
+        monkeypatch.setattr(auto, "from_pretrained", download)
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks((ROOT / p).read_text())])
-def test_python_blocks_run(page, tmp_path, monkeypatch, stock_peft):
+def test_python_blocks_run(page, tmp_path, monkeypatch, stock_peft, toy_hub):
     path = ROOT / page
     found = blocks(path.read_text())
     monkeypatch.chdir(tmp_path)  # a page may write files
     namespace: dict = {"__name__": "docs"}
-    if page == "README.md":
-        pytest.importorskip("peft")
-        namespace["model"] = importlib.import_module("language_models").llama(hidden_size=128)
-        namespace["batches"] = [{"input_ids": torch.arange(8).view(2, 4)}]
     for line, source in found:
         # Padded with empty lines, so that a traceback names the line of the page.
         exec(compile("\n" * (line - 1) + source, str(path), "exec"), namespace)
