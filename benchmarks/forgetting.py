@@ -1,10 +1,12 @@
-"""Tables of docs/density.md from the rows of finetune.py: what was forgotten at equal loss.
+"""Tables of docs/evidence.md from the rows of finetune.py.
 
     python benchmarks/forgetting.py zen5 xeon-spr     reads results/forgetting-{zen5,xeon-spr}.jsonl
 
-At equal loss means: the logarithm of what was forgotten is interpolated over the held-out loss, for
-each seed, between factors of dW at each rate and between rates; the least counts, or that of a run
-that learned more. In tables of all runs a cell has loss and forgetting, means over the seeds, of
+At equal forgetting means: the held-out loss is interpolated over the logarithm of what was
+forgotten, for each seed, between factors of dW at each rate; the lowest counts, or that of a run
+that forgot less. At equal loss means: the logarithm of what was forgotten is interpolated over the
+held-out loss, between factors and between rates; the least counts, or that of a run that learned
+more. In tables of all runs a cell has loss and forgetting, means over the seeds, of
 which the last column tells the number.
 """
 
@@ -29,21 +31,19 @@ EQUAL = {  # held-out losses that most methods reach
     ("gemma", "json"): 0.022,
 }
 MODELS = {"fp32": "SmolLM2", "gemma": "Gemma"}
+RISES = 0.03, 0.1, 0.3  # of the loss on another text
 METHODS = {  # method and layers
-    "calibrated, MLP alone": ("hadamard scaled", "mlp"),
-    "calibrated": ("hadamard scaled", "four"),
-    "calibrated, all linear": ("hadamard scaled", "all"),
-    "not calibrated, MLP alone": ("hadamard", "mlp"),
-    "not calibrated": ("hadamard", "four"),
-    "SHiRA, MLP alone": ("shira", "mlp"),
-    "SHiRA": ("shira", "four"),
+    "ours, all linear": ("hadamard scaled", "all"),
+    "ours, MLP": ("hadamard scaled", "mlp"),
+    "SHiRA, MLP": ("shira", "mlp"),
+    "OFT, MLP": ("oft", "mlp"),
+    "LoRA, MLP": ("lora", "mlp"),
+}
+OTHERS = {
+    "not calibrated, MLP": ("hadamard", "mlp"),
     "SHiRA, all linear": ("shira", "all"),
-    "LoRA, MLP alone": ("lora", "mlp"),
-    "LoRA": ("lora", "four"),
-    "LoRA, all linear": ("lora", "all"),
-    "OFT, MLP alone": ("oft", "mlp"),
-    "OFT": ("oft", "four"),
     "OFT, all linear": ("oft", "all"),
+    "LoRA, all linear": ("lora", "all"),
 }
 POWERS = {  # of the share that varies, in the formula of `calibrate`
     "p = 0": "hadamard scaled:p=0",
@@ -102,6 +102,27 @@ def at(loss: float, points: list[tuple[float, float]]) -> list[float]:
     found = [forgot for own, forgot in points if own <= loss]
     inside = between(loss, points)
     return found if inside is None else [*found, inside]
+
+
+def loss_at(rise: float, points: list[tuple[float, float]]) -> list[float]:
+    """The losses of those that forgot at most this much, and what lies between two neighbours."""
+    found = [loss for loss, forgot in points if forgot <= rise]
+    for (low, more), (high, less) in pairwise(points):
+        if 0 < less < rise <= more:
+            share = math.log(rise / less) / math.log(more / less)
+            found.append(high + share * (low - high))
+    return found
+
+
+def loss_by_seed(rows: list[dict], rise: float, text: str = "manual") -> dict[int, float | None]:
+    """Of each seed of one method the lowest loss when it had forgotten this much; None if every run
+    forgot more."""
+    found: dict[int, float | None] = {}
+    for seed in sorted({row["seed"] for row in rows}):
+        _, *by_factors = curves(selected(rows, seed=seed), text)
+        losses = [loss for points in by_factors for loss in loss_at(rise, points)]
+        found[seed] = min(losses, default=None)
+    return found
 
 
 def by_seed(rows: list[dict], loss: float, text: str = "manual") -> dict[int, float | None]:
@@ -163,18 +184,31 @@ def heads(columns) -> list[str]:
     return [f"| | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
 
 
-def at_equal_loss(rows: list[dict], text: str = "manual") -> str:
-    """A row per method and kind of layers, a column per model and task; means, then seeds."""
-    lines = heads(EQUAL)
-    for name, (method, targets) in METHODS.items():
-        mine = selected(rows, method=method, targets=targets, r=32)
+def of_methods(rows: list[dict], methods: dict, cell, named=lambda model, task: "") -> str:
+    """A row per model and task, a column per method and its layers; `cell(rows, model, task)` is a
+    loss or what was forgotten, by seeds."""
+    lines = [f"| | {' | '.join(methods)} |", "|" + "---|" * (len(methods) + 1)]
+    for model, task in EQUAL:
         cells = []
-        for (model, task), loss in EQUAL.items():
-            these = selected(mine, model=model, task=task)
-            cells.append(mean_cell(by_seed(these, loss, text)))
-        if any(cells):
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+        for method, targets in methods.values():
+            these = selected(rows, method=method, targets=targets, r=32, model=model, task=task)
+            cells.append(mean_cell(cell(these, model, task)))
+        head = f"{MODELS[model]}, {task}{named(model, task)}"
+        lines.append(f"| {head} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def at_equal_forgetting(rows: list[dict], rise: float, methods: dict, text: str = "manual") -> str:
+    return of_methods(rows, methods, lambda these, *_: loss_by_seed(these, rise, text))
+
+
+def at_equal_loss(rows: list[dict], methods: dict, text: str = "manual") -> str:
+    return of_methods(
+        rows,
+        methods,
+        lambda these, *key: by_seed(these, EQUAL[key], text),
+        lambda *key: f", {EQUAL[key]}",
+    )
 
 
 def by_power(rows: list[dict]) -> str:
@@ -258,11 +292,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+")
     rows = read(parser.parse_args().names)
-    print("at equal loss\n")
-    print(at_equal_loss(rows))
-    for text in ("code", "prose"):
-        print(f"the same on another text, {text}\n")
-        print(at_equal_loss(rows, text))
+    for methods in (METHODS, OTHERS):
+        for rise in RISES:
+            print(f"held-out loss at a rise of {rise} on the manual\n")
+            print(at_equal_forgetting(rows, rise, methods))
+        for text in ("manual", "code", "prose"):
+            print(f"what was forgotten of the {text} at equal loss\n")
+            print(at_equal_loss(rows, methods, text))
     print("by the power p\n")
     print(by_power(rows))
     print("by layers and r\n")
