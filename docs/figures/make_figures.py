@@ -83,7 +83,7 @@ def a_side():
     ternary(axes, 1, 1, row)
     note(axes, 0.9, 1.25, "A[j]", ha="right")
     support = np.flatnonzero(row[0])
-    note(axes, 4, 0.5, "support of j: 4 of d = 12 inputs", size=9)
+    note(axes, 4, 0.5, "S: the 4 of d = 12 inputs where row j of A is not zero", size=9)
     for k in range(12):
         used = k in support
         box(axes, 1 + 0.5 * k, 3, 0.5, 3.2, DATA if used else "white")
