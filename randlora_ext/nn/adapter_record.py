@@ -63,7 +63,8 @@ class AdapterRecord(nn.Module):
         ]
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor([*json.dumps(self.values).encode("ascii")], dtype=torch.uint8)
+        text = json.dumps(self.values).encode("ascii")
+        return torch.tensor([*text], dtype=torch.uint8, device="cpu")  # whatever the default is
 
     def set_extra_state(self, state: Any) -> None:
         # The layer has asked already, except for transformers' own loaders.
@@ -96,6 +97,7 @@ def _read(key: str, tensor: Any, names: list[str]) -> dict[str, Any]:
         OverflowError,
         AttributeError,
         KeyError,
+        NotImplementedError,  # of tensors on the meta device
         TypeError,
         ValueError,
         RecursionError,

@@ -55,8 +55,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
     ``state_dict`` holds the base layer, lambda and gamma, the input scale of an adapter on Hadamard
     bases, and a record of seed, density, r, alpha and sizes in place of the bases.
-    ``load_state_dict`` raises RuntimeError, before it copies anything into the layer, if these
-    differ, a shape does, or the adapter is merged.
+    ``load_state_dict`` raises RuntimeError, before it copies anything into the layer, if one of
+    these or the shape of an adapter's tensor differs, or the adapter is merged.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what is allowed.

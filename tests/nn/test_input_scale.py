@@ -71,35 +71,10 @@ def test_unmerging_restores_every_bit():
     assert torch.equal(layer.base_layer.weight, kept)
 
 
-# ---- each adapter has its own --------------------------------------------------------------------
-
-
-@pytest.fixture
-def two_adapters():
-    """A layer of which the second adapter has an input scale."""
-    layer = layer_of(basis="hadamard")
-    layer.update_layer("two", r=4)
-    layer.set_input_scale("two", torch.rand(24) + 0.5)
-    return layer
-
-
-def test_it_is_of_one_adapter(two_adapters):
-    assert [name for name in two_adapters.bases if two_adapters.is_calibrated(name)] == ["two"]
-
-
-def test_a_new_adapter_of_the_same_name_has_none_yet(two_adapters):
-    two_adapters.update_layer("two", r=4)
-    assert not two_adapters.is_calibrated("two")
-
-
-def test_an_adapter_on_independent_bases_has_none(two_adapters):
-    two_adapters.update_layer("two", r=4, density=0.3)
-    assert [*two_adapters.randlora_input_scale] == ["default"]
-
-
-def test_an_adapter_that_does_not_exist_has_none(two_adapters):
-    with pytest.raises(ValueError, match="adapter must be one of"):
-        two_adapters.is_calibrated("three")
+def test_a_layer_on_independent_bases_has_none():
+    layer = layer_of(density=0.3)
+    assert not layer.is_calibrated("default") and not layer.randlora_input_scale
+    layer.set_input_scale("default", None)  # nothing to take away
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -1,15 +1,12 @@
-"""The input scale in copies, state dicts and files, and on other devices and in other dtypes."""
+"""The input scale in copies and state dicts, and on other devices and in other dtypes."""
 
 import copy
 
 import pytest
 import torch
-from input_scale_nets import Net, calibrated, net
+from input_scale_nets import calibrated, layer_of, net
 from layer_helpers import pickled, randomize, uneven
 from torch import nn
-
-import randlora_ext
-from randlora_ext import calibrate
 
 
 def through_a_state_dict(source, target):
@@ -18,26 +15,20 @@ def through_a_state_dict(source, target):
     return other
 
 
-def through_a_file(source, folder):
-    randlora_ext.save_adapter(source, folder)
-    return randlora_ext.load_adapter(Net(), folder)
-
-
 WAYS = {
-    "copy": lambda source, target, folder: copy.deepcopy(source),
-    "pickle": lambda source, target, folder: pickled(source)[0],
-    "state dict": lambda source, target, folder: through_a_state_dict(source, target),
-    "file": lambda source, target, folder: through_a_file(source, folder),
+    "copy": lambda source, target: copy.deepcopy(source),
+    "pickle": lambda source, target: pickled(source)[0],
+    "state dict": through_a_state_dict,
 }
 
 
 @pytest.mark.parametrize("has_one", [True, False])
 @pytest.mark.parametrize("way", WAYS)
-def test_it_goes_where_the_adapter_goes(tmp_path, way, has_one):
+def test_it_goes_where_the_adapter_goes(way, has_one):
     """Or is taken away, where the source has none and the target of a state dict has one."""
     scaled, bare = calibrated(), randomize(net())
     source, target = (scaled, bare) if has_one else (bare, scaled)
-    arrived = WAYS[way](source, target, tmp_path / "adapter")
+    arrived = WAYS[way](source, target)
     x = uneven(9, seed=2)
     assert torch.equal(arrived.eval()(x), source.eval()(x))
     assert arrived.one.is_calibrated("default") == has_one
@@ -54,91 +45,39 @@ BAD = {
     "nan": (lambda scale: scale.log() * torch.inf, "must be positive and finite in every feature"),
     "meta": (lambda scale: scale.to("meta"), r"has no numbers \(meta device\)"),
     "integers": (lambda scale: scale.ceil().int(), "is torch.int32, and must be floating point"),
-    "missing": (None, "is missing: adapters on Hadamard bases have one"),
+    "missing": (None, "is missing: an adapter on Hadamard bases has one"),
 }
 
 
-KEY = "two.randlora_input_scale.default"  # of the last layer
+KEY = "randlora_input_scale.default"
 
 
-@pytest.mark.parametrize("prefix", ["", "0."], ids=["alone", "inside a model"])
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside a model"])
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("assign", [False, True])
-def test_what_does_not_fit_the_last_layer_is_refused_before_the_first_is_loaded(
-    case, assign, prefix
-):
+def test_what_does_not_fit_is_refused_before_the_layer_is_changed(case, assign, inside):
     change, message = BAD[case]
-    model = calibrated()
+    layer = calibrated().two
+    prefix, model = ("0.", nn.Sequential(layer)) if inside else ("", layer)
     before = copy.deepcopy(model.state_dict())
-    given = {prefix + name: value + 1 for name, value in before.items()}
+    given = before | {name: value + 1 for name, value in before.items() if "record" not in name}
     scale = given.pop(prefix + KEY)
     if change is not None:
         given[prefix + KEY] = change(scale)
-    target = nn.Sequential(model) if prefix else model
-    with pytest.raises(RuntimeError, match=f"{KEY} {message}"):
-        target.load_state_dict(given, strict=change is not None, assign=assign)
+    with pytest.raises(RuntimeError, match=f"{prefix}{KEY} {message}"):
+        model.load_state_dict(given, strict=change is not None, assign=assign)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def tied():
-    layer = nn.Linear(24, 24)
-    return randlora_ext.apply_randlora(nn.Sequential(layer, layer), ["0", "1"], r=5)
+def test_a_layer_that_a_model_calls_twice_loads_its_vector():
+    def tied():
+        layer = layer_of(24, 24)
+        return nn.Sequential(layer, layer)
 
-
-@pytest.fixture
-def calibrated_tied():
-    model = tied()
-    calibrate(model, [uneven(9)])
-    return randomize(model)
-
-
-def test_a_tied_layer_loads_its_vector(calibrated_tied):
-    assert calibrated_tied[0] is calibrated_tied[1]
-    other = tied()
-    other.load_state_dict(calibrated_tied.state_dict())
-    assert torch.equal(other(uneven(3)), calibrated_tied(uneven(3)))
-
-
-def test_a_tied_layer_refuses_two_different_vectors(calibrated_tied):
-    one, two = (f"{i}.randlora_input_scale.default" for i in range(2))
-    before = copy.deepcopy(calibrated_tied.state_dict())
-    with pytest.raises(RuntimeError, match=f"{two} differs from {one}, and both are of one tied"):
-        calibrated_tied.load_state_dict(before | {two: before[two] * 2})
-    after = calibrated_tied.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
-
-
-def squares(tied):
-    torch.manual_seed(0)
-    layers = [nn.Linear(24, 24), nn.Linear(24, 24)]
-    return nn.Sequential(layers[0], layers[0] if tied else layers[1])
-
-
-@pytest.fixture
-def two_layers():
-    """Not tied, with equal vectors."""
-    model = randlora_ext.apply_randlora(squares(tied=False), ["0", "1"], r=5)
-    scale = torch.rand(24) + 0.5
-    for layer in model:
-        layer.set_input_scale("default", scale)
-    return model
-
-
-def test_a_file_of_two_layers_with_equal_vectors_fits_a_tied_layer(tmp_path, two_layers):
-    randlora_ext.save_adapter(two_layers, tmp_path)
-    opened = randlora_ext.load_adapter(squares(tied=True), tmp_path)
-    assert opened[0] is opened[1]
-    scales = [model[0].randlora_input_scale["default"] for model in (opened, two_layers)]
-    assert torch.equal(*scales)
-
-
-def test_a_file_of_two_layers_with_other_vectors_does_not_fit_a_tied_layer(tmp_path, two_layers):
-    two_layers[1].set_input_scale("default", None)
-    randlora_ext.save_adapter(two_layers, tmp_path)
-    bare = squares(tied=True)
-    with pytest.raises(ValueError, match="1: it is tied to 0, whose tensors differ"):
-        randlora_ext.load_adapter(bare, tmp_path)
-    assert type(bare[0]) is nn.Linear
+    one, other = randomize(tied()), tied()
+    one[0].set_input_scale("default", torch.rand(24) + 0.5)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other(uneven(3)), one(uneven(3)))
 
 
 # ---- dtypes and devices --------------------------------------------------------------------------
@@ -193,3 +132,15 @@ def test_a_model_from_the_meta_device_loads_it(on_meta):
     model = on_meta.to_empty(device="cpu")
     model.load_state_dict(calibrated().state_dict())
     assert torch.equal(model(uneven(3)), calibrated()(uneven(3)))
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(24), torch.full((24,), torch.nan), torch.ones(40)])
+def test_a_vector_that_is_set_by_its_path_must_be_one(bad):
+    """As transformers' own loaders set it."""
+    scales = calibrated().one.randlora_input_scale
+    before = scales["default"].clone()
+    with pytest.raises(ValueError, match="default (must be positive and finite|is .40,., and must)"):
+        scales.default = bad
+    assert torch.equal(scales["default"], before)
+    scales.default = torch.full((24,), 0.5, dtype=torch.float64)
+    assert torch.equal(scales["default"], torch.full((24,), 0.5))
