@@ -47,16 +47,16 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     ) -> None:
         """`sizes`: in_features and out_features. Source: PEFT's ``Linear``, which reads them off an
         nn.Linear or a Conv1D, and knows no other layers."""
-        self._make_empty(adapter_name, config, sizes)
-        self.base_layer = base_layer
+        nn.Module.__init__(self)
+        self.base_layer = base_layer  # before the adapters, as PEFT's: optimizers count parameters
+        self._add_attributes(adapter_name, config, sizes)
         self.is_target_conv_1d_layer = is_conv1d(base_layer)
         self.update_layer(adapter_name, randlora_A, randlora_B, config.r, config=config)
 
-    def _make_empty(
+    def _add_attributes(
         self, adapter_name: str, config: peft.RandLoraConfig, sizes: tuple[int, int]
     ) -> None:
-        """Makes the attributes of a layer that still lacks its base layer and its first adapter."""
-        nn.Module.__init__(self)
+        """Those of a layer that still lacks its first adapter."""
         for name, value in vars(RandLoraLayer(nn.Linear(*sizes, device="meta"))).items():
             if name != "base_layer":
                 setattr(self, name, value)
@@ -224,8 +224,9 @@ class AcceleratedParameter(AdaptedParameter, AcceleratedLinear):
         adapter_name: str,
         config: peft.RandLoraConfig,
     ) -> None:
+        nn.Module.__init__(self)
         sizes = self._set_parameter(module, parameter_name)
-        self._make_empty(adapter_name, config, (sizes.in_features, sizes.out_features))
+        self._add_attributes(adapter_name, config, (sizes.in_features, sizes.out_features))
         self.update_layer(adapter_name, A, B, config.r, config=config)
 
     def update_layer(
