@@ -41,10 +41,11 @@ class RandLoraConfig(peft.RandLoraConfig):
             "experts.gate_up_proj": (experts, out, in), (experts, in, out) or (out, in). Only with
             basis="hadamard" and without dropout.
 
-    With "hadamard" and "independent", ``projection_prng_key`` is their seed. A file has a text in
-    its place that describes them, such as ``randlora_ext:independent-1:density=0.07:seed=42``. The
-    text is complete: a configuration with this field alone has the same bases. Stock PEFT refuses
-    the file: its ``peft_type`` says what to type, and PEFT's error quotes that.
+    With "hadamard" and "independent", ``projection_prng_key`` is their seed. It becomes a text that
+    describes them, such as ``randlora_ext:independent-1:density=0.07:seed=42``, which is complete:
+    a configuration with this field alone has the same bases. Stock PEFT could only draw others, and
+    fails on the text. It refuses a file: its ``peft_type`` says what to type, and PEFT's error
+    quotes that.
 
     Attributes: the fields, and ``basis_description``, what generates the bases; None if PEFT draws
     them.
@@ -70,7 +71,7 @@ class RandLoraConfig(peft.RandLoraConfig):
         super().__post_init__()
         if generated is not None:
             self.basis, self.density = generated.kind, generated.density
-            self.projection_prng_key = generated.seed
+            self.projection_prng_key = generated.key()
             self.save_projection = False
         if self.target_parameters and (self.basis != "hadamard" or self.randlora_dropout):
             raise ValueError(
@@ -119,8 +120,7 @@ class RandLoraConfig(peft.RandLoraConfig):
         values = super().to_dict()
         if self.basis_description is None:
             return {k: v for k, v in values.items() if k not in _OURS}
-        key = self.basis_description.key()
-        return values | {"peft_type": NEEDS_OURS, "projection_prng_key": key}
+        return values | {"peft_type": NEEDS_OURS}
 
 
 def description_of_config(config: peft.RandLoraConfig) -> BasisDescription | None:

@@ -19,7 +19,6 @@ from peft_helpers import (
     numbers,
     opened,
     pair,
-    peft,
     relative,
     run,
 )
@@ -234,15 +233,6 @@ def test_no_use_leaves_a_dense_basis(tmp_path, options, use):
 def test_a_loaded_model_trains_without_a_dense_basis(tmp_path, options):
     adapted(wide(), "02", R, **options).save_pretrained(tmp_path)
     model = opened(tmp_path, wide, is_trainable=True)
-    step(model)
-    assert not dense_tensors()
-
-
-def test_accelerate_drops_the_dense_bases_of_stock():
-    accelerated.disable()
-    model = peft.get_peft_model(wide(), config(R, targets="02", **SPARSE))
-    assert dense_tensors()
-    model = accelerated.accelerate(model)
     step(model)
     assert not dense_tensors()
 
