@@ -92,16 +92,21 @@ class ForgettingBudget(TrainerCallback):
         self.max_rise = max_rise
         self.prompts = prompts
         self.text = batches if batches is None else list(batches)
+        self.can_measure = True
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         if self._do("not calibrated", lambda: self._calibrate(train_dataloader)):
             self._say("calibrated the adapter")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        self._do("forgetting was not measured", lambda: self._show(metrics))
+        if self.can_measure:  # else it has been told
+            self.can_measure = self._do("forgetting is not shown", lambda: self._show(metrics))
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._do("the budget was not kept", self._keep_budget)
+        if self.max_rise is None:
+            self.on_evaluate(args, state, control)
+        else:
+            self._do("the budget is not kept", self._keep_budget)
 
     def _do(self, otherwise: str, act: Callable[[], None]) -> bool:
         """Whether it could be done; else it is told why not."""
@@ -296,11 +301,11 @@ def _arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
     inner: Any = model
     if hasattr(inner, "get_base_model"):  # PEFT's
         inner = inner.get_base_model()
-    known = inspect.signature(type(inner).forward).parameters
-    found = {name: value for name, value in batch.items() if name in known}
-    # Some take all by **kwargs; those that name arguments as well need no more than these.
-    if not found and any(each.kind is each.VAR_KEYWORD for each in known.values()):
-        found = dict(batch)
+    _, *known = inspect.signature(type(inner).forward).parameters.values()  # the first is self
+    if all(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in known):
+        return dict(batch)
+    names = {each.name for each in known}
+    found = {name: value for name, value in batch.items() if name in names}
     if not found:
         raise _Cannot(
             f"the trainer's batches hold {[*batch]}, none of which {type(inner).__name__} takes"
