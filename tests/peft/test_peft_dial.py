@@ -5,7 +5,6 @@ import copy
 import expert_models
 import pytest
 import torch
-from language_models import llama
 from layer_helpers import uneven
 from peft_helpers import (
     accelerated,
@@ -18,7 +17,6 @@ from peft_helpers import (
     relative,
     stock_made,
 )
-from transformers import AutoModelForCausalLM
 
 import randlora_ext
 from randlora_ext import set_dial
@@ -71,11 +69,6 @@ def by_load_adapter_over_another(model, bare, folder):
     return bare
 
 
-def by_hotswap_adapter(model, bare, folder):
-    accelerated.hotswap_adapter(bare, folder)
-    return bare
-
-
 def by_load_adapter_beside_another(model, bare, folder):
     bare.load_adapter(folder, "two")
     bare.set_adapter("two")
@@ -99,7 +92,6 @@ def by_deepcopy(model, bare, folder):
 DOORS = [
     by_from_pretrained,
     by_load_adapter_over_another,
-    by_hotswap_adapter,
     by_load_adapter_beside_another,
     by_load_state_dict,
     by_set_peft_model_state_dict,
@@ -154,19 +146,6 @@ def test_the_factor_goes_to_stock_peft(tmp_path):
     assert relative(opened(tmp_path).eval()(X), want) < 1e-5
 
 
-@torch.no_grad()
-def test_merged_without_a_model(tmp_path):
-    llama(initializer_range=0.3).save_pretrained(tmp_path / "base")
-    model = adapted(llama(initializer_range=0.3), ["q_proj"], basis="hadamard").eval()
-    set_dial(model, FACTOR)
-    model.save_pretrained(tmp_path / "adapter")
-    code, _, error = run("merge", *(tmp_path / name for name in ("base", "adapter", "out")))
-    assert code == 0, error
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    tokens = torch.arange(9)[None]
-    assert relative(merged(tokens).logits, model(tokens).logits) < 1e-5
-
-
 def test_the_factor_multiplies_dw_of_experts():
     chosen = {"basis": "hadamard", "targets": [], "target_parameters": expert_models.EXPERTS}
     model = adapted(expert_models.make("Mixtral"), r=4, **chosen)
@@ -181,15 +160,12 @@ def test_layers_of_stock_peft_have_no_dial():
         set_dial(stock_made(), FACTOR)
 
 
-@torch.no_grad()
-def test_the_curve_under_peft():
+def test_one_adapter_among_several():
     model, _ = turned(basis="hadamard")
-
-    def size(model):
-        return model(X).norm()
-
-    whole, none = randlora_ext.dial_curve(model, size, size, (1.0, 0.0))
-    assert whole.task == pytest.approx(float(size(model)), rel=1e-6)
-    with model.disable_adapter():
-        assert none.text == pytest.approx(float(size(model)), rel=1e-5)
-    assert none.text != pytest.approx(whole.text, rel=1e-3)
+    model.add_adapter("two", copy.deepcopy(model.peft_config["default"]))
+    randomize(model, size=0.1)
+    one, two = deltas(model), deltas(model, "two")
+    set_dial(model, 0.5, "two")  # exact
+    assert all(map(torch.equal, deltas(model), one))
+    for now, was in zip(deltas(model, "two"), two, strict=True):
+        assert torch.equal(now, was / 2)
