@@ -79,19 +79,21 @@ def calibrated(model):
     return randomize(model, size=0.1)
 
 
-def trainer(method, model, folder, **options):
+def trainer(method, model, folder, settings=(), data=None, words=None, **options):
     about = {"output_dir": str(folder), "save_strategy": "no", "report_to": [],
              "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3,
              "per_device_train_batch_size": 2, "gradient_checkpointing": False,
              "use_cpu": True, "bf16": False, "disable_tqdm": True}  # fmt: skip
-    settings = getattr(trl, f"{method}Config")(**about, **OPTIONS[method])
+    about |= OPTIONS[method] | dict(settings)
+    rows = datasets.Dataset.from_list(data or DATA[method])
     if OPTIONS[method] is ONLINE:
         options["reward_funcs"] = lambda completions, **_: [float(len(c)) for c in completions]
     return getattr(trl, f"{method}Trainer")(
         model=model,
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(DATA[method]),
-        processing_class=tokenizer(),
+        args=getattr(trl, f"{method}Config")(**about),
+        train_dataset=rows,
+        eval_dataset=rows if "eval_strategy" in about else None,
+        processing_class=words or tokenizer(),
         **options,
     )
 
@@ -145,20 +147,61 @@ def test_trainers_run(method, fresh, tmp_path):
         assert logged(run, "kl")[0] == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "GRPO"])
-def test_trainers_calibrate(method, tmp_path, caplog):
-    """By the callback, which DPO's first loss shows to leave the reference as it is. GRPO's batches
-    are texts."""
+def kept(method, folder, options, budget, **rest):
+    """A training by which more is forgotten than the budget of `KEPT` allows."""
     accelerated.enable()
-    chosen = config(4, accelerated.RandLoraConfig, TARGETS, basis="hadamard", **ABOUT)
-    callback = randlora_ext.CalibrateCallback()
-    run = trainer(method, base(), tmp_path, peft_config=chosen, callbacks=[callback])
+    about = ABOUT | {"randlora_alpha": 80, "basis": "hadamard"}
+    chosen = config(4, accelerated.RandLoraConfig, TARGETS, **about)
+    model = llama(vocab_size=43, initializer_range=0.1)
+    options |= {"learning_rate": 1e-2}
+    run = trainer(method, model, folder, options, peft_config=chosen, **rest)
+    run.add_callback(randlora_ext.ForgettingBudget(run, max_rise=KEPT, **budget))
     run.train()
+    return run
+
+
+KEPT = 1e-3
+
+
+@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "GRPO"])
+def test_trainers_keep_a_budget(method, tmp_path, caplog):
+    """They calibrate, which DPO's first loss shows to leave the reference as it is; only GRPO's
+    batches are texts. They log what is forgotten, and keep the budget."""
+    run = kept(method, tmp_path, {"eval_strategy": "steps", "eval_steps": 1}, {})
     found = [layer.is_calibrated("default") for layer in layers(run.model)]
     assert found == [method != "GRPO"] * 6
-    assert ("not calibrated: the trainer's batches hold" in caplog.text) == (method == "GRPO")
+    assert ("no mappings of the model's arguments, but list" in caplog.text) == (method == "GRPO")
     if method == "DPO":
         assert logged(run, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    rises = logged(run, "eval_forgetting")
+    assert len(rises) == 5 and rises[2] > KEPT >= rises[-1]
+    assert rises[-1] == randlora_ext.forgetting(run.model).nats
+    assert logged(run, "dial") and len(logged(run, "eval_loss")) == 4
+
+
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": text(i, i + 1)},
+            {"role": "assistant", "content": text(*range(i, i + 4))},
+        ]
+    }
+    for i in range(6)
+]
+TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_budget_on_the_answers_of_a_chat_model(packing, tmp_path, caplog):
+    words = tokenizer()
+    words.chat_template = TEMPLATE
+    prompts = [words(text(i, 2 * i))["input_ids"] for i in range(3)]
+    options = {"packing": packing, "max_length": 16}
+    run = kept("SFT", tmp_path, options, {"prompts": prompts}, data=CHATS, words=words)
+    assert all(layer.is_calibrated("default") for layer in layers(run.model))
+    over, within = logged(run, "eval_forgetting")
+    assert over > KEPT >= within == randlora_ext.forgetting(run.model, prompts=prompts).nats
+    assert not [each for each in caplog.records if each.name.startswith("randlora_ext")]
 
 
 @pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
