@@ -12,12 +12,18 @@ from torch import Tensor
 from .. import _C
 from ..basis import Basis
 from ..checks import check_alpha
-from ..devices import cuda_refusal, cuda_serves, serve
 from ..ranks import is_dtensor
 from . import dense, hadamard, independent
 from .registration import autocast, autocast_is_on
 
-_MODULES = {"hadamard": hadamard, "dense": dense}
+# What multiplies by the bases of each kind. Every module has `basis_arguments`, `linear`,
+# `plus_delta` and `what_computes`, with the same parameters.
+_OPERATORS: dict[str, Any] = {
+    "hadamard": hadamard,
+    "independent": independent,
+    "imported": independent,
+    "dense": dense,
+}
 _USUAL = (Tensor, torch.nn.Parameter)  # other types are looked at more closely
 
 
@@ -108,10 +114,7 @@ def delta_weight(
     paper equation 3. Raises TypeError or ValueError, naming the argument.
     """
     _check(basis, lam, gam, scaling, input_scale)
-    if basis.kind == "hadamard":
-        arguments = hadamard.basis_arguments(basis, lam.device, scaling, lam.dtype, input_scale)
-        return hadamard.weight(None, lam, gam, **arguments)
-    return dense.delta(basis, lam, gam, scaling)
+    return _OPERATORS[basis.kind].plus_delta(None, basis, lam, gam, scaling, input_scale)
 
 
 @torch.no_grad()
@@ -135,11 +138,7 @@ def merged_weight(
             f"weight must be (out, in) = ({basis.out_features}, {basis.in_features}), "
             f"got {tuple(weight.shape)}"
         )
-    if basis.kind == "hadamard":
-        arguments = hadamard.basis_arguments(basis, lam.device, scaling, lam.dtype, input_scale)
-        return hadamard.weight(weight, lam, gam, **arguments)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + dense.delta(basis, lam.to(wide), gam, scaling)).to(weight.dtype)
+    return _OPERATORS[basis.kind].plus_delta(weight, basis, lam, gam, scaling, input_scale)
 
 
 def linear(
@@ -181,29 +180,14 @@ def linear(
         x = autocast(device.type, x)
         weight = None if weight is None else autocast(device.type, weight)
         bias = None if bias is None else autocast(device.type, bias)
-    module = _MODULES.get(basis.kind, independent)
-    if module is independent and not (serve(device) or x.is_meta):
-        raise ValueError(
-            f"x is on {device}, where independent bases need our kernels, which are "
-            f"{cuda_refusal(device)}; Hadamard and dense bases work without, in plain torch"
-        )
-    arguments = module.basis_arguments(basis, device, scaling, x.dtype, input_scale)
-    return module.linear(x, weight, bias, lam, gam, **arguments)
+    operators = _OPERATORS[basis.kind]
+    arguments = operators.basis_arguments(basis, device, scaling, x.dtype, input_scale)
+    return operators.linear(x, weight, bias, lam, gam, **arguments)
 
 
 def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype) -> str:
     """What multiplies by the basis there, as the end of "computed by"."""
     if device.type == "meta":
         return "nothing on the meta device"
-    if basis.kind == "dense":
-        return "torch's GEMMs"
     kernels = f"{_C.isa() if device.type == 'cpu' else device.type} kernels"
-    if basis.kind != "hadamard":
-        if serve(device):
-            return kernels
-        return f"nothing: these bases need kernels, which are {cuda_refusal(device)}"
-    if cuda_serves(device):  # as far as the card's shared memory is large enough
-        sizes = basis.D, basis.d, basis.r, basis.n
-        fits = _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)
-        return kernels if fits else "plain torch"
-    return kernels if serve(device) else "plain torch"
+    return _OPERATORS[basis.kind].what_computes(basis, device, dtype, kernels)

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
 from ..basis import Basis
 from ..basis.hadamard import sylvester
 from ..basis.packed import PackedSigns
 from ..checks import check_diagonals, check_dimensions, check_linear, check_operand
+from ..devices import cuda_serves, serve
 from .registration import Operator, entry, fake, gradients, linear_entry, plain
 
 _ops = torch.ops.randlora
@@ -82,6 +84,26 @@ def hadamard_weight(weight, lam, a_signs, row_signs, expand, **_):
 
 
 weight = entry("hadamard_weight", Weight)
+
+
+def plus_delta(
+    base: Tensor | None,
+    basis: Basis,
+    lam: Tensor,
+    gam: Tensor,
+    scaling: float,
+    input_scale: Tensor | None = None,
+) -> Tensor:
+    """W + dW, or dW without a weight."""
+    return weight(base, lam, gam, **basis_arguments(basis, lam.device, scaling, None, input_scale))
+
+
+def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype, kernels: str) -> str:
+    if cuda_serves(device):  # as far as the card's shared memory is large enough
+        sizes = basis.D, basis.d, basis.r, basis.n
+        fits = _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)
+        return kernels if fits else "plain torch"
+    return kernels if serve(device) else "plain torch"
 
 
 # ---- plain torch ---------------------------------------------------------------------------

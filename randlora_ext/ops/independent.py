@@ -1,5 +1,5 @@
 """The operators on packed ternary bases, independent or imported (csrc/torch/independent.cpp), and
-those that make packed bases (basis_ops.cpp). They need our kernels."""
+those that make bases (basis_ops.cpp). They need our kernels."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..basis.packed import PackedLists, PackedPlanes
+from ..devices import cuda_refusal, serve
+from . import dense
 from .registration import fake, linear_entry
 
 _ops = torch.ops.randlora
@@ -22,9 +24,15 @@ def basis_arguments(
     dtype: torch.dtype | None = None,
     input_scale: None = None,
 ) -> dict[str, Any]:
-    """The operators' arguments that describe the bases, in their order: `expand`, `scale` and, of
-    ternary bases, indices, which have one dtype."""
+    """The operators' arguments that describe the bases, in their order: the packed tensors,
+    `expand` and `scale`. Raises ValueError where our kernels do not run."""
     assert input_scale is None  # goes with Hadamard bases
+    on = torch.device(device)
+    if not (serve(on) or on.type == "meta"):
+        raise ValueError(
+            f"x is on {device}, where independent bases need our kernels, which are "
+            f"{cuda_refusal(on)}; Hadamard and dense bases work without, in plain torch"
+        )
     packed = basis.packed(device)
     assert isinstance(packed, (PackedLists, PackedPlanes))
     b: dict[str, Tensor | None] = dict.fromkeys(_B)
@@ -48,16 +56,23 @@ def _rows_of_B(b_planes, b_row_offset, **_):
 
 
 linear = linear_entry("independent_linear", _rows_of_B)
+plus_delta = dense.plus_delta
 
 
-# Of the operators that make bases only these two are traced.
+def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype, kernels: str) -> str:
+    if serve(device):
+        return kernels
+    return f"nothing: these bases need kernels, which are {cuda_refusal(device)}"
+
+
+# Of the operators that make bases these are traced, where a dense basis is made.
+
+
+@fake
+def fill_planes_(**_):
+    return None
 
 
 @fake
 def planes_to_dense(planes, cols, dtype, **_):
     return planes.new_empty((planes.shape[1], cols), dtype=dtype)
-
-
-@fake
-def lists_to_dense(offset, cols, dtype, **_):
-    return offset.new_empty((offset.shape[0] // 2, cols), dtype=dtype)

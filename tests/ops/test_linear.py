@@ -25,7 +25,7 @@ from layer_cases import (
 )
 
 from randlora_ext import _C, Basis, devices
-from randlora_ext.ops import functional
+from randlora_ext.ops import functional, hadamard
 
 TOKENS = [0, 1, 3, 16, 33, 100, 257]  # 257 needs a second super-block of the backward on 2 threads
 FP64 = 1e-12  # relative; about 1e-13 is seen
@@ -186,7 +186,7 @@ def test_plain_torch_computes_what_a_card_cannot_hold(monkeypatch):
         layer = Layer(basis, x, None, None, lam, gam, torch.randn(2, 33024))
         for name, value in ours(layer).items():
             assert torch.equal(value, by_plain_torch(layer)[name]), name
-    monkeypatch.setattr(functional, "cuda_serves", lambda device: True)
+    monkeypatch.setattr(hadamard, "cuda_serves", lambda device: True)
     for fits, told in ((False, "plain torch"), (True, f"{_C.isa()} kernels")):
         monkeypatch.setattr(_C, "hadamard_fits", lambda *sizes, fits=fits: fits)
         assert functional.what_computes(basis, torch.device("cpu"), torch.float32) == told
