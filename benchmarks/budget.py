@@ -112,11 +112,10 @@ def ours(setting: Setting, r: int, density: float | None, label: str) -> Costs:
 
 def packed_bytes(D: int, d: int, K: int, r: int, density: float) -> float:
     """A packed basis with the expected number of non-zeros (docs/formats.md)."""
-    position = 4 if max(D, d, K) > 65536 else 2
-    a_side = 8 * (2 * r + 1) + position * density * r * d
-    if density > 1 / 8:
+    a_side = 8 * (2 * r + 1) + 2 * density * r * d
+    if density > 1 / 8 or max(D, K) > 65536:
         return a_side + 16 * D * -(-K // 64)
-    return a_side + 8 * (2 * D + 2 * K + 2) + 2 * position * density * D * K
+    return a_side + 8 * (2 * D + 2 * K + 2) + 4 * density * D * K
 
 
 # ---- the tables ------------------------------------------------------------------------------

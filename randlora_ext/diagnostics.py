@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.autograd import grad
 
-from . import build_info
+from . import _C, build_info
 from .basis import Basis
 from .basis.description import SPECIFICATIONS
 from .basis.ternary import generate_planes
@@ -24,9 +24,9 @@ from .reference import delta_weight_reference, linear_reference
 # Variables with these prefixes, ours and torch's, change what runs; misspelled ones show, too.
 _OVERRIDES = ("RANDLORA_", "OMP_", "MKL_", "KMP_", "CUDA_", "PYTORCH_", "TORCH_", "LD_PRELOAD")
 _PACKAGES = "peft", "transformers", "accelerate", "bitsandbytes", "safetensors", "numpy"
-# The first of B (seed, role, rows, columns, density), and the SHA-256 of its planes
+# The first of B (seed, role, rows, columns, threshold), and the SHA-256 of its planes
 # that tests/data/basis_v1.txt has for it.
-_SLICE = (11, 1, 576, 576, 0.07)
+_SLICE = (11, 1, 576, 576, _C.threshold(0.07))
 _DIGEST = "d0ab1e87028220f28b424b06ea873001782e923f6ac3a444a3048af672291547"
 # in, out, r, density of independent bases: wide, tall, an overhanging last base; lists and planes.
 _SHAPES = ((96, 160, 16, 0.07), (160, 96, 16, 1 / 3), (70, 70, 32, 0.3))

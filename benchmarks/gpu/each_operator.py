@@ -40,16 +40,13 @@ def that_make_bases(b: Basis, device: torch.device) -> Iterator[Op]:
     fill = partial(ops.fill_planes_, planes, b.seed, 1, 0, 0, b.K, _C.threshold(b.density))
     fill()
     yield Op("fill_planes_", None, fill, floors.fill_planes(b))
-    expanded = ops.planes_to_dense, planes, b.K
     if b.format == "lists":
         for by_column, lines in ((False, "rows"), (True, "columns")):
-            call = partial(ops.planes_to_lists, planes, b.K, by_column, max(b.D, b.K) > 65536)
+            call = partial(ops.planes_to_lists, planes, b.K, by_column)
             floor = floors.planes_to_lists(b, by_column)
             yield Op(f"planes_to_lists, {lines}", None, call, floor, waits=True)
-        packed = b.packed(device)
-        expanded = ops.lists_to_dense, packed.b_row_offset, packed.b_row_index, b.K
-    yield Op(f"{b.format}_to_dense", None, partial(*expanded, 1.0, torch.bfloat16),
-             floors.expansion(b))  # fmt: skip
+    expand = partial(ops.planes_to_dense, planes, b.K, 1.0, torch.bfloat16)
+    yield Op("planes_to_dense", None, expand, floors.planes_to_dense(b))
 
 
 def of_layers(

@@ -68,17 +68,13 @@ class Floor:
                 "over_floor": us / self.us(rates)}  # fmt: skip
 
 
-def index_bytes(b: Basis) -> int:
-    return 4 if max(b.D, b.K) > 65536 else 2
-
-
 def planes_bytes(b: Basis) -> float:
     return 2 * b.D * -(-b.K // 64) * 8
 
 
 def list_bytes(b: Basis, by_column: bool = False) -> float:
     lines = b.K if by_column else b.D
-    return b.density * b.D * b.K * index_bytes(b) + (2 * lines + 1) * 8
+    return 2 * b.density * b.D * b.K + (2 * lines + 1) * 8
 
 
 def packed_bytes(b: Basis) -> float:
@@ -92,7 +88,7 @@ def dense_bytes(b: Basis) -> float:
 
 def small_bytes(b: Basis) -> float:
     """A (lists), lambda and gamma."""
-    return b.density * b.r * b.d * index_bytes(b) + 4 * (b.r * b.n + b.n * b.d)
+    return 2 * b.density * b.r * b.d + 4 * (b.r * b.n + b.n * b.d)
 
 
 def fill_planes(b: Basis) -> Floor:
@@ -103,9 +99,8 @@ def planes_to_lists(b: Basis, by_column: bool) -> Floor:
     return Floor(planes_bytes(b) + list_bytes(b, by_column))
 
 
-def expansion(b: Basis) -> Floor:
-    """Planes or lists to the dense B, or back."""
-    return Floor(packed_bytes(b) + dense_bytes(b))
+def planes_to_dense(b: Basis) -> Floor:
+    return Floor(planes_bytes(b) + dense_bytes(b))
 
 
 def whole_basis(b: Basis) -> Floor:

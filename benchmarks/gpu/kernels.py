@@ -3,7 +3,7 @@
 --once     each operator once, not timed: what Nsight Compute measures
 --ragged   likewise on small shapes with ragged ends, in every dtype: for compute-sanitizer. Results
            are only checked to be finite; tests/gpu compares them
---plant    an index beyond its row, which memcheck must report; otherwise it watched nothing
+--plant    an offset beyond its index, which memcheck must report; otherwise it watched nothing
 """
 
 import argparse
@@ -26,9 +26,9 @@ RAGGED = [(70, 45, 7), (45, 70, 7), (136, 136, 8), (61, 61, 70), (1, 5, 3)]  # i
 
 
 def plant(device: torch.device) -> None:
-    offset = torch.tensor([0, 1, 1], device=device)
-    index = torch.tensor([30000], dtype=torch.int16, device=device)
-    torch.ops.randlora.lists_to_dense(offset, index, 8, 1.0, torch.float32)
+    offset = torch.tensor([0, 30000, 30000], device=device)
+    index = torch.zeros(1, dtype=torch.int16, device=device)
+    torch.ops.randlora.support_tables(offset, index, 8)
 
 
 def ragged(device: torch.device, tokens: list[int]) -> Iterator[Op]:

@@ -23,7 +23,7 @@ struct CudaKernels {
   const char* (*refusal)(int index);
 
   // csrc/cuda/kernels.h
-  void (*support_tables)(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device&);
+  void (*support_tables)(const Lists& a, int64_t r, int64_t d, int32_t* tables, Device&);
   bool (*hadamard_fits)(const HadamardSizes& sizes, DType dtype, const Device&);
 #define RANDLORA_MEMBER(name, Operator) void (*name)(const Operator&, Device&);
   RANDLORA_OPERATORS(RANDLORA_MEMBER)

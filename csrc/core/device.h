@@ -20,7 +20,6 @@ class Device {
   int multiprocessors = 1;
   int64_t shared_bytes = 48 << 10;  // the most dynamic shared memory a block may have
   int max_threads = 256;            // per block; a multiple of 32, at most 256
-  bool tf32 = false;                // fp32 products may run as tf32 on tensor cores
   int64_t chunk_bytes = 64 << 20;   // limit for a (T, K) intermediate; larger T is chunked
 };
 

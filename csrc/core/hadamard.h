@@ -69,21 +69,24 @@ struct HadamardSignedDiagonals {
   DType dtype;
 };
 
-// dgam[i, k] = scale * a_signs[k] * class_gradient[m, i, k'], with column k at place k' of its
-// class m. Places of columns from d on are never read.
 // dlam[c] = scale * col_signs[c] * the sum over slots q of sums[q, c].
-struct HadamardDiagonalGradients {
+struct HadamardSlotSums {
   HadamardSizes sizes;
-  // From the class products, (classes, n, n) in the class dtype; null if dgam is not wanted.
-  const void* class_gradient;
-  const void* sums;  // (slots, K) in the compute type, from HadamardDown
+  const void* sums;  // (slots, K) in the compute type
   int64_t slots;
-  const float *a_signs, *col_signs;
-  void *dlam, *dgam;  // compute type
+  const float* col_signs;
+  void* dlam;  // compute type
   DType dtype;
   double scale;
-  // CUDA, without class_gradient: as many sums and dlam, one behind the other.
-  int64_t experts = 1;
+};
+
+// dlam from the sums of HadamardDown, and
+// dgam[i, k] = scale * a_signs[k] * class_gradient[m, i, k'], with column k at place k' of its
+// class m. Places of columns from d on are never read.
+struct HadamardDiagonalGradients : HadamardSlotSums {
+  const void* class_gradient;  // from the class products, (classes, n, n) in the class dtype
+  const float* a_signs;
+  void* dgam;  // compute type
 };
 
 // y[t, o] += scale * row_signs[o] * sum over c of H[o, c] v[c],

@@ -18,9 +18,9 @@ namespace randlora {
 // those are empty, as lists by row and by column.
 struct TernaryBases {
   int64_t D = 0, d = 0, r = 0, n = 0;
-  AnyLists a;       // r lines over d
-  AnyLists b_rows;  // D lines over K
-  AnyLists b_cols;  // K lines over D
+  Lists a;          // r lines over d
+  Lists b_rows;     // D lines over K
+  Lists b_cols;     // K lines over D
   Planes b_planes;  // (D, K)
   // CUDA, optional: the support_tables of `a`. Without them, every call computes the tables.
   const int32_t* a_tables = nullptr;
@@ -107,20 +107,12 @@ struct CountLists {
 };
 // Fills in the positions, given those offsets.
 struct FillLists : CountLists {
-  bool wide;    // uint32, else uint16
-  void* index;  // as many as there are entries
+  uint16_t* index;  // as many as there are entries
 };
 
 // out (rows, cols) = value * ternary element, in `dtype`.
 struct PlanesToDense {
   Planes planes;
-  int64_t rows, cols;
-  double value;
-  void* out;
-  DType dtype;
-};
-struct ListsToDense {
-  AnyLists lists;  // by row
   int64_t rows, cols;
   double value;
   void* out;
@@ -133,7 +125,6 @@ struct ListsToDense {
   X(count_lists, CountLists)                                \
   X(fill_lists, FillLists)                                  \
   X(planes_to_dense, PlanesToDense)                         \
-  X(lists_to_dense, ListsToDense)                           \
   X(fill_planes, FillPlanes)                                \
   X(scaled_basis, ScaledBasis)                              \
   X(scaled_basis_backward, ScaledBasisBackward)             \

@@ -6,7 +6,7 @@
 //   planes[1][row][word]  the same for -1;  bits past the last column are zero
 //
 // Sorted, sign-split index lists, for sparse ones, by row or column. Because runs are split by
-// sign, kernels decode no signs: they add one run and subtract the next.
+// sign, kernels decode no signs: they add one run and subtract the next. Positions have 16 bits.
 //
 //   line q:  +1 at index[offset[2q]     .. offset[2q + 1])   ascending
 //            -1 at index[offset[2q + 1] .. offset[2q + 2])   ascending
@@ -37,24 +37,22 @@ RANDLORA_HD void transpose_64x64(uint64_t* m) {
     }
 }
 
-// Where the runs of line q begin and end.
-struct Runs {
-  const int64_t* offset = nullptr;
+// A line that lists can hold has at most so many positions.
+constexpr int64_t kLongestLine = int64_t{1} << 16;
 
+struct Lists {
+  const int64_t* offset = nullptr;
+  const uint16_t* index = nullptr;
+  int64_t count = 0;  // total entries; with CUDA the host cannot read `offset`
+
+  // Where the runs of line q begin and end.
   RANDLORA_HD_MEMBER int64_t plus(int64_t q) const { return offset[2 * q]; }
   RANDLORA_HD_MEMBER int64_t minus(int64_t q) const { return offset[2 * q + 1]; }
   RANDLORA_HD_MEMBER int64_t end(int64_t q) const { return offset[2 * q + 2]; }
 };
 
-template <class Index_>  // uint16_t if every position fits, else uint32_t
-struct Lists : Runs {
-  using Index = Index_;
-  const Index* index;
-};
-
 // The first x in [begin, end) with index[x] >= bound, or end.
-template <class Index>
-RANDLORA_HD int64_t lower_bound(const Index* index, int64_t begin, int64_t end, int64_t bound) {
+RANDLORA_HD int64_t lower_bound(const uint16_t* index, int64_t begin, int64_t end, int64_t bound) {
   while (begin < end) {
     const int64_t middle = (begin + end) / 2;
     if (index[middle] < bound)
@@ -64,24 +62,5 @@ RANDLORA_HD int64_t lower_bound(const Index* index, int64_t begin, int64_t end, 
   }
   return begin;
 }
-
-// Lists of either type, for the operator structs.
-struct AnyLists : Runs {
-  const void* index = nullptr;
-  int64_t count = 0;  // total entries; with CUDA the host cannot read `offset`
-  bool wide = false;  // positions are uint32, not uint16
-
-  // One position, for loops that have much to do for each; others take `typed`.
-  RANDLORA_HOST_MEMBER int64_t at(int64_t entry) const {
-    return wide ? int64_t{static_cast<const uint32_t*>(index)[entry]}
-                : int64_t{static_cast<const uint16_t*>(index)[entry]};
-  }
-  // Calls fn with the Lists of the right index type.
-  template <class F>
-  RANDLORA_HOST_MEMBER auto typed(const F& fn) const {
-    return wide ? fn(Lists<uint32_t>{{offset}, static_cast<const uint32_t*>(index)})
-                : fn(Lists<uint16_t>{{offset}, static_cast<const uint16_t*>(index)});
-  }
-};
 
 }  // namespace randlora

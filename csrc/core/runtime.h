@@ -18,11 +18,6 @@ class Runtime {
   // second request may return the same memory.
   virtual void* scratch(size_t bytes) = 0;
 
-  // Threads to use in this call; one if the kernel called set_single. For 16 tokens, moving data
-  // between the caches of two cores takes longer than computing on one core.
-  RANDLORA_HOST_MEMBER int width() const { return single_ ? 1 : threads(); }
-  RANDLORA_HOST_MEMBER void set_single(bool single) { single_ = single; }
-
   // fn(slot) for every slot. Each slot owns a fixed share of the work and no sum is split between
   // slots, so results do not depend on the number of threads.
   template <class F>
@@ -31,12 +26,12 @@ class Runtime {
     run(slots, task, const_cast<void*>(static_cast<const void*>(&fn)));
   }
 
-  // fn(begin, end) over consecutive shares of [0, count). The length of every share but the last is
-  // a multiple of `grain`.
+  // fn(begin, end) over consecutive shares of [0, count), at most `shares` of them. The length of
+  // every share but the last is a multiple of `grain`.
   template <class F>
-  RANDLORA_HOST_MEMBER void split(int64_t count, int64_t grain, const F& fn) {
+  RANDLORA_HOST_MEMBER void split(int shares, int64_t count, int64_t grain, const F& fn) {
     const int64_t grains = (count + grain - 1) / grain;
-    const int64_t slots = grains < width() ? grains : width();
+    const int64_t slots = grains < shares ? grains : shares;
     if (slots <= 0) return;
     each_slot(static_cast<int>(slots), [&](int s) {
       const int64_t begin = grains * s / slots * grain;
@@ -44,9 +39,11 @@ class Runtime {
       fn(begin, end < count ? end : count);
     });
   }
-
- private:
-  bool single_ = false;
+  // A share for each thread.
+  template <class F>
+  RANDLORA_HOST_MEMBER void split(int64_t count, int64_t grain, const F& fn) {
+    split(threads(), count, grain, fn);
+  }
 };
 
 // Carves aligned arrays out of one scratch block. A first pass with base = nullptr measures it.

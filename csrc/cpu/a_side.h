@@ -28,38 +28,37 @@ void a_up(const TernaryBases& b, const typename Block::C* lam, const typename Bl
           int64_t ldg, const typename Block::C* z, typename Block::C* v) {
   using C = typename Block::C;
   using Vector = typename Block::Vector;
-  b.a.typed([&](const auto& a) RANDLORA_INLINED {
-    for (int64_t j = 0; j < b.r; ++j) {
-      const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
-      tiles(0, b.n, [&](auto rows, int64_t i) RANDLORA_INLINED {
-        Vector acc[rows][Block::kVectors] = {};
-        const auto add = [&](int64_t first, int64_t last) RANDLORA_INLINED {
-          for (int64_t p = first; p < last; ++p) {
-            const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * Block::kTokens;
-            unrolled<rows>([&](auto m) RANDLORA_INLINED {
-              for (int q = 0; q < Block::kVectors; ++q)
-                acc[m][q] = add_product(acc[m][q], g[m], load<Vector>(zk + q * Block::kLanes));
-            });
-          }
-        };
-        const auto negate = [&] {
+  const Lists a = b.a;
+  for (int64_t j = 0; j < b.r; ++j) {
+    const int64_t plus = a.plus(j), minus = a.minus(j), end = a.end(j);
+    tiles(0, b.n, [&](auto rows, int64_t i) RANDLORA_INLINED {
+      Vector acc[rows][Block::kVectors] = {};
+      const auto add = [&](int64_t first, int64_t last) RANDLORA_INLINED {
+        for (int64_t p = first; p < last; ++p) {
+          const C *g = gT + a.index[p] * ldg + i, *zk = z + int64_t(a.index[p]) * Block::kTokens;
           unrolled<rows>([&](auto m) RANDLORA_INLINED {
-            for (int q = 0; q < Block::kVectors; ++q) acc[m][q] = -acc[m][q];
+            for (int q = 0; q < Block::kVectors; ++q)
+              acc[m][q] = add_product(acc[m][q], g[m], load<Vector>(zk + q * Block::kLanes));
           });
-        };
-        // Negates the sums between the runs: negating every gamma instead takes a fifth longer.
-        add(plus, minus);
-        negate();
-        add(minus, end);
-        negate();
-        const int64_t c = j * b.n + i;
+        }
+      };
+      const auto negate = [&] {
         unrolled<rows>([&](auto m) RANDLORA_INLINED {
-          for (int q = 0; q < Block::kVectors; ++q)
-            store(v + (c + m) * Block::kTokens + q * Block::kLanes, acc[m][q] * lam[c + m]);
+          for (int q = 0; q < Block::kVectors; ++q) acc[m][q] = -acc[m][q];
         });
+      };
+      // Negates the sums between the runs: negating every gamma instead takes a fifth longer.
+      add(plus, minus);
+      negate();
+      add(minus, end);
+      negate();
+      const int64_t c = j * b.n + i;
+      unrolled<rows>([&](auto m) RANDLORA_INLINED {
+        for (int q = 0; q < Block::kVectors; ++q)
+          store(v + (c + m) * Block::kTokens + q * Block::kLanes, acc[m][q] * lam[c + m]);
       });
-    }
-  });
+    });
+  }
 }
 
 // z[k] += sum_i A[j, k] gamma[i, k] lam[i] u[i] for one rank index j. u is (n, tokens), lam row j
@@ -70,7 +69,7 @@ void a_down(const TernaryBases& b, int64_t j, const typename Block::C* lam,
             typename Block::C* scaled, typename Block::C* z) {
   using C = typename Block::C;
   using Vector = typename Block::Vector;
-  const AnyLists& a = b.a;
+  const Lists a = b.a;
   const int64_t n = b.n;
   for (int64_t i = 0; i < n; ++i)
     for (int q = 0; q < Block::kVectors; ++q)
@@ -80,7 +79,7 @@ void a_down(const TernaryBases& b, int64_t j, const typename Block::C* lam,
   tiles(a.plus(j), a.end(j), [&](auto rows, int64_t p) RANDLORA_INLINED {
     Vector acc[rows][Block::kVectors] = {};
     const C* g[rows];
-    unrolled<rows>([&](auto m) RANDLORA_INLINED { g[m] = gT + a.at(p + m) * ldg; });
+    unrolled<rows>([&](auto m) RANDLORA_INLINED { g[m] = gT + a.index[p + m] * ldg; });
     for (int64_t i = 0; i < n; ++i) {
       unrolled<rows>([&](auto m) RANDLORA_INLINED {
         for (int q = 0; q < Block::kVectors; ++q)
@@ -91,7 +90,7 @@ void a_down(const TernaryBases& b, int64_t j, const typename Block::C* lam,
     unrolled<rows>([&](auto m) RANDLORA_INLINED {
       const C sign = p + m < minus ? C(1) : C(-1);
       for (int q = 0; q < Block::kVectors; ++q) {
-        C* to = z + a.at(p + m) * Block::kTokens + q * Block::kLanes;
+        C* to = z + a.index[p + m] * Block::kTokens + q * Block::kLanes;
         store(to, load<Vector>(to) + sign * acc[m][q]);
       }
     });
@@ -128,16 +127,16 @@ void a_grad(const TernaryBases& b, int64_t j, int64_t ldg, int64_t tokens,
   using C = typename Block::C;
   using Vector = Vec<C>;
   constexpr int kLanes = kVectorBytes / int(sizeof(C));
-  const AnyLists& a = b.a;
+  const Lists a = b.a;
   const int64_t end = a.end(j);
   const auto columns = [&](auto vectors, int64_t i) RANDLORA_INLINED {
     tiles(a.plus(j), end, [&](auto rows, int64_t p) RANDLORA_INLINED {
       Vector acc[rows][vectors] = {};
       const C* zk[rows];
-      unrolled<rows>([&](auto m) RANDLORA_INLINED { zk[m] = z + a.at(p + m) * Block::kTokens; });
+      unrolled<rows>([&](auto m) RANDLORA_INLINED { zk[m] = z + a.index[p + m] * Block::kTokens; });
       for (int64_t next = p + rows; next < p + rows + kTile && next < end; ++next)
         for (int x = 0; x < Block::kTokens; x += 64 / int(sizeof(C)))
-          __builtin_prefetch(z + a.at(next) * Block::kTokens + x);
+          __builtin_prefetch(z + a.index[next] * Block::kTokens + x);
       for (int64_t t = 0; t < tokens; ++t)
         unrolled<rows>([&](auto m) RANDLORA_INLINED {
           for (int q = 0; q < vectors; ++q)

@@ -51,9 +51,9 @@ RANDLORA_INLINE uint64_t number_quads(uint64_t plus, uint64_t minus, int half) {
 }
 
 // Fills `to`, if it is used, a square of 64 x 64 elements at a time.
-inline void number_lines(const TernaryBases& b, const QuadNumbers& to, Runtime& rt) {
+inline void number_lines(const TernaryBases& b, const QuadNumbers& to, int threads, Runtime& rt) {
   const Planes& planes = b.b_planes;
-  rt.split(to.words ? b.D : 0, 64, [&](int64_t begin, int64_t end) {
+  rt.split(threads, to.words ? b.D : 0, 64, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += 64)
       for (int64_t column = 0; column < planes.words; ++column) {
         uint64_t plus[64] = {}, minus[64] = {};

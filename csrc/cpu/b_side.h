@@ -12,30 +12,28 @@ namespace randlora::RANDLORA_ISA {
 // dst[line - begin] for lines [begin, end) of B's rows or columns. The + and - runs of a line share
 // one loop, because two chains of adds hide each other's latency.
 template <class Block>
-void sum_lists(const AnyLists& any, int64_t begin, int64_t end, const typename Block::C* src,
+void sum_lists(const Lists& lists, int64_t begin, int64_t end, const typename Block::C* src,
                typename Block::C* dst) {
   using Vector = typename Block::Vector;
-  any.typed([&](const auto& lists) {
-    for (int64_t line = begin; line < end; ++line) {
-      Vector positive[Block::kVectors] = {}, negative[Block::kVectors] = {};
-      const auto add = [src](Vector(&to)[Block::kVectors], const auto* index,
-                             int64_t p) RANDLORA_INLINED {
-        for (int q = 0; q < Block::kVectors; ++q)
-          to[q] += load<Vector>(src + int64_t(index[p]) * Block::kTokens + q * Block::kLanes);
-      };
-      const auto *plus = lists.index + lists.plus(line), *minus = lists.index + lists.minus(line);
-      const int64_t n_plus = minus - plus, n_minus = lists.end(line) - lists.minus(line);
-      const int64_t both = n_plus < n_minus ? n_plus : n_minus;
-      for (int64_t p = 0; p < both; ++p) {
-        add(positive, plus, p);
-        add(negative, minus, p);
-      }
-      for (int64_t p = both; p < n_plus; ++p) add(positive, plus, p);
-      for (int64_t p = both; p < n_minus; ++p) add(negative, minus, p);
+  for (int64_t line = begin; line < end; ++line) {
+    Vector positive[Block::kVectors] = {}, negative[Block::kVectors] = {};
+    const auto add = [src](Vector(&to)[Block::kVectors], const uint16_t* index,
+                           int64_t p) RANDLORA_INLINED {
       for (int q = 0; q < Block::kVectors; ++q)
-        store(dst + (line - begin) * Block::kTokens + q * Block::kLanes, positive[q] - negative[q]);
+        to[q] += load<Vector>(src + int64_t(index[p]) * Block::kTokens + q * Block::kLanes);
+    };
+    const uint16_t *plus = lists.index + lists.plus(line), *minus = lists.index + lists.minus(line);
+    const int64_t n_plus = minus - plus, n_minus = lists.end(line) - lists.minus(line);
+    const int64_t both = n_plus < n_minus ? n_plus : n_minus;
+    for (int64_t p = 0; p < both; ++p) {
+      add(positive, plus, p);
+      add(negative, minus, p);
     }
-  });
+    for (int64_t p = both; p < n_plus; ++p) add(positive, plus, p);
+    for (int64_t p = both; p < n_minus; ++p) add(negative, minus, p);
+    for (int q = 0; q < Block::kVectors; ++q)
+      store(dst + (line - begin) * Block::kTokens + q * Block::kLanes, positive[q] - negative[q]);
+  }
 }
 
 constexpr int kLines = 64;  // rows of B per output tile, for lists

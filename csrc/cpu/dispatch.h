@@ -20,6 +20,5 @@ void pack_dense(const PackDense& p, Runtime& rt);
 void count_lists(const CountLists& p, Runtime& rt);
 void fill_lists(const FillLists& p, Runtime& rt);
 void planes_to_dense(const PlanesToDense& p, Runtime& rt);
-void lists_to_dense(const ListsToDense& p, Runtime& rt);
 
 }  // namespace randlora

@@ -94,8 +94,15 @@ RANDLORA_INLINE Vector load_some(const S* from, int64_t count) {
   return load_as<Vector>(some);
 }
 
+// One thread is faster than two if it has fewer numbers to take than these.
+constexpr int64_t kHadamardOneThread = 1 << 15;
+RANDLORA_INLINE int threads_for(int64_t numbers, const Runtime& rt) {
+  return numbers < kHadamardOneThread ? 1 : rt.threads();
+}
+
 // The steps of one token, each from L1 to L1, and the memory that they need: numbers that all
-// threads share (`factors` and `row_factors`), and those of one thread (`v` and `mixed`).
+// threads share (`factors` and `row_factors`), and those of one thread (`v` and `mixed`). Before the
+// first step come take_memory, set_factors and set_row_factors.
 template <class C>
 struct HadamardRow {
   using Vector = Vec<C>;
@@ -111,40 +118,52 @@ struct HadamardRow {
           N_bits = __builtin_ctzll(uint64_t(N / kLanes));
   C *factors, *row_factors;  // lam * col_signs (K), scale * row_signs (D)
   C *v, *mixed;              // (N); (R, padded)
+  C *more, *shared;          // what take_memory was asked for besides, of a thread and of all
 
   RANDLORA_HOST_MEMBER explicit HadamardRow(const HadamardSizes& of_layer) : sizes(of_layer) {}
 
-  // Takes scratch memory for all threads, with `more` numbers for each and `shared` at the end,
-  // which it returns. Without `col_signs`, `lam` has them already.
-  RANDLORA_HOST_MEMBER C* prepare(Runtime& rt, const void* lam, const float* col_signs,
-                                  const float* row_signs, double scale, int64_t more = 0,
-                                  int64_t shared = 0) {
+  // Takes scratch memory for so many threads, with `more_numbers` for each besides and
+  // `shared_numbers` for all.
+  RANDLORA_HOST_MEMBER void take_memory(Runtime& rt, int threads, int64_t more_numbers = 0,
+                                        int64_t shared_numbers = 0) {
+    threads_ = threads;
     const int64_t v_length = N + kLanes;  // `flatten` writes a vector past K
-    of_thread_ = v_length + sizes.R() * padded + more;
-    const int64_t count = K + sizes.D + 2 * kLanes + rt.width() * of_thread_;
-    factors = static_cast<C*>(rt.scratch(size_t(count + shared) * sizeof(C)));
+    const int64_t mixed_length = sizes.R() * padded;
+    of_thread_ = v_length + mixed_length + more_numbers;
+    const int64_t of_all = K + kLanes + sizes.D + kLanes;
+    const int64_t count = of_all + threads * of_thread_ + shared_numbers;
+    factors = static_cast<C*>(rt.scratch(size_t(count) * sizeof(C)));
     row_factors = factors + K + kLanes;
-    v = row_factors + sizes.D + kLanes;
+    v = factors + of_all;
     mixed = v + v_length;
-    __builtin_memcpy(factors, lam, size_t(K) * sizeof(C));
-    for (int64_t c = 0; c < K && col_signs; ++c) factors[c] *= C(col_signs[c]);
+    more = mixed + mixed_length;
+    shared = v + threads * of_thread_;
+  }
+  RANDLORA_HOST_MEMBER void set_factors(const void* lam_times_col_signs) const {
+    __builtin_memcpy(factors, lam_times_col_signs, size_t(K) * sizeof(C));
+    store(factors + K, Vector{});
+  }
+  RANDLORA_HOST_MEMBER void set_factors(const void* lam, const float* col_signs) const {
+    set_factors(lam);
+    for (int64_t c = 0; c < K; ++c) factors[c] *= C(col_signs[c]);
+  }
+  RANDLORA_HOST_MEMBER void set_row_factors(const float* row_signs, double scale) const {
     for (int64_t o = 0; o < sizes.D; ++o) row_factors[o] = C(scale) * C(row_signs[o]);
-    for (int64_t l = 0; l < kLanes; ++l) factors[K + l] = row_factors[sizes.D + l] = 0;
-    return factors + count;
+    store(row_factors + sizes.D, Vector{});
   }
   // fn(row with its own memory, begin, end) over shares of [0, count), one for each thread.
   template <class F>
   RANDLORA_HOST_MEMBER void split(Runtime& rt, int64_t count, const F& fn) const {
-    const int64_t threads = count < rt.width() ? count : rt.width();
-    if (threads == 0) return;
-    rt.each_slot(int(threads), [&](int64_t thread) {
+    const int64_t shares = count < threads_ ? count : threads_;
+    if (shares == 0) return;
+    rt.each_slot(int(shares), [&](int64_t share) {
       HadamardRow own = *this;
-      own.v += thread * of_thread_;
-      own.mixed += thread * of_thread_;
-      fn(own, count * thread / threads, count * (thread + 1) / threads);
+      own.v += share * of_thread_;
+      own.mixed += share * of_thread_;
+      own.more += share * of_thread_;
+      fn(own, count * share / shares, count * (share + 1) / shares);
     });
   }
-  RANDLORA_HOST_MEMBER C* more() const { return mixed + sizes.R() * padded; }
 
   // mixed[j, i] = the sum over m of H[j, m] z[m, i]; the rows of z are `next` apart.
   template <class Z>
@@ -200,19 +219,18 @@ struct HadamardRow {
   }
 
  private:
+  int threads_;
   int64_t of_thread_;
 };
-
-// Below this many numbers one thread is faster than two.
-constexpr int64_t kHadamardOneThread = 1 << 15;
 
 template <class S>
 void hadamard_up_as(const HadamardUp& p, Runtime& rt) {
   using Row = HadamardRow<ComputeOf<S>>;
   using Vector = typename Row::Vector;
   Row all(p.sizes);
-  rt.set_single(p.T * all.N < kHadamardOneThread);
-  all.prepare(rt, p.factors, nullptr, p.row_signs, p.scale);
+  all.take_memory(rt, threads_for(p.T * all.N, rt));
+  all.set_factors(p.factors);
+  all.set_row_factors(p.row_signs, p.scale);
   const int64_t n = p.sizes.n, D = p.sizes.D;
   all.split(rt, p.T, [&](const Row& row, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -238,12 +256,13 @@ void hadamard_down_as(const HadamardDown& p, Runtime& rt) {
   using Row = HadamardRow<C>;
   using Vector = typename Row::Vector;
   Row all(p.sizes);
-  rt.set_single(p.T * all.N < kHadamardOneThread);
   const int64_t n = p.sizes.n, r = p.sizes.r, D = p.sizes.D, sums = r * all.padded;
-  all.prepare(rt, p.factors, nullptr, p.row_signs, 1.0, sums);
+  all.take_memory(rt, threads_for(p.T * all.N, rt), sums);
+  all.set_factors(p.factors);
+  all.set_row_factors(p.row_signs, 1.0);
   // A slot's tokens are summed in order by one thread, so the sums do not depend on the threads.
   all.split(rt, p.slots, [&](const Row& row, int64_t begin, int64_t end) {
-    C* sum = row.more();
+    C* sum = row.more;
     for (int64_t slot = begin; slot < end; ++slot) {
       __builtin_memset(sum, 0, size_t(sums) * sizeof(C));
       for (int64_t t = slot * p.T / p.slots; t < (slot + 1) * p.T / p.slots; ++t) {
@@ -272,8 +291,7 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
   using Vector = Vec<C>;
   constexpr int kLanes = kVectorBytes / int(sizeof(C));
   const int64_t n = p.sizes.n, d = p.sizes.d, classes = p.sizes.classes();
-  rt.set_single(p.T * d < kHadamardOneThread);
-  rt.split(p.T, 1, [&](int64_t begin, int64_t end) {
+  rt.split(threads_for(p.T * d, rt), p.T, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t)
       for (int64_t m = 0; m < classes; ++m) {
         const ClassOf<S>* from = static_cast<const ClassOf<S>*>(p.from) + (m * p.T + t) * n;
@@ -288,15 +306,27 @@ void hadamard_add_as(const HadamardAdd& p, Runtime& rt) {
   });
 }
 
+template <class C>
+void add_slots(const HadamardSlotSums& p, Runtime& rt) {
+  const int64_t K = p.sizes.K();
+  const C *sums = static_cast<const C*>(p.sums), scale = C(p.scale);
+  C* dlam = static_cast<C*>(p.dlam);
+  rt.split(threads_for(p.sizes.n * p.sizes.d, rt), K, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) dlam[c] = 0;
+    for (int64_t slot = 0; slot < p.slots; ++slot)
+      for (int64_t c = begin; c < end; ++c) dlam[c] += sums[slot * K + c];
+    for (int64_t c = begin; c < end; ++c) dlam[c] *= scale * C(p.col_signs[c]);
+  });
+}
+
 template <class S>
 void hadamard_diagonal_gradients_as(const HadamardDiagonalGradients& p, Runtime& rt) {
   using C = ComputeOf<S>;
-  const int64_t n = p.sizes.n, d = p.sizes.d, K = p.sizes.K(), classes = p.sizes.classes();
+  const int64_t n = p.sizes.n, d = p.sizes.d, classes = p.sizes.classes();
   const ClassOf<S>* class_gradient = static_cast<const ClassOf<S>*>(p.class_gradient);
-  const C *sums = static_cast<const C*>(p.sums), scale = C(p.scale);
-  C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
-  rt.set_single(n * d < kHadamardOneThread);
-  rt.split(class_gradient ? n : 0, 1, [&](int64_t begin, int64_t end) {
+  const C scale = C(p.scale);
+  C* dgam = static_cast<C*>(p.dgam);
+  rt.split(threads_for(n * d, rt), n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t m = 0; m < classes; ++m) {
         const int64_t first = m * n, count = d - first < n ? d - first : n;
@@ -306,12 +336,7 @@ void hadamard_diagonal_gradients_as(const HadamardDiagonalGradients& p, Runtime&
           to[k] = scale * C(p.a_signs[first + k]) * C(widen(from[k]));
       }
   });
-  rt.split(K, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) dlam[c] = 0;
-    for (int64_t slot = 0; slot < p.slots; ++slot)
-      for (int64_t c = begin; c < end; ++c) dlam[c] += sums[slot * K + c];
-    for (int64_t c = begin; c < end; ++c) dlam[c] *= scale * C(p.col_signs[c]);
-  });
+  add_slots<C>(p, rt);
 }
 
 // Columns of a tile, a few vectors. The wider it is, the more of a page of W is read at once; it
@@ -334,7 +359,9 @@ void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
   // A tile holds columns k of M as its rows, which are not a power of two apart.
   const int64_t of_gamma = n + kLanes, step = all.N + 2 * kLanes,
                 width = tile_width<C>(p.reduce, all.N);
-  all.prepare(rt, p.lam, p.col_signs, p.row_signs, p.scale, width * (of_gamma + step));
+  all.take_memory(rt, rt.threads(), width * (of_gamma + step));
+  all.set_factors(p.lam, p.col_signs);
+  all.set_row_factors(p.row_signs, p.scale);
   const C* gam = static_cast<const C*>(p.gam);
   const S* base = static_cast<const S*>(p.weight);
   S* out = static_cast<S*>(p.out);
@@ -342,7 +369,7 @@ void weight_of_expert(const HadamardWeight& p, Runtime& rt) {
     store_some(out + e, base ? load_some<Vector>(base + e, count) + delta : delta, count);
   };
   all.split(rt, (d + width - 1) / width, [&](const Row& row, int64_t begin, int64_t end) {
-    C *gamma = row.more(), *tile = gamma + width * of_gamma;
+    C *gamma = row.more, *tile = gamma + width * of_gamma;
     int64_t m = -1;
     for (int64_t k0 = begin * width; k0 < end * width; k0 += width) {
       const int64_t columns = d - k0 < width ? d - k0 : width;
@@ -395,14 +422,16 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
   const int64_t of_gamma = n + kLanes, step = p.reduce ? 0 : D + 2 * kLanes,
                 numbers = r * all.padded, width = tile_width<C>(p.reduce, D),
                 slots = d < 1024 ? (d + 63) / 64 : 16;
-  rt.set_single(d * all.N < kHadamardOneThread);
-  C* sums = all.prepare(rt, p.lam, p.col_signs, p.row_signs, p.scale,
-                        numbers + width * (of_gamma + step), slots * r * n);
+  all.take_memory(rt, threads_for(d * all.N, rt), numbers + width * (of_gamma + step),
+                  slots * r * n);
+  all.set_factors(p.lam, p.col_signs);
+  all.set_row_factors(p.row_signs, p.scale);
+  C* sums = all.shared;
   const C* gam = static_cast<const C*>(p.gam);
   const S* grad = static_cast<const S*>(p.weight);
   C* dgam = static_cast<C*>(p.dgam);
   all.split(rt, slots, [&](const Row& row, int64_t begin, int64_t end) {
-    C *sum = row.more(), *gamma = sum + numbers, *tile = gamma + width * of_gamma;
+    C *sum = row.more, *gamma = sum + numbers, *tile = gamma + width * of_gamma;
     int64_t m = -1;
     for (int64_t slot = begin; slot < end; ++slot) {
       __builtin_memset(sum, 0, size_t(numbers) * sizeof(C));
@@ -451,15 +480,15 @@ void weight_backward_of_expert(const HadamardWeightBackward& p, Runtime& rt) {
     }
   });
   // `scale` is in the rows already.
-  HadamardDiagonalGradients slots_to_dlam{};
-  slots_to_dlam.sizes = p.sizes;
-  slots_to_dlam.sums = sums;
-  slots_to_dlam.slots = slots;
-  slots_to_dlam.col_signs = p.col_signs;
-  slots_to_dlam.dlam = p.dlam;
-  slots_to_dlam.dtype = p.dtype;
-  slots_to_dlam.scale = 1.0;
-  hadamard_diagonal_gradients_as<S>(slots_to_dlam, rt);
+  HadamardSlotSums of_slots{};
+  of_slots.sizes = p.sizes;
+  of_slots.sums = sums;
+  of_slots.slots = slots;
+  of_slots.col_signs = p.col_signs;
+  of_slots.dlam = p.dlam;
+  of_slots.dtype = p.dtype;
+  of_slots.scale = 1.0;
+  add_slots<C>(of_slots, rt);
 }
 
 template <class S>
@@ -479,8 +508,7 @@ void hadamard_signed_diagonals_as(const HadamardSignedDiagonals& p, Runtime& rt)
   for (int64_t c = 0; c < p.sizes.K(); ++c) factors[c] = lam[c] * C(p.col_signs[c]);
   ClassOf<S>* out = static_cast<ClassOf<S>*>(p.signed_gam);
   const int64_t n = p.sizes.n, d = p.sizes.d;
-  rt.set_single(n * d < kHadamardOneThread);
-  rt.split(n, 1, [&](int64_t begin, int64_t end) {
+  rt.split(threads_for(n * d, rt), n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t k = 0; k < d; ++k) narrow(gam[i * d + k] * C(p.a_signs[k]), out + i * d + k);
   });

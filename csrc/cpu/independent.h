@@ -116,17 +116,18 @@ void linear_block(const IndependentLinear& p, const TokenSplit& split, Slot<Bloc
 // dlam and dgam from P. A slot owns some vectors of copies, so no sum is split. It processes the
 // columns of A in tiles, with all rank indices per tile: it reads P and writes dgam once, and the
 // sums stay in the L1 cache.
-template <class Block, class Index>
-void reduce_P(const IndependentLinear& p, const Lists<Index>& a, const SharedScratch<Block>& shared,
+template <class Block>
+void reduce_P(const IndependentLinear& p, const SharedScratch<Block>& shared, int threads,
               Runtime& rt) {
   using C = typename Block::C;
   using Vector = Vec<C>;
   constexpr int kLanes = kVectorBytes / int(sizeof(C));
   const TernaryBases& b = p.basis;
+  const Lists a = b.a;
   const int64_t ldg = gamma_stride<C>(b), vectors = ldg / kLanes;
   const C scale = C(p.scale), *lam = static_cast<const C*>(p.lam);
   C *dlam = static_cast<C*>(p.dlam), *dgam = static_cast<C*>(p.dgam);
-  const int slots = int(vectors < rt.width() ? vectors : rt.width());
+  const int slots = int(vectors < threads ? vectors : threads);
   rt.each_slot(slots, [&](int slot) {
     const int64_t begin = vectors * slot / slots * kLanes,
                   end = vectors * (slot + 1) / slots * kLanes;
@@ -172,21 +173,23 @@ void linear_blocks(const IndependentLinear& p, Runtime& rt) {
   using C = typename Block::C;
   const TernaryBases& b = p.basis;
   const bool grads = p.dlam != nullptr;
-  const TokenSplit split(p.T, Block::kTokens, rt.width());
-  const int64_t most = grads ? kBlocks * int64_t{rt.width()} : split.blocks;
+  // A single block takes longer if it moves between the caches of two cores.
+  const int threads = p.T <= Block::kTokens ? 1 : rt.threads();
+  const TokenSplit split(p.T, Block::kTokens, threads);
+  const int64_t most = grads ? kBlocks * int64_t{threads} : split.blocks;
   const int64_t super = split.blocks < most ? split.blocks : most;
   const int64_t ldg = gamma_stride<C>(b);
 
   Arena shared_size, slot_size;
-  SharedScratch<Block>(p, super, rt.width(), shared_size);
+  SharedScratch<Block>(p, super, threads, shared_size);
   Slot<Block>(b, slot_size);
   char* memory =
       static_cast<char*>(rt.scratch(shared_size.used() + split.slots * slot_size.used()));
   Arena arena(memory);
-  SharedScratch<Block> shared(p, super, rt.width(), arena);
-  number_lines(b, shared.up, rt);
-  number_lines(b, shared.down, rt);
-  rt.split(b.d, 64, [&](int64_t begin, int64_t end) {
+  SharedScratch<Block> shared(p, super, threads, arena);
+  number_lines(b, shared.up, threads, rt);
+  number_lines(b, shared.down, threads, rt);
+  rt.split(threads, b.d, 64, [&](int64_t begin, int64_t end) {
     transpose_matrix(static_cast<const C*>(p.gam) + begin, b.d, b.n, end - begin,
                      shared.gT + begin * ldg, ldg, ldg);
   });
@@ -203,7 +206,7 @@ void linear_blocks(const IndependentLinear& p, Runtime& rt) {
         linear_block<Block>(p, split, own, shared, block, block - base);
     });
     if (!grads || split.blocks == 1) continue;
-    rt.split(b.r, 1, [&](int64_t begin, int64_t end) {
+    rt.split(threads, b.r, 1, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j)
         for (int64_t block = base; block < last; ++block)
           a_grad<Block>(b, j, ldg, split.tokens(block), shared.z + (block - base) * z_step,
@@ -211,12 +214,11 @@ void linear_blocks(const IndependentLinear& p, Runtime& rt) {
                         block == 0);
     });
   }
-  if (!grads) return;
-  b.a.typed([&](const auto& a) { reduce_P<Block>(p, a, shared, rt); });
+  if (grads) reduce_P<Block>(p, shared, threads, rt);
 }
 
 inline void independent_linear(const IndependentLinear& p, Runtime& rt) {
-  with_block(p.dtype, p.T, rt, [&](auto block) { linear_blocks<decltype(block)>(p, rt); });
+  with_block(p.dtype, p.T, [&](auto block) { linear_blocks<decltype(block)>(p, rt); });
 }
 
 }  // namespace randlora::RANDLORA_ISA

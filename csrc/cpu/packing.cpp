@@ -41,9 +41,8 @@ void each_word(const CountLists& lists, int64_t begin, int64_t end, const F& fn)
     }
 }
 
-template <class Index>
-Index* put(uint64_t m, int64_t base, Index* at) {
-  for (; m; m &= m - 1) *at++ = static_cast<Index>(base + __builtin_ctzll(m));
+uint16_t* put(uint64_t m, int64_t base, uint16_t* at) {
+  for (; m; m &= m - 1) *at++ = static_cast<uint16_t>(base + __builtin_ctzll(m));
   return at;
 }
 
@@ -95,15 +94,12 @@ void count_lists(const CountLists& p, Runtime& rt) {
 
 void fill_lists(const FillLists& p, Runtime& rt) {
   std::vector<int64_t> next(p.offset, p.offset + 2 * p.lines());
-  const auto fill = [&](auto* to) {
-    rt.split(p.lines(), 64, [&](int64_t begin, int64_t end) {
-      each_word(p, begin, end, [&](int64_t line, uint64_t plus, uint64_t minus, int64_t base) {
-        next[2 * line] = put(plus, base, to + next[2 * line]) - to;
-        next[2 * line + 1] = put(minus, base, to + next[2 * line + 1]) - to;
-      });
+  rt.split(p.lines(), 64, [&](int64_t begin, int64_t end) {
+    each_word(p, begin, end, [&](int64_t line, uint64_t plus, uint64_t minus, int64_t base) {
+      next[2 * line] = put(plus, base, p.index + next[2 * line]) - p.index;
+      next[2 * line + 1] = put(minus, base, p.index + next[2 * line + 1]) - p.index;
     });
-  };
-  p.wide ? fill(static_cast<uint32_t*>(p.index)) : fill(static_cast<uint16_t*>(p.index));
+  });
 }
 
 void planes_to_dense(const PlanesToDense& p, Runtime& rt) {
@@ -122,26 +118,6 @@ void planes_to_dense(const PlanesToDense& p, Runtime& rt) {
           const int minus = int(p.planes.minus[word] >> bit & 1);
           to[row * p.cols + col] = element[1 + plus - minus];
         }
-    });
-  });
-}
-
-void lists_to_dense(const ListsToDense& p, Runtime& rt) {
-  with_dtype(p.dtype, [&](auto tag) {
-    using S = decltype(tag);
-    using C = ComputeOf<S>;
-    S plus, minus;
-    narrow(C(p.value), &plus);
-    narrow(C(-p.value), &minus);
-    p.lists.typed([&](const auto& l) {
-      rt.split(p.rows, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          S* to = static_cast<S*>(p.out) + row * p.cols;
-          std::fill(to, to + p.cols, S{});
-          for (int64_t e = l.plus(row); e < l.minus(row); ++e) to[l.index[e]] = plus;
-          for (int64_t e = l.minus(row); e < l.end(row); ++e) to[l.index[e]] = minus;
-        }
-      });
     });
   });
 }

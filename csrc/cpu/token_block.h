@@ -4,7 +4,6 @@
 // whole vectors. Every product then multiplies vectors by scalars: no sum
 // crosses lanes, and a token's result does not depend on its block.
 #pragma once
-#include "../core/runtime.h"
 #include "simd.h"
 
 namespace randlora::RANDLORA_ISA {
@@ -19,22 +18,17 @@ struct TokenBlock {
 };
 
 // Calls fn(TokenBlock<...>{}) with a type for T tokens. The choice depends on T alone: gradients
-// are summed block by block and must not change with the thread count. A single block is computed
-// by one thread.
+// are summed block by block and must not change with the thread count.
 template <class F>
-RANDLORA_INLINE void with_block(DType dtype, int64_t tokens, Runtime& rt, const F& fn) {
-  const auto call = [&](auto block) {
-    rt.set_single(tokens <= block.kTokens);
-    fn(block);
-  };
+RANDLORA_INLINE void with_block(DType dtype, int64_t tokens, const F& fn) {
   const auto choose = [&](auto compute) {
     using C = decltype(compute);
     constexpr int lanes = kVectorBytes / int(sizeof(C));
-    if (tokens > 4 * lanes) return call(TokenBlock<C, kVectorBytes, 2>{});
+    if (tokens > 4 * lanes) return fn(TokenBlock<C, kVectorBytes, 2>{});
     if constexpr (kVectorBytes >= 32) {
-      if (tokens <= lanes / 2) return call(TokenBlock<C, kVectorBytes / 2, 1>{});
+      if (tokens <= lanes / 2) return fn(TokenBlock<C, kVectorBytes / 2, 1>{});
     }
-    call(TokenBlock<C, kVectorBytes, 1>{});
+    fn(TokenBlock<C, kVectorBytes, 1>{});
   };
   dtype == DType::f64 ? choose(double{}) : choose(float{});
 }

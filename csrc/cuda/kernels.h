@@ -1,6 +1,6 @@
 // Every launcher of the CUDA library. They take the structs of csrc/core with device
 // pointers and enqueue on device.stream; none waits for the card. Offsets of lists are on the card,
-// so the host knows only the number of entries (AnyLists::count).
+// so the host knows only the number of entries (Lists::count).
 #pragma once
 #include "../core/device.h"
 #include "../core/hadamard.h"
@@ -20,6 +20,9 @@ RANDLORA_OPERATORS(RANDLORA_DECLARE)
 // hadamard_down need.
 bool hadamard_fits(const HadamardSizes& sizes, DType dtype, const Device& device);
 
+// hadamard_diagonals.cu: for each expert, whose sums and dlam lie one behind the other.
+void add_slots(const HadamardSlotSums& p, int64_t experts, Device& device);
+
 // device/context.cpp: facts about a card, which card is current, and whether it can run the kernels
 void describe(int index, Device& device);
 void make_current(int index);
@@ -29,7 +32,7 @@ const char* refusal(int index);
 const void* some_kernel();
 
 // a_support.cu: fills TernaryBases::a_tables, support_numbers(a.count, r, d) numbers.
-void support_tables(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device& device);
+void support_tables(const Lists& a, int64_t r, int64_t d, int32_t* tables, Device& device);
 
 // On independent bases, the products with B; those with A' are ASideCall's (a_side.h). All matrices
 // are row-major in `dtype`.

@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -136,11 +135,6 @@ TorchDevice::TorchDevice(const Tensor& like) : like_(like) {
   RANDLORA_CHECK(refusal.empty(), "the CUDA kernels were not built for card ", index, ": ",
                  refusal);
   kernels.describe(index, *this);
-  static const bool use_tf32 = [] {
-    const char* value = std::getenv("RANDLORA_TF32");
-    return value && std::string(value) == "1";
-  }();
-  tf32 = use_tf32;
   if (!like.is_cpu()) {
     static const auto current_stream =
         torch_function<CurrentStream>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");

@@ -21,7 +21,7 @@ std::string cuda_build();  // "" if nothing is loaded
 // (randlora_ext/ops), where an operator has that.
 struct Operator {
   const char* schema;
-  void (*boxed)(StableIValue*, uint64_t, uint64_t);  // RANDLORA_BOX(function)
+  void (*boxed)(StableIValue*, uint64_t, uint64_t);  // RANDLORA_BOX(function), or by Arguments
 };
 struct Operators {
   Operators(std::initializer_list<Operator> all);

@@ -79,11 +79,11 @@ std::tuple<Tensor, Tensor> pack_dense_op(Tensor dense) {
   return {planes, value};
 }
 
-std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_column, bool wide) {
+std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_column) {
   const int64_t rows = check_planes(planes, cols);
   const int64_t lines = by_column ? cols : rows, longest = by_column ? rows : cols;
-  RANDLORA_CHECK(wide ? longest <= kIndexLimit : longest <= 65536, "wide = ", wide,
-                 " cannot hold positions up to ", longest - 1, "; 16-bit lists end at 65535");
+  RANDLORA_CHECK(longest <= kLongestLine, "lists have lines of at most ", kLongestLine,
+                 " elements, got ", longest);
   Tensor offset = allocate({2 * lines + 1}, ScalarType::Long, planes);
   FillLists p{};
   p.planes = view_planes(planes);
@@ -93,31 +93,20 @@ std::tuple<Tensor, Tensor> planes_to_lists(Tensor planes, int64_t cols, bool by_
   p.offset = offset.mutable_data_ptr<int64_t>();
   run(planes, static_cast<const CountLists&>(p));
   const Tensor total = on_cpu(torch::stable::narrow(offset, 0, 2 * lines, 1));
-  Tensor index = allocate({*total.const_data_ptr<int64_t>()},
-                          wide ? ScalarType::Int : ScalarType::Short, planes);
-  p.wide = wide;
-  p.index = index.mutable_data_ptr();
+  Tensor index = allocate({*total.const_data_ptr<int64_t>()}, ScalarType::Short, planes);
+  p.index = static_cast<uint16_t*>(index.mutable_data_ptr());
   run(planes, p);
   return {offset, index};
 }
 
-// CUDA kernels count the columns of a dense matrix, and go some past its end, in 32-bit integers.
-void check_dense_columns(int64_t cols) {
-  constexpr int64_t kMost = int64_t{1} << 30;
-  RANDLORA_CHECK(cols >= 0 && cols <= kMost, "cols = ", cols,
-                 " leaves the allowed range [0, 2^30] of a dense matrix");
-}
-
-DType dense_dtype(ScalarType t) {
-  const auto dtype = dtype_of(t);
-  RANDLORA_CHECK(dtype, "dtype must be float32, float64, bfloat16 or float16");
-  return *dtype;
-}
-
 Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType dtype) {
   const int64_t rows = check_planes(planes, cols);
-  check_dense_columns(cols);
-  const DType type = dense_dtype(dtype);
+  // CUDA kernels count the columns, and go some past their end, in 32-bit integers.
+  constexpr int64_t kMost = int64_t{1} << 30;
+  RANDLORA_CHECK(cols <= kMost, "cols = ", cols,
+                 " leaves the allowed range [0, 2^30] of a dense matrix");
+  const auto type = dtype_of(dtype);
+  RANDLORA_CHECK(type, "dtype must be float32, float64, bfloat16 or float16");
   Tensor out = allocate({rows, cols}, dtype, planes);
   PlanesToDense p{};
   p.planes = view_planes(planes);
@@ -125,39 +114,14 @@ Tensor planes_to_dense_op(Tensor planes, int64_t cols, double value, ScalarType 
   p.cols = cols;
   p.value = value;
   p.out = out.mutable_data_ptr();
-  p.dtype = type;
+  p.dtype = *type;
   run(planes, p);
-  return out;
-}
-
-Tensor lists_to_dense_op(Tensor offset, Tensor index, int64_t cols, double value,
-                         ScalarType dtype) {
-  const DType type = dense_dtype(dtype);
-  const int64_t rows = offset.numel() / 2;
-  const AnyLists lists = check_lists(offset, index, rows, "");
-  check_dense_columns(cols);
-  Tensor out = allocate({rows, cols}, dtype, offset);
-  // On CUDA positions go unchecked: reading them would make the host wait.
-  const int64_t readable = runs_on_cuda(offset) ? 0 : lists.count;
-  for (int64_t p = 0; p < readable; ++p) {
-    const int64_t col = lists.at(p);
-    RANDLORA_CHECK(col < cols, "index[", p, "] is ", col, ", but there are only ", cols,
-                   " columns");
-  }
-  ListsToDense p{};
-  p.lists = lists;
-  p.rows = rows;
-  p.cols = cols;
-  p.value = value;
-  p.out = out.mutable_data_ptr();
-  p.dtype = type;
-  run(offset, p);
   return out;
 }
 
 Tensor support_tables_op(Tensor a_offset, Tensor a_index, int64_t d) {
   const int64_t r = a_offset.numel() / 2;
-  const AnyLists a = check_lists(a_offset, a_index, r, "a_");
+  const Lists a = check_lists(a_offset, a_index, r, "a_");
   RANDLORA_CHECK(d > 0, "d must be positive, got ", d);
   if (!runs_on_cuda(a_offset)) return allocate({0}, ScalarType::Int, a_offset);
   Tensor tables = allocate({support_numbers(a.count, r, d)}, ScalarType::Int, a_offset);
@@ -171,13 +135,10 @@ const Operators operators{
      "int threshold) -> ()",
      RANDLORA_BOX(fill_planes_)},
     {"pack_dense(Tensor dense) -> (Tensor, Tensor)", RANDLORA_BOX(pack_dense_op)},
-    {"planes_to_lists(Tensor planes, int cols, bool by_column, bool wide) -> (Tensor, Tensor)",
+    {"planes_to_lists(Tensor planes, int cols, bool by_column) -> (Tensor, Tensor)",
      RANDLORA_BOX(planes_to_lists)},
     {"planes_to_dense(Tensor planes, int cols, float value, ScalarType dtype) -> Tensor",
      RANDLORA_BOX(planes_to_dense_op)},
-    {"lists_to_dense(Tensor offset, Tensor index, int cols, float value, ScalarType dtype) -> "
-     "Tensor",
-     RANDLORA_BOX(lists_to_dense_op)},
     {"support_tables(Tensor a_offset, Tensor a_index, int d) -> Tensor",
      RANDLORA_BOX(support_tables_op)},
 };

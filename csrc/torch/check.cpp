@@ -25,24 +25,22 @@ const char* name_of(ScalarType t) {
 
 }  // namespace
 
-AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
-                     const std::string& prefix) {
+Lists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
+                  const std::string& prefix) {
   RANDLORA_CHECK(offset.scalar_type() == ScalarType::Long && offset.is_contiguous() &&
                      offset.dim() == 1 && offset.size(0) == 2 * lines + 1,
                  prefix,
                  "offset must be a contiguous int64 tensor of 2 * lines + 1 = ", 2 * lines + 1,
                  " entries, got ", describe(offset));
-  const ScalarType t = index.scalar_type();
   RANDLORA_CHECK(
-      (t == ScalarType::Short || t == ScalarType::Int) && index.is_contiguous() && index.dim() == 1,
-      prefix, "index must be a contiguous int16 or int32 tensor, got ", describe(index));
+      index.scalar_type() == ScalarType::Short && index.is_contiguous() && index.dim() == 1, prefix,
+      "index must be a contiguous int16 tensor, got ", describe(index));
   check_same_device(index, "index", offset, "offset");
   const int64_t *at = offset.const_data_ptr<int64_t>(), runs = 2 * lines;
-  AnyLists lists;
+  Lists lists;
   lists.offset = at;
-  lists.index = index.const_data_ptr();
+  lists.index = static_cast<const uint16_t*>(index.const_data_ptr());
   lists.count = index.size(0);
-  lists.wide = t == ScalarType::Int;
   if (!offset.is_cpu()) return lists;  // reading them would make the host wait
   RANDLORA_CHECK(at[0] == 0 && at[runs] == lists.count, prefix, "offset must run from 0 to ",
                  lists.count, ", the length of ", prefix, "index, but runs from ", at[0], " to ",

@@ -51,6 +51,20 @@ struct Explained<function> {
 };
 #define RANDLORA_BOX(function) TORCH_BOX(randlora::Explained<&function>::address())
 
+// The arguments of a boxed call, in the schema's order, for operators that have too many for a list
+// of parameters. Each is to be taken once.
+class Arguments {
+ public:
+  explicit Arguments(StableIValue* stack) : next_(stack) {}
+  template <class T>
+  T next() {
+    return torch::stable::detail::to<T>(*next_++);
+  }
+
+ private:
+  StableIValue* next_;
+};
+
 // CPU builds of torch lack some functions of its C interface, which is stable
 // (torch/csrc/inductor/aoti_torch). Looking them up at run time lets one binary serve CPU and CUDA
 // builds. Null if `library` is not loaded or lacks the function.
@@ -87,8 +101,8 @@ void check_same_device(const Tensor& t, const char* name, const Tensor& as, cons
 
 // Checks lists of `lines` lines in tensors named `prefix`offset and `prefix`index. On the CPU it
 // also checks the offsets' values. It never checks the positions.
-AnyLists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
-                     const std::string& prefix);
+Lists check_lists(const Tensor& offset, const Tensor& index, int64_t lines,
+                  const std::string& prefix);
 
 // The planes in a tensor (2, rows, words) of the right dtype.
 Planes view_planes(const Tensor& planes);

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import devices
 from ..checks import warn_user
-from .cache import PackedTensors, get_or_make, share
+from .cache import PackedTensors, get_or_make, ordinary_tensors, share
 from .dense import DenseMatrices
 from .description import BasisDescription, Shape
 from .hadamard import HadamardMatrices
@@ -17,6 +17,12 @@ from .packed import Packed, PackedLists, PackedPlanes, with_each
 from .ternary import GeneratedMatrices, TernaryMatrices
 
 _serials = itertools.count()
+_GENERATED = {"hadamard": HadamardMatrices, "independent": GeneratedMatrices}
+
+
+@ordinary_tensors
+def _is_zero(t: Tensor) -> bool:
+    return not t.any()
 
 
 class Basis(Shape):
@@ -66,8 +72,7 @@ class Basis(Shape):
         if kind is None:
             kind = "hadamard" if density is None else "independent"
         description = BasisDescription(kind, density, seed)
-        make = HadamardMatrices if kind == "hadamard" else GeneratedMatrices
-        self._set(in_features, out_features, r, make(description))
+        self._set(in_features, out_features, r, _GENERATED[kind](description))
 
     def _set(self, in_features: int, out_features: int, r: int, matrices: Matrices) -> None:
         super().__init__(in_features, out_features, r)
@@ -83,6 +88,13 @@ class Basis(Shape):
         self._traced = SimpleNamespace()  # the same, for compiled code
         # Of this object, in this process: compiled code guards on it.
         self._serial = str(next(_serials))
+
+    @classmethod
+    def described(
+        cls, description: BasisDescription, in_features: int, out_features: int, r: int
+    ) -> "Basis":
+        """The basis of this description for a layer."""
+        return cls.of(in_features, out_features, r, _GENERATED[description.kind](description))
 
     @classmethod
     def from_dense(cls, A: Tensor, B: Tensor, in_features: int, out_features: int) -> "Basis":
@@ -160,6 +172,8 @@ class Basis(Shape):
             empty = "A"
         if isinstance(packed, PackedLists) and packed.b_row_index.numel() == 0:
             empty = "B"
+        if isinstance(packed, PackedPlanes) and _is_zero(packed.b_planes):
+            empty = "B"
         if empty is not None:
             warn_user(
                 f"{self!r} has no non-zero element in {empty}, so its adapter cannot learn "
@@ -187,7 +201,7 @@ class Basis(Shape):
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
         on = torch.device(device)
         served = self.kind == "dense" or devices.serve(on)
-        A, B = self._matrices.dense(self, dtype, self.packed(on if served else "cpu"))
+        A, B = self._matrices.dense(self, on if served else torch.device("cpu"), dtype)
         return A.to(on), B.to(on)
 
     def canonical(self) -> "Basis":

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .description import Shape
 from .matrices import Matrices
-from .packed import DensePair, Packed
+from .packed import DensePair
 
 
 class DenseMatrices(Matrices):
@@ -27,6 +27,6 @@ class DenseMatrices(Matrices):
     def pack(self, shape: Shape, on: torch.device) -> DensePair:
         return DensePair(self.A[:, : shape.d].to(on), self.B[: shape.D, : shape.K].to(on))
 
-    def dense(self, shape: Shape, dtype: torch.dtype, packed: Packed) -> tuple[Tensor, Tensor]:
-        assert isinstance(packed, DensePair)
-        return packed.A.to(dtype, copy=True), packed.B.to(dtype, copy=True)
+    def dense(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        A, B = self.pack(shape, on)
+        return A.to(dtype, copy=True), B.to(dtype, copy=True)

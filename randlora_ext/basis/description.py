@@ -50,22 +50,25 @@ class BasisDescription:
             ValueError: `text` is not such a key, or has a kind or specification that this version
                 does not know.
         """
-        known = ", ".join(f"{kind}-{version}" for kind, version in SPECIFICATIONS.items())
-        message = (
-            f"{text!r} is no key of a basis that this version of randlora_ext knows ({known}), "
-            f"which looks like {cls('independent', 0.07, 42).key()!r}"
-        )
         match = _KEY.fullmatch(text) if isinstance(text, str) else None
         if match is None:
-            raise ValueError(message)
+            raise ValueError(_not_a_key(text))
         kind, density, seed = match.groups()
         try:
             description = cls(kind, None if density is None else float(density), int(seed))
         except ValueError as error:
-            raise ValueError(f"{message}: {error}") from error
+            raise ValueError(f"{_not_a_key(text)}: {error}") from error
         if description.key() != text:  # such as another specification, 0.30 or 007
-            raise ValueError(f"{message}; the nearest is {description.key()!r}")
+            raise ValueError(f"{_not_a_key(text)}; the nearest is {description.key()!r}")
         return description
+
+
+def _not_a_key(text: object) -> str:
+    known = ", ".join(f"{kind}-{version}" for kind, version in SPECIFICATIONS.items())
+    return (
+        f"{text!r} is no key of a basis that this version of randlora_ext knows ({known}), such as "
+        "'randlora_ext:independent-1:density=0.07:seed=42'"
+    )
 
 
 def as_signed(seed: int) -> int:
@@ -91,4 +94,3 @@ class Shape:
         self.expand = in_features <= out_features  # whether d is the input side
         self.lam_shape = (r, self.n)
         self.gam_shape = (self.n, self.d)
-        self.wide = max(self.D, self.K) > 65536  # whether list positions need 32 bits

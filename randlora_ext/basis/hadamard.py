@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor
 
+from .. import _C
 from .description import BasisDescription, Shape
 from .matrices import Matrices
-from .packed import Packed, PackedSigns
+from .packed import PackedSigns
 from .ternary import generate_planes
 
 # Of the specification: for a_signs, row_signs and col_signs.
 ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5
+_NO_ZEROS = _C.threshold(1.0)
 
 
 def signs(seed: int, role: int, count: int, device: torch.device) -> Tensor:
     """The first `count` signs of the infinite sequence of that role: float32, -1 or +1."""
-    planes = generate_planes(seed, role, 1, count, 1.0, device)
+    planes = generate_planes(seed, role, 1, count, _NO_ZEROS, device)
     return torch.ops.randlora.planes_to_dense(planes, count, 1.0, torch.float32).flatten()
 
 
@@ -46,9 +48,8 @@ class HadamardMatrices(Matrices):
             col_signs=signs(self.seed, ROLE_COLUMNS, shape.K, on),
         )
 
-    def dense(self, shape: Shape, dtype: torch.dtype, packed: Packed) -> tuple[Tensor, Tensor]:
-        assert isinstance(packed, PackedSigns)
-        a_signs, row_signs, col_signs = packed
+    def dense(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a_signs, row_signs, col_signs = self.pack(shape, on)
         sizes = shape.r, shape.d, shape.D, shape.K
         j, k, o, c = (torch.arange(size, device=a_signs.device) for size in sizes)
         A = sylvester(j, k // shape.n) * a_signs

@@ -20,12 +20,12 @@ class Matrices(ABC):
 
     @abstractmethod
     def format(self, shape: Shape) -> str:
-        """How they are packed for such a layer (docs/formats.md)."""
+        """How they are packed for such a layer (docs/formats.md). ValueError if they cannot be."""
 
     @abstractmethod
     def pack(self, shape: Shape, on: torch.device) -> Packed:
         """The tensors of `Basis.packed`, on a device where they can be made."""
 
     @abstractmethod
-    def dense(self, shape: Shape, dtype: torch.dtype, packed: Packed) -> tuple[Tensor, Tensor]:
-        """`Basis.dense` of what `pack` has made."""
+    def dense(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`Basis.dense`, on such a device."""

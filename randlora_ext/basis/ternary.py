@@ -9,11 +9,12 @@ from torch import Tensor
 from .. import _C
 from .description import BasisDescription, Shape, as_signed
 from .matrices import Matrices
-from .packed import Packed, PackedLists, PackedPlanes
+from .packed import PackedLists, PackedPlanes
 
 # Above this density B is kept as bit planes (2 bits an element), at or below it as index lists by
 # row and by column (32 * density bits an element): equal memory at 1/16. docs/formats.md.
 PLANES_ABOVE_DENSITY = 1 / 8
+LONGEST_LINE = 2**16  # of lists, whose positions have 16 bits
 ROLE_A, ROLE_B = 0, 1  # of the specification
 
 _ops = torch.ops.randlora
@@ -30,26 +31,29 @@ class TernaryMatrices(Matrices):
         """The elements as bit planes (2, r, ceil(d / 64)) and (2, D, ceil(K / 64))."""
 
     def format(self, shape: Shape) -> str:
-        # Planes are decoded with 16-bit numbers of copies.
-        return "planes" if shape.n <= 65536 and self.density > PLANES_ABOVE_DENSITY else "lists"
+        if shape.d > LONGEST_LINE:  # A is always lists
+            raise ValueError(
+                f"in_features or out_features must be at most {LONGEST_LINE} with {self.kind} "
+                f"bases, got {shape.in_features} and {shape.out_features}; Hadamard bases have no "
+                "such limit"
+            )
+        fits_lists = max(shape.D, shape.K) <= LONGEST_LINE
+        return "lists" if fits_lists and self.density <= PLANES_ABOVE_DENSITY else "planes"
 
     def pack(self, shape: Shape, on: torch.device) -> PackedLists | PackedPlanes:
         a_planes, b_planes = self.planes(shape, on)
-        a_offset, a_index = _ops.planes_to_lists(a_planes, shape.d, False, shape.wide)
+        a_offset, a_index = _ops.planes_to_lists(a_planes, shape.d, False)
         a_tables = _ops.support_tables(a_offset, a_index, shape.d)
         if self.format(shape) == "planes":
             return PackedPlanes(a_offset, a_index, a_tables, b_planes)
-        by_row = _ops.planes_to_lists(b_planes, shape.K, False, shape.wide)
-        by_column = _ops.planes_to_lists(b_planes, shape.K, True, shape.wide)
+        by_row = _ops.planes_to_lists(b_planes, shape.K, False)
+        by_column = _ops.planes_to_lists(b_planes, shape.K, True)
         return PackedLists(a_offset, a_index, a_tables, *by_row, *by_column)
 
-    def dense(self, shape: Shape, dtype: torch.dtype, packed: Packed) -> tuple[Tensor, Tensor]:
-        assert isinstance(packed, (PackedLists, PackedPlanes))
-        A = _ops.lists_to_dense(packed.a_offset, packed.a_index, shape.d, self.a_value, dtype)
-        if isinstance(packed, PackedPlanes):
-            return A, _ops.planes_to_dense(packed.b_planes, shape.K, self.b_value, dtype)
-        rows = packed.b_row_offset, packed.b_row_index
-        return A, _ops.lists_to_dense(*rows, shape.K, self.b_value, dtype)
+    def dense(self, shape: Shape, on: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a_planes, b_planes = self.planes(shape, on)
+        A = _ops.planes_to_dense(a_planes, shape.d, self.a_value, dtype)
+        return A, _ops.planes_to_dense(b_planes, shape.K, self.b_value, dtype)
 
 
 class GeneratedMatrices(TernaryMatrices):
@@ -63,21 +67,23 @@ class GeneratedMatrices(TernaryMatrices):
         self.description = description
         self.identity = description
         self.seed, self.density = description.seed, density
+        self.threshold = _C.threshold(density)
         self.a_value = self.b_value = 1.0 / math.sqrt(density)
         self.scale = 1.0 / density  # without the square root's rounding
 
     def planes(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-        A = generate_planes(self.seed, ROLE_A, shape.r, shape.d, self.density, device)
-        return A, generate_planes(self.seed, ROLE_B, shape.D, shape.K, self.density, device)
+        A = generate_planes(self.seed, ROLE_A, shape.r, shape.d, self.threshold, device)
+        return A, generate_planes(self.seed, ROLE_B, shape.D, shape.K, self.threshold, device)
 
 
 def generate_planes(
-    seed: int, role: int, rows: int, cols: int, density: float, device: torch.device | str = "cpu"
+    seed: int, role: int, rows: int, cols: int, threshold: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Bit planes (2, rows, ceil(cols / 64)) of the infinite matrix of that role
-    (docs/basis-spec.md), which does not depend on layer shapes."""
+    (docs/basis-spec.md), which does not depend on layer shapes. `threshold` is that of the density,
+    ``_C.threshold(density)``."""
     planes = torch.empty((2, rows, -(-cols // 64)), dtype=torch.int64, device=device)
-    _ops.fill_planes_(planes, as_signed(seed), role, 0, 0, cols, _C.threshold(density))
+    _ops.fill_planes_(planes, as_signed(seed), role, 0, 0, cols, threshold)
     return planes
 
 
@@ -89,7 +95,7 @@ class ImportedMatrices(TernaryMatrices):
     def __init__(
         self, a_planes: Tensor, b_planes: Tensor, columns: int, a_value: float, b_value: float
     ) -> None:
-        self._a_planes, self._b_planes = a_planes, b_planes
+        self._a_planes, self._b_planes, self._columns = a_planes, b_planes, columns
         self.identity = self
         self.a_value, self.b_value, self.scale = a_value, b_value, a_value * b_value
         # The share of non-zeros of B decides the packed format. Eight bits at a time by a table:
@@ -100,19 +106,17 @@ class ImportedMatrices(TernaryMatrices):
 
     def planes(self, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
         A = _leading(self._a_planes, shape.r, shape.d)
-        B = _leading(self._b_planes, shape.D, shape.K)
+        B = self._b_planes
+        if (B.shape[1], self._columns) != (shape.D, shape.K):
+            B = _leading(B, shape.D, shape.K)
         return A.to(device), B.to(device)
 
 
 def _leading(planes: Tensor, rows: int, cols: int) -> Tensor:
-    """The planes of the first `rows` rows and `cols` columns; `planes` itself if that is all."""
-    words = -(-cols // 64)
-    part = planes[:, :rows, :words].contiguous()
-    if cols % 64:  # bits past the last column are zero
-        outside = ~((1 << cols % 64) - 1)
-        if bool((part[:, :, -1] & outside).any()):
-            part = part.clone() if part.data_ptr() == planes.data_ptr() else part
-            part[:, :, -1] &= ~outside
+    """The planes of the first `rows` rows and `cols` columns; bits past the last are zero."""
+    part = planes[:, :rows, : -(-cols // 64)].clone(memory_format=torch.contiguous_format)
+    if cols % 64:
+        part[:, :, -1] &= (1 << cols % 64) - 1
     return part
 
 

@@ -133,6 +133,11 @@ def test_one_wrong_element_is_found_and_located(which, place):
 def test_a_basis_without_a_non_zero_warns():
     with pytest.warns(UserWarning, match=r"no non-zero element in [AB].*cannot learn"):
         Basis(64, 64, 8, 1e-9, seed=12).packed()
+    # A of ones and B of zeros: of lists, and of planes, which a layer of this width has.
+    for in_features in (64, 65537):
+        zeros = torch.zeros(in_features, 1)
+        with pytest.warns(UserWarning, match="no non-zero element in B"):
+            imported_basis(torch.ones(1, 1), zeros, in_features, 1).packed()
 
 
 # ---- the text in saved files
@@ -147,6 +152,12 @@ def test_the_key_holds_all_that_decides_a_basis():
     description = Basis(5, 7, 3, seed=42).description
     assert description.key() == "randlora_ext:hadamard-1:seed=42"
     assert BasisDescription.parse(description.key()) == description
+
+
+def test_a_basis_of_a_description_is_that_of_its_parts():
+    for basis in (Basis(5, 7, 3, seed=42), Basis(5, 7, 3, 0.3, seed=2)):
+        described = Basis.described(basis.description, 5, 7, 3)
+        assert described == basis and described.description is basis.description
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_list_vectors():
         offset, index = to_lists(values(*place), by == "column")
         assert [",".join(map(str, part)) for part in (offset, index)] == expected
         planes = torch.from_numpy(fill(*place))
-        got = torch.ops.randlora.planes_to_lists(planes, place[5], by == "column", False)
+        got = torch.ops.randlora.planes_to_lists(planes, place[5], by == "column")
         assert [part.dtype for part in got] == [torch.int64, torch.int16]
         assert [",".join(map(str, part.tolist())) for part in got] == expected
 

@@ -50,22 +50,35 @@ def test_format_threshold():
         assert imported_basis(torch.ones(7, 37), B, 50, 37).format == form
 
 
-@pytest.mark.parametrize("shape", [(65536, 2, 1), (65537, 2, 1), (3, 65540, 2)], ids=str)
-@pytest.mark.parametrize("density", [1 / 3, 0.05])
-def test_wide_lists(shape, density):
-    layer = make_layer(*shape, density, 3)
-    basis = layer.basis
-    wide = max(shape) > 65536
-    packed = basis.packed("cpu")
-    dtype = torch.int32 if wide else torch.int16
-    indices = packed[1:7:5] + packed[4:6:2] if basis.format == "lists" else packed[1:2]
-    assert {t.dtype for t in indices} == {dtype}
+# in, out, r: the longest lines that lists hold, and one more of x, y or K.
+@pytest.mark.parametrize(
+    "shape, form",
+    [
+        ((65536, 2, 1), "lists"),
+        ((65537, 2, 1), "planes"),
+        ((3, 65537, 2), "planes"),
+        ((65535, 65535, 65534), "planes"),  # K is 131,068
+    ],
+    ids=str,
+)
+def test_the_format_of_long_lines(shape, form):
+    basis = Basis(*shape, 0.05)
+    assert basis.format == form
+    if basis.d > 3:
+        return
+    layer = make_layer(*shape, 0.05, 3)
     oracle = exact(layer)
     for name, value in ours(layer).items():
         assert largest_error(value, oracle[name]) <= 1e-12, name
-    if density < PLANES_ABOVE_DENSITY:  # the last rows and columns are really used
-        columns = packed[6].numpy().view(np.uint32 if wide else np.uint16)
-        assert columns.max() > 65000
+    if form == "lists":  # the last rows are really used
+        assert layer.basis.packed("cpu").b_col_index.numpy().view(np.uint16).max() > 65000
+
+
+def test_bases_whose_lists_would_be_too_long_are_refused():
+    for kind in (1 / 3, 0.05):
+        with pytest.raises(ValueError, match="in_features or out_features must be at most 65536"):
+            Basis(65537, 65538, 8, kind)
+    assert Basis(65537, 65538, 8).format == "hadamard"
 
 
 # ---- one copy for all who share a description

@@ -147,12 +147,12 @@ RANDLORA_UNWATCHED inline double relative_error(const Values& got, const Values&
 }
 
 // The bound of the error rule for one rounding of inputs, intermediates and result.
-inline double tolerance(DType dtype, bool tf32 = false) {
+inline double tolerance(DType dtype) {
   switch (dtype) {
     case DType::f64: return 1e-13;
     case DType::bf16: return 1e-2;
     case DType::f16: return 2e-3;
-    default: return tf32 ? 2e-3 : 1e-5;
+    default: return 1e-5;
   }
 }
 

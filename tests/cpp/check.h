@@ -111,12 +111,8 @@ struct Ternary {
   Planes planes;
   struct OwnedLists {
     std::vector<int64_t> offset;
-    std::vector<uint16_t> narrow;
-    std::vector<uint32_t> wide;
-    AnyLists view(bool as_wide) const {
-      return {offset.data(), as_wide ? static_cast<const void*>(wide.data()) : narrow.data(),
-              offset.back(), as_wide};
-    }
+    std::vector<uint16_t> index;
+    Lists view() const { return {offset.data(), index.data(), offset.back()}; }
   } by_row, by_column;
 
   Ternary(int64_t r, int64_t c, double density, unsigned seed, Runtime& rt)
@@ -137,10 +133,8 @@ struct Ternary {
       l.offset.resize(2 * (column ? cols : rows) + 1);
       const CountLists lists{planes, rows, cols, column, l.offset.data()};
       count_lists(lists, rt);
-      l.narrow.resize(l.offset.back());
-      l.wide.resize(l.offset.back());
-      fill_lists({lists, false, l.narrow.data()}, rt);
-      fill_lists({lists, true, l.wide.data()}, rt);
+      l.index.resize(l.offset.back());
+      fill_lists({lists, l.index.data()}, rt);
     }
   }
 };

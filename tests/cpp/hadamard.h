@@ -237,7 +237,6 @@ void check_diagonals(Kernels& kernels, const HadamardProblem& p, DType dtype) {
   call.dgam = dgam.get();
   call.dtype = dtype;
   call.scale = 0.5;
-  call.experts = 1;
   kernels.hadamard_diagonal_gradients(call);
   for (int64_t q = 0; q < slots; ++q)
     for (int64_t k = 0; k < p.K; ++k) want_lam[k] += 0.5 * p.col_signs[k] * of_slots[q * p.K + k];

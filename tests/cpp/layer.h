@@ -20,14 +20,14 @@ struct Layer {
         A(r, d, density, unsigned(d + r), rt),
         B(D, K, density, unsigned(D + r), rt) {}
 
-  TernaryBases basis(Form form, bool wide = false) const {
+  TernaryBases basis(Form form) const {
     TernaryBases b;
     b.D = D, b.d = d, b.r = r, b.n = n;
-    b.a = A.by_row.view(wide);
+    b.a = A.by_row.view();
     if (form == Form::planes)
       b.b_planes = B.planes;
     else
-      b.b_rows = B.by_row.view(wide), b.b_cols = B.by_column.view(wide);
+      b.b_rows = B.by_row.view(), b.b_cols = B.by_column.view();
     return b;
   }
   // A' (K, d)
@@ -59,9 +59,9 @@ struct Layer {
 template <class Kernels>
 void set_case_of(const Kernels& kernels, const Layer& L, const TernaryBases& basis, DType dtype,
                  int64_t T, bool reduce, int64_t skip) {
-  set_case("D %ld d %ld r %ld T %ld planes %d wide %d dtype %d reduce %d skip %ld %s", long(L.D),
-           long(L.d), long(L.r), long(T), basis.has_planes(), basis.a.wide, int(dtype), reduce,
-           long(skip), kernels.settings().c_str());
+  set_case("D %ld d %ld r %ld T %ld planes %d dtype %d reduce %d skip %ld %s", long(L.D), long(L.d),
+           long(L.r), long(T), basis.has_planes(), int(dtype), reduce, long(skip),
+           kernels.settings().c_str());
 }
 
 // y, dx, dlam and dgam, also where only some of them are wanted.

@@ -110,12 +110,10 @@ void ternary() {
     Form form;
     DType dtype;
     int threads;
-    bool wide;
   };
-  const Way ways[] = {{Form::lists, DType::f32, 1, false},  // any two values meet
-                      {Form::lists, DType::f64, 3, true},   {Form::planes, DType::f32, 3, true},
-                      {Form::planes, DType::f64, 1, true},  {Form::planes, DType::f64, 3, false},
-                      {Form::lists, DType::bf16, 3, false}, {Form::planes, DType::f16, 1, false}};
+  const Way ways[] = {{Form::lists, DType::f32, 1},  {Form::lists, DType::f64, 3},
+                      {Form::planes, DType::f32, 3}, {Form::planes, DType::f64, 1},
+                      {Form::lists, DType::bf16, 3}, {Form::planes, DType::f16, 1}};
   for (const Shape s : {Shape{1, 1, 1, 1}, Shape{40, 40, 8, 33}, Shape{33, 70, 8, 5},
                         Shape{70, 33, 8, 17}, Shape{20, 30, 32, 3}, Shape{130, 65, 7, 40},
                         Shape{64, 64, 64, 70}, Shape{48, 96, 16, 0}, Shape{96, 600, 32, 150}})
@@ -125,7 +123,7 @@ void ternary() {
       for (const Way& way : ways) {
         const DType dtype = way.dtype;
         CpuKernels kernels(way.threads);
-        const TernaryBases basis = L.basis(way.form, way.wide);
+        const TernaryBases basis = L.basis(way.form);
         const double bound = tolerance(dtype);
         check_linear(kernels, L, basis, dtype, s.T, expand, bound);
         check_scaled_basis(kernels, L, dtype, 0);

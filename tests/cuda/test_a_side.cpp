@@ -10,7 +10,6 @@ namespace {
 struct Case {
   int64_t d, r, T;
   double density;
-  bool wide;
   int64_t skip = 0;            // elements that take the alignment of every matrix away
   int64_t shared = 227 << 10;  // of a block
   int multiprocessors = 3;
@@ -22,12 +21,12 @@ struct Side {
   const DType dtype, compute = compute_dtype(dtype);
   const int64_t T = c.T;
   Layer L{1, c.d, c.r, c.density};
-  TernaryBases basis = L.basis(Form::lists, c.wide);
+  TernaryBases basis = L.basis(Form::lists);
   Array lam{compute, L.lam}, gam{compute, L.gam};
   TestDevice device{128, c.shared, c.multiprocessors};
 
-  Side(const Case& c_, DType dtype_, bool tf32 = false) : c(c_), dtype(dtype_) {
-    device.tf32 = tf32, device.chunk_bytes = c.chunk_bytes;
+  Side(const Case& c_, DType dtype_) : c(c_), dtype(dtype_) {
+    device.chunk_bytes = c.chunk_bytes;
     set_case_of(device, L, basis, dtype, T, false, c.skip);
   }
   cuda::ASideCall call(const Array& z) {
@@ -58,10 +57,10 @@ struct Side {
   }
 };
 
-void check(const Case& c, DType dtype, bool tf32 = false) {
-  Side s(c, dtype, tf32);
+void check(const Case& c, DType dtype) {
+  Side s(c, dtype);
   const int64_t T = c.T, d = c.d, K = s.L.K;
-  const double bound = tolerance(dtype, tf32);
+  const double bound = tolerance(dtype);
   const Array z(dtype, normal(T * d, 3), c.skip), U(dtype, normal(T * K, 4), c.skip),
       start(dtype, normal(T * d, 5), c.skip);
   const Values zs = z.values(), us = U.values(), scaled = s.L.scaled(), old = start.values();
@@ -72,13 +71,13 @@ void check(const Case& c, DType dtype, bool tf32 = false) {
   s.call(z).down(U.get(), T, start.get(), true);
   compare("out + out", start, sum(old, want), bound);
   // No rounding but of sums: U and z are exact.
-  const double exact = tf32 ? bound : tolerance(s.compute);
+  const double exact = tolerance(s.compute);
   const auto [dlam, dgam] = s.L.gradients(product(us, zs, K, d, T, false, s.L.scale, true));
   compare("dlam", got.dlam, dlam, exact);
   compare("dgam", got.dgam, dgam, exact);
 
   // The same bits with tables that the basis brings along.
-  const AnyLists& a = s.basis.a;
+  const Lists& a = s.basis.a;
   const Poisoned tables(support_numbers(a.count, c.r, d) * 4);
   s.basis.a_tables = static_cast<const int32_t*>(tables.get());
   cuda::support_tables(a, c.r, d, static_cast<int32_t*>(tables.get()), s.device);
@@ -90,35 +89,34 @@ void check(const Case& c, DType dtype, bool tf32 = false) {
 
 void few() {
   for (const DType dtype : {DType::f32, DType::bf16})
-    for (const int64_t T : {2, 150}) check({70, 3, T, 0.3, false, 0, 227 << 10, 40}, dtype);
+    for (const int64_t T : {2, 150}) check({70, 3, T, 0.3, 0, 227 << 10, 40}, dtype);
 }
 
 void tests() {
   const int64_t small = 99 << 10;  // the least that a supported card has
   const Case cases[] = {
-      // d, r, T, density, wide, skip, shared, multiprocessors
-      {1, 1, 1, 1.0, false},                        // everything is one
-      {33, 8, 5, 0.05, true},                       // empty rows of A
-      {33, 8, 1, 0.05, true},                       // one token
-      {64, 8, 0, 1.0 / 3, false},                   // no tokens
-      {64, 8, 17, 1.0 / 3, false},                  // n = 8: aligned rows of V
-      {64, 8, 17, 1.0 / 3, false, 1},               // the same matrices, unaligned
-      {30, 64, 9, 1.0 / 3, true},                   // r > d, n = 1
-      {40, 5, 3, 0.0, false},                       // A is zero
-      {65, 1, 130, 1.0, true, 0, small},            // n = 65: more than a tile of bases
-      {200, 6, 33, 0.05, false},                    // n = 34
-      {150, 2, 40, 1.0 / 3, false, 3, small},       // n = 75, odd
-      {272, 2, 16, 0.02, false},                    // few tokens, n = 136
-      {272, 2, 150, 0.3, false, 0, small, 1},       // large tiles, ranges of columns
-      {200, 1, 40, 1.0, false, 0, small, 1},        // more entries than a chunk of a_down
-      {200, 1, 20, 1.0, true, 1, small, 1},         // the same in its small tile
-      {160, 8, 140, 1.0, false, 0, 227 << 10, 50},  // many SMs: small tiles, split tokens
-      {48, 3, 600, 0.3, false, 0, 227 << 10, 50},   // splits of the gradient
-      {48, 3, 900, 0.3, true, 0, 227 << 10, 50, 384 * 48 * 2 * 4},  // and z in parts
+      // d, r, T, density, skip, shared, multiprocessors
+      {1, 1, 1, 1.0},                                         // everything is one
+      {33, 8, 5, 0.05},                                       // empty rows of A
+      {33, 8, 1, 0.05},                                       // one token
+      {64, 8, 0, 1.0 / 3},                                    // no tokens
+      {64, 8, 17, 1.0 / 3},                                   // n = 8: aligned rows of V
+      {64, 8, 17, 1.0 / 3, 1},                                // the same matrices, unaligned
+      {30, 64, 9, 1.0 / 3},                                   // r > d, n = 1
+      {40, 5, 3, 0.0},                                        // A is zero
+      {65, 1, 130, 1.0, 0, small},                            // n = 65: more than a tile of bases
+      {200, 6, 33, 0.05},                                     // n = 34
+      {150, 2, 40, 1.0 / 3, 3, small},                        // n = 75, odd
+      {272, 2, 16, 0.02},                                     // few tokens, n = 136
+      {272, 2, 150, 0.3, 0, small, 1},                        // large tiles, ranges of columns
+      {200, 1, 40, 1.0, 0, small, 1},                         // more entries than a chunk of a_down
+      {200, 1, 20, 1.0, 1, small, 1},                         // the same in its small tile
+      {160, 8, 140, 1.0, 0, 227 << 10, 50},                   // many SMs: small tiles, split tokens
+      {48, 3, 600, 0.3, 0, 227 << 10, 50},                    // splits of the gradient
+      {48, 3, 900, 0.3, 0, 227 << 10, 50, 384 * 48 * 2 * 4},  // and z in parts
   };
-  int number = 0;
   for (const Case& c : cases)
-    for (const auto [dtype, tf32] : products(number++)) check(c, dtype, tf32);
+    for (const DType dtype : kTypes) check(c, dtype);
 }
 
 }  // namespace

@@ -11,7 +11,6 @@ struct Case {
   Form form;
   int64_t D, d, r, T;
   double density;
-  bool wide = false;
   int64_t skip = 0;            // elements that take the alignment of every matrix away
   int multiprocessors = 3;     // many of them: blocks share the contraction of a tile
   int64_t shared = 227 << 10;  // of a block
@@ -21,14 +20,13 @@ void b_side(Form form, const cuda::BSide& p, TestDevice& device) {
   (form == Form::lists ? cuda::b_lists : cuda::b_planes)(p, device);
 }
 
-void check(const Case& c, DType dtype, bool tf32 = false) {
+void check(const Case& c, DType dtype) {
   const Layer L(c.D, c.d, c.r, c.density);
-  const TernaryBases basis = L.basis(c.form, c.wide);
+  const TernaryBases basis = L.basis(c.form);
   const int64_t T = c.T, D = c.D, K = L.K;
   TestDevice device(128, c.shared, c.multiprocessors);
-  device.tf32 = tf32;
   set_case_of(device, L, basis, dtype, T, false, c.skip);
-  const double bound = tolerance(dtype, tf32);
+  const double bound = tolerance(dtype);
   const Array V(dtype, normal(T * K, 3), c.skip), x(dtype, normal(T * D, 4), c.skip),
       start(dtype, normal(T * D, 5), c.skip), y(dtype, T * D, c.skip), U(dtype, T * K, c.skip);
   const Values want = product(V.values(), L.B.dense, T, D, K, true), old = start.values();
@@ -47,34 +45,30 @@ void few() {
 void tests() {
   const Form lists = Form::lists, planes = Form::planes;
   const double third = 1.0 / 3;
-  const Case cases[] = {
-      // form, D, d, r, T, density, wide, skip, multiprocessors, shared
-      {lists, 1, 1, 1, 1, 1.0},                                // everything is one
-      {lists, 70, 33, 8, 1, third, true},                      // one token
-      {lists, 40, 40, 8, 0, third},                            // no tokens
-      {lists, 33, 20, 32, 5, 0.05},                            // r > d; empty lines
-      {lists, 64, 64, 64, 17, third, true},                    // n = 1
-      {lists, 40, 30, 4, 9, 0.0},                              // B is zero
-      {lists, 300, 130, 7, 33, 1.0},                           // longer than what is fetched ahead
-      {lists, 300, 130, 7, 8, third, false, 1},                // unaligned
-      {lists, 130, 130, 1, 130, 0.05, false, 3},               // many tiles
-      {lists, 530, 100, 8, 40, 0.05, false, 0, 20, 99 << 10},  // ranges of lines
-      {lists, 300, 100, 8, 40, 0.1, false, 0, 3, 6 << 10},     // no room for 16 tokens,
-      {lists, 300, 100, 8, 40, 0.1, true, 0, 40, 3 << 10},     // nor for 8: panels
-      {lists, 300, 100, 8, 40, 0.1, false, 0, 40, 3 << 10},
-      {planes, 1, 1, 1, 1, 1.0},
-      {planes, 64, 64, 8, 17, third, false, 0, 1},
-      {planes, 33, 20, 7, 5, 0.05, false, 1},
-      {planes, 130, 65, 16, 33, third, false, 0, 60},
-      {planes, 48, 16, 32, 130, 1.0, false, 0, 1},
-      {planes, 300, 96, 4, 16, third, false, 0, 100},
-      {planes, 200, 136, 136, 70, 0.05, false, 1, 1},
-      {planes, 260, 130, 2, 130, third, false, 0, 1},
-      {planes, 40, 40, 8, 0, 1.0}};
-  int number = 0;
+  const Case cases[] = {// form, D, d, r, T, density, skip, multiprocessors, shared
+                        {lists, 1, 1, 1, 1, 1.0},            // everything is one
+                        {lists, 70, 33, 8, 1, third},        // one token
+                        {lists, 40, 40, 8, 0, third},        // no tokens
+                        {lists, 33, 20, 32, 5, 0.05},        // r > d; empty lines
+                        {lists, 64, 64, 64, 17, third},      // n = 1
+                        {lists, 40, 30, 4, 9, 0.0},          // B is zero
+                        {lists, 300, 130, 7, 33, 1.0},       // longer than what is fetched ahead
+                        {lists, 300, 130, 7, 8, third, 1},   // unaligned
+                        {lists, 130, 130, 1, 130, 0.05, 3},  // many tiles
+                        {lists, 530, 100, 8, 40, 0.05, 0, 20, 99 << 10},  // ranges of lines
+                        {lists, 300, 100, 8, 40, 0.1, 0, 3, 6 << 10},     // no room for 16 tokens,
+                        {lists, 300, 100, 8, 40, 0.1, 0, 40, 3 << 10},    // nor for 8: panels
+                        {planes, 1, 1, 1, 1, 1.0},
+                        {planes, 64, 64, 8, 17, third, 0, 1},
+                        {planes, 33, 20, 7, 5, 0.05, 1},
+                        {planes, 130, 65, 16, 33, third, 0, 60},
+                        {planes, 48, 16, 32, 130, 1.0, 0, 1},
+                        {planes, 300, 96, 4, 16, third, 0, 100},
+                        {planes, 200, 136, 136, 70, 0.05, 1, 1},
+                        {planes, 260, 130, 2, 130, third, 0, 1},
+                        {planes, 40, 40, 8, 0, 1.0}};
   for (const Case& c : cases)
-    for (const auto [dtype, tf32] : products(number++))
-      if (!tf32 || c.form == planes) check(c, dtype, tf32);
+    for (const DType dtype : kTypes) check(c, dtype);
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ class TestDevice : public Device {
   }
   std::string settings() const {
     return "threads " + std::to_string(max_threads) + " shared " + std::to_string(shared_bytes) +
-           " multiprocessors " + std::to_string(multiprocessors) + " tf32 " + std::to_string(tf32);
+           " multiprocessors " + std::to_string(multiprocessors);
   }
 #define RANDLORA_CALL(name, Operator) \
   void name(const Operator& p) { cuda::name(p, *this); }
@@ -35,22 +35,6 @@ class TestDevice : public Device {
  private:
   std::vector<std::unique_ptr<Poisoned>> held_;
 };
-
-// The dtypes with which case `number` of a test is tried, each a kernel of its own: all, or, where
-// ThreadSanitizer looks for races alone, two of those that synchronise otherwise (kTypes), in turn.
-struct Product {
-  DType dtype;
-  bool tf32;
-};
-inline std::vector<Product> products([[maybe_unused]] int number) {
-  std::vector<Product> kinds{{DType::f32, false}, {DType::bf16, false}, {DType::f32, true}};
-#if defined(__SANITIZE_THREAD__)
-  kinds.erase(kinds.begin() + number % 3);
-#else
-  kinds.insert(kinds.end(), {{DType::f64, false}, {DType::f16, false}});
-#endif
-  return kinds;
-}
 
 // The same results in whatever order blocks and threads run.
 template <class F>

@@ -15,13 +15,11 @@ struct MmaOperand {
 };
 
 struct Bf16 {
-  static constexpr int kPerRegister = 2;
   CUDA_ON_CPU_UNSEEN static float element(uint32_t reg, int i) {
     return float_of_bits(i ? reg & 0xffff0000u : reg << 16);
   }
 };
 struct F16 {
-  static constexpr int kPerRegister = 2;
   CUDA_ON_CPU_UNSEEN static float element(uint32_t reg, int i) {
     const uint16_t bits = static_cast<uint16_t>(reg >> (16 * i));
     _Float16 h;
@@ -29,30 +27,22 @@ struct F16 {
     return static_cast<float>(h);
   }
 };
-struct TF32 {  // the unit ignores the low 13 bits
-  static constexpr int kPerRegister = 1;
-  CUDA_ON_CPU_UNSEEN static float element(uint32_t reg, int) {
-    return float_of_bits(reg & 0xffffe000u);
-  }
-};
 
-// C (16, 8) += A (16, k) B (k, 8), k = 8 registers' worth.
+// C (16, 8) += A (16, 16) B (16, 8).
 template <class E>
 CUDA_ON_CPU_UNSEEN void multiply(void* const* lane, unsigned) {
-  constexpr int P = E::kPerRegister, k = 8 * P;
-  float A[16][k], B[k][8], C[16][8];
+  float A[16][16], B[16][8], C[16][8];
   for (int l = 0; l < 32; ++l) {
     const MmaOperand& o = *static_cast<const MmaOperand*>(lane[l]);
     const int g = l / 4, q = l % 4;
-    for (int i = 0; i < P; ++i) {
-      for (int h = 0; h < 4; ++h)
-        A[g + h % 2 * 8][q * P + i + h / 2 * 4 * P] = E::element(o.a[h], i);
-      for (int h = 0; h < 2; ++h) B[q * P + i + h * 4 * P][g] = E::element(o.b[h], i);
+    for (int i = 0; i < 2; ++i) {
+      for (int h = 0; h < 4; ++h) A[g + h % 2 * 8][2 * q + i + h / 2 * 8] = E::element(o.a[h], i);
+      for (int h = 0; h < 2; ++h) B[2 * q + i + h * 8][g] = E::element(o.b[h], i);
     }
     for (int e = 0; e < 4; ++e) C[g + e / 2 * 8][2 * q + e % 2] = o.c[e];
   }
   for (int m = 0; m < 16; ++m)
-    for (int i = 0; i < k; ++i)
+    for (int i = 0; i < 16; ++i)
       for (int n = 0; n < 8; ++n) C[m][n] += A[m][i] * B[i][n];
   for (int l = 0; l < 32; ++l) {
     MmaOperand& o = *static_cast<MmaOperand*>(lane[l]);
@@ -112,9 +102,6 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16, SI
 }
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16, SITE) {
   multiply_in_warp<F16>({"mma f16", file, line}, c, a, b);
-}
-void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SITE) {
-  multiply_in_warp<TF32>({"mma tf32", file, line}, c, a, b);
 }
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, SITE) {

@@ -10,14 +10,6 @@ void pin(T&) {}
 
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16, CUDA_ON_CPU_SITE);
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16, CUDA_ON_CPU_SITE);
-void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDA_ON_CPU_SITE);
-
-// To nearest, ties away from zero.
-inline uint32_t round_tf32(float x) {
-  uint32_t bits = bits_of_float(x);
-  if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;
-  return bits & 0xffffe000u;
-}
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row, CUDA_ON_CPU_SITE);
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* shared_row, CUDA_ON_CPU_SITE);

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_helpers import cases, moved, run_linear, same
-from layer_cases import call, make_basis, make_layer, ours, relative, run_python
+from layer_cases import call, make_basis, make_layer, ours, relative
 
 from randlora_ext import RandLoraLinear, linear
 
@@ -180,19 +180,3 @@ def test_more_than_2_to_the_31_activations(card, basis):
     few = x[-40:].detach().requires_grad_()
     (want,) = torch.autograd.grad(run(few), few, y[-40:].detach())
     assert relative(dx[-40:], want) <= 2 * eps
-
-
-TF32 = """
-import torch
-from gpu_helpers import run_linear
-from layer_cases import exact, make_layer, relative
-for basis in (1 / 3, 0.07, "hadamard"):
-    layer = make_layer(136, 72, 8, basis, 70, torch.float32)
-    want = exact(layer)
-    errors = [relative(t, want[name]) for name, t in run_linear(layer, "cuda").items()]
-    assert max(errors) < 2e-3, errors
-"""
-
-
-def test_tf32_on_request(card):
-    run_python("-c", TF32, RANDLORA_TF32="1")  # read once a process, so in one of its own

@@ -10,7 +10,7 @@ from randlora_ext import Basis
 from randlora_ext.ops import independent
 
 ops = torch.ops.randlora
-LISTS, PLANES, WIDE = (9, 5, 2, 0.12), (5, 9, 2, 1 / 3), (65537, 2, 2, 0.01)
+LISTS, PLANES = (9, 5, 2, 0.12), (5, 9, 2, 1 / 3)
 HADAMARD, DENSE = ((9, 5, 2, kind) for kind in ("hadamard", "dense"))
 
 
@@ -26,7 +26,6 @@ def check(op, *arguments, fast=False) -> None:
     [
         (LISTS, torch.float32, False), ((5, 9, 2, 0.12), torch.bfloat16, True),
         (PLANES, torch.float32, False), ((9, 5, 2, 1 / 3), torch.float16, True),
-        (WIDE, torch.float32, True),
         (HADAMARD, torch.float32, False), ((5, 9, 2, "hadamard"), torch.float16, True),
         (DENSE, torch.float32, False), ((5, 9, 2, "dense"), torch.bfloat16, False),
     ],
@@ -61,9 +60,7 @@ def test_opcheck_packing():
     basis = Basis(11, 70, 3, 1 / 3)
     planes = basis.packed("cpu").b_planes
     check(ops.planes_to_dense, planes, basis.K, 0.5, torch.float16)
-    for wide in (False, True):
-        lists = *ops.planes_to_lists(planes, basis.K, False, wide), basis.K
-        check(ops.lists_to_dense, *lists, 0.5, torch.float32, fast=wide)
+    check(ops.fill_planes_, planes.clone(), 5, 1, 3, 7, basis.K, 2**30)
 
 
 def storage(tensor):

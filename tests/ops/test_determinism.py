@@ -44,20 +44,18 @@ def same_for_any_threads(function):
 
 
 @FORMATS
-@pytest.mark.parametrize("wide", [False, True])
-def test_generation_and_packing(density, wide):
+def test_generation_and_packing(density):
     basis = Basis(301, 203, 17, density)
     dense = basis.dense()[1]
 
     def run():
         planes = torch.empty(2, 301, -(-basis.K // 64), dtype=torch.int64)
         ops.fill_planes_(planes, 5, 1, 3, 7, basis.K, int(density * 2**31))
-        by_row = ops.planes_to_lists(planes, basis.K, False, wide)
-        by_column = ops.planes_to_lists(planes, basis.K, True, wide)
+        by_row = ops.planes_to_lists(planes, basis.K, False)
+        by_column = ops.planes_to_lists(planes, basis.K, True)
         return [
             planes, *by_row, *by_column, *ops.pack_dense(dense), *basis.dense(),
             ops.planes_to_dense(planes, basis.K, 0.5, torch.bfloat16),
-            ops.lists_to_dense(*by_row, basis.K, 0.5, torch.float32),
         ]  # fmt: skip
 
     same_for_any_threads(run)

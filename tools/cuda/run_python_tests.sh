@@ -37,7 +37,7 @@ cpu_only=(
   # The CPU's memory.
   tests/ops/test_autograd.py::test_scratch_does_not_grow_with_tokens
   # Half a minute; tests/cuda has smaller ones.
-  tests/basis/test_packed.py::test_wide_lists
+  tests/basis/test_packed.py::test_the_format_of_long_lines
 )
 deselected=()
 for test in "${cpu_only[@]}"; do deselected+=(--deselect "$test"); done

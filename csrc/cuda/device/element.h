@@ -54,12 +54,4 @@ __device__ __forceinline__ f16 narrow<f16>(float x) {
 #endif
 }
 
-// Calls fn(S{}, std::bool_constant): whether tensor cores multiply S as TF32, which they may for
-// float if `tf32`.
-template <class F>
-void with_engine(DType dtype, bool tf32, const F& fn) {
-  if (tf32 && dtype == DType::f32) return fn(float{}, std::true_type{});
-  with_dtype(dtype, [&](auto s) { fn(s, std::false_type{}); });
-}
-
 }  // namespace randlora

@@ -1,12 +1,10 @@
 // Instructions that CUDA C++ has no name for, a function each. Fragment layouts are those of
 // the PTX manual; with lane = threadIdx.x % 32, g = lane / 4, q = lane % 4:
 //
-//   mma m16n8k16 (16-bit)  a[0] = A[g][2q, 2q+1]     a[1] = A[g+8][2q, 2q+1]
+//   mma m16n8k16           a[0] = A[g][2q, 2q+1]     a[1] = A[g+8][2q, 2q+1]
 //                          a[2] = A[g][2q+8, 2q+9]   a[3] = A[g+8][2q+8, 2q+9]
 //                          b[0] = B[2q, 2q+1][g]     b[1] = B[2q+8, 2q+9][g]
 //                          c[0], c[1] = C[g][2q, 2q+1]   c[2], c[3] = C[g+8][2q, 2q+1]
-//   mma m16n8k8 (tf32)     a[0] = A[g][q]  a[1] = A[g+8][q]  a[2] = A[g][q+4]  a[3] = A[g+8][q+4]
-//                          b[0] = B[q][g]  b[1] = B[q+4][g]   c as above
 //   ldmatrix x4            four 8 x 8 matrices of 16-bit elements; lane l gives the address of row
 //                          l % 8 of matrix l / 8; r[m] = matrix m [g][2q, 2q+1]
 //   ldmatrix x4 trans      r[m] = matrix m [2q, 2q+1][g]
@@ -41,23 +39,6 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// a and b hold fp32 bits; the tensor core ignores those beyond tf32. Call round_tf32 before, to
-// round to nearest.
-__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4],
-                                         const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ uint32_t round_tf32(float x) {
-  uint32_t r;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-  return r;
 }
 
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {

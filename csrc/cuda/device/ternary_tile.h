@@ -10,7 +10,7 @@
 // Code word q of a line lies at codes[q * kCodePitch + line]; element (slot, t) of the operand at
 // p[t * stride + slot]: its rows are rows of x or V.
 //
-// Three engines as in tile.h. FMA skips zeros of B, so NaN and inf do not pass through them.
+// Two engines as in tile.h. FMA skips zeros of B, so NaN and inf do not pass through them.
 // Tensor cores multiply by the zeros, so a NaN or inf spoils its whole token.
 #pragma once
 #include "columns.h"
@@ -28,14 +28,14 @@ constexpr int kCodeWords = 4 * kCodePitch + 8;  // free of bank conflicts across
 template <class S>
 constexpr int kColumns = 256 / int(sizeof(S));
 
-template <class S_, int Tokens, bool Tf32 = false>
+template <class S_, int Tokens>
 struct TernaryTile {
   using S = S_;
   using C = ComputeOf<S>;
   static constexpr int kTokens = Tokens;
   static constexpr int kWarpsAcross = Tokens >= 64 ? 2 : 1, kWarpsDown = 4 / kWarpsAcross;
   static constexpr int MI = kLines / 16 / kWarpsDown, NI = Tokens / 8 / kWarpsAcross;
-  using Warp = WarpTile<S, MI, NI, Tf32>;
+  using Warp = WarpTile<S, MI, NI>;
   Warp warp;
 
   // 16 bytes between rows in shared memory: 8 lanes that read 16 bytes each meet no bank conflict.
@@ -54,16 +54,10 @@ struct TernaryTile {
   __device__ __forceinline__ void step(const uint32_t* codes, const S* operand, int stride) {
     codes += warp_m() * MI * 16;
     operand += warp_n() * NI * 8 * stride;
-    if constexpr (sizeof(S) > 2 && !Tf32) {
+    if constexpr (sizeof(S) > 2)
       fma_step(codes, operand, stride);
-    } else {
-      uint32_t word[MI][2];
-      load_codes(word, codes + threadIdx.x % 4 * kCodePitch);
-      if constexpr (Tf32)
-        tf32_step(word, operand, stride);
-      else
-        mma_step(word, operand, stride);
-    }
+    else
+      mma_step(codes, operand, stride);
   }
 
  private:
@@ -85,8 +79,9 @@ struct TernaryTile {
     for (int h = 0; h < 4; ++h) left_part[h] = decode_pair(word[h % 2], 2 * k + h / 2);
   }
 
-  __device__ __forceinline__ void mma_step(const uint32_t (&word)[MI][2], const S* operand,
-                                           int stride) {
+  __device__ __forceinline__ void mma_step(const uint32_t* codes, const S* operand, int stride) {
+    uint32_t word[MI][2];
+    load_codes(word, codes + q() * kCodePitch);
     operand += g() * stride + q() * 16;
 #pragma unroll
     for (int k = 0; k < 4; k += 2) {
@@ -105,27 +100,6 @@ struct TernaryTile {
             mma(warp.acc[m][n], left_part,
                 {right_part[n].word[2 * s], right_part[n].word[2 * s + 1]}, S{});
         }
-    }
-  }
-
-  __device__ __forceinline__ void tf32_step(const uint32_t (&word)[MI][2], const S* operand,
-                                            int stride) {
-#pragma unroll
-    for (int t = 0; t < 8; ++t) {
-      uint32_t right_part[NI][2];
-#pragma unroll
-      for (int n = 0; n < NI; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          right_part[n][e] = round_tf32(operand[(n * 8 + g()) * stride + q() * 16 + 2 * t + e]);
-#pragma unroll
-      for (int m = 0; m < MI; ++m) {
-        uint32_t left_part[4];
-#pragma unroll
-        for (int h = 0; h < 4; ++h) left_part[h] = decode_top(word[m][h % 2], t, h / 2);
-#pragma unroll
-        for (int n = 0; n < NI; ++n) mma_tf32(warp.acc[m][n], left_part, right_part[n]);
-      }
     }
   }
 

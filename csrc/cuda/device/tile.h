@@ -4,11 +4,10 @@
 //
 // MI x NI are tiles of mma's m16n8.
 //
-// Three engines with one interface and one accumulator layout, that of mma's C fragment (ptx.h), so
+// Two engines with one interface and one accumulator layout, that of mma's C fragment (ptx.h), so
 // that a kernel is written once for every dtype:
-//   bf16, f16   mma m16n8k16, operands by ldmatrix
-//   float       FMA, or mma m16n8k8 in tf32 when Tf32
-//   double      FMA
+//   bf16, f16       mma m16n8k16, operands by ldmatrix
+//   float, double   FMA
 //
 // Operands lie in shared memory in one of two orders:
 //   by_line   element (line, k) at p[line * stride + k]   (line: row of left, column of right)
@@ -44,7 +43,7 @@ __device__ __forceinline__ void pipeline(int steps, const Load& load, const Use&
   }
 }
 
-template <class S, int MI, int NI, bool Tf32 = false>
+template <class S, int MI, int NI>
 struct WarpTile {
   using C = ComputeOf<S>;
   static constexpr int kStep = 16;  // k advances by this; callers pad k with zeros
@@ -72,8 +71,6 @@ struct WarpTile {
 #pragma unroll
         for (int n = 0; n < NI; ++n) mma(acc[m][n], left_part, right_part[n], S{});
       }
-    } else if constexpr (Tf32) {
-      tf32_step<Left, Right>(left, left_stride, right, right_stride);
     } else {
       fma_step<Left, Right>(left, left_stride, right, right_stride);
     }
@@ -113,31 +110,6 @@ struct WarpTile {
       ldmatrix_x4(left_part, left + (line + l % 16) * stride + l / 16 * 8);
     else  // matrices: lines 0-7 k 0-7, lines 8-15 k 0-7, lines 0-7 k 8-15, lines 8-15 k 8-15
       ldmatrix_x4_trans(left_part, left + (l % 8 + l / 16 * 8) * stride + line + l / 8 % 2 * 8);
-  }
-
-  template <Order Left, Order Right>
-  __device__ __forceinline__ void tf32_step(const S* left, int left_stride, const S* right,
-                                            int right_stride) {
-    const int g = (threadIdx.x % 32) / 4, q = threadIdx.x % 4;
-#pragma unroll
-    for (int k = 0; k < kStep; k += 8) {
-      uint32_t right_part[NI][2];
-#pragma unroll
-      for (int n = 0; n < NI; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          right_part[n][h] = round_tf32(at<Right>(right, right_stride, n * 8 + g, k + q + 4 * h));
-#pragma unroll
-      for (int m = 0; m < MI; ++m) {
-        uint32_t left_part[4];
-#pragma unroll
-        for (int h = 0; h < 4; ++h)
-          left_part[h] =
-              round_tf32(at<Left>(left, left_stride, m * 16 + g + h % 2 * 8, k + q + h / 2 * 4));
-#pragma unroll
-        for (int n = 0; n < NI; ++n) mma_tf32(acc[m][n], left_part, right_part[n]);
-      }
-    }
   }
 
   template <Order Left, Order Right>

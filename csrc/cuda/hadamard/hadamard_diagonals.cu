@@ -7,6 +7,8 @@
 //   hadamard_diagonal_gradients
 //     dgam[i, k] = scale a_signs[k] class_gradient[m, i, k']
 //     dlam[c] = scale col_signs[c] * sum over q of sums[q, c]
+//   add_slots
+//     dlam alone, of several experts
 //
 // Floor: 1 / r of the layer's weight read and written, so what counts is that each is one launch.
 #include <algorithm>
@@ -45,8 +47,8 @@ __global__ void hadamard_signed_diagonals_kernel(HadamardSignedDiagonals p, Fact
 
 constexpr int kEach = 4;  // elements of dgam of a thread
 
-// The first `gamma_blocks` blocks make dgam, `row_blocks` each of its rows; the others dlam,
-// for 32 columns each.
+// The first `gamma_blocks` blocks make dgam, `row_blocks` each of its rows; the others dlam of
+// expert blockIdx.y, for 32 columns each.
 template <class S, class C = ComputeOf<S>>
 __global__ void hadamard_diagonal_gradients_kernel(HadamardDiagonalGradients p, int gamma_blocks,
                                                    int row_blocks) {
@@ -75,6 +77,16 @@ __global__ void hadamard_diagonal_gradients_kernel(HadamardDiagonalGradients p, 
       static_cast<C>(p.scale) * sum * p.col_signs[c];
 }
 
+void start_gradients(const HadamardDiagonalGradients& p, int gamma_blocks, int row_blocks,
+                     int64_t experts, int threads, Device& device) {
+  with_dtype(p.dtype, [&](auto storage) {
+    using S = ClassOf<decltype(storage)>;
+    launch(device, "hadamard_diagonal_gradients", hadamard_diagonal_gradients_kernel<S>,
+           Grid(gamma_blocks + ceil_div(p.sizes.K(), 32), experts), threads,
+           threads * int64_t{sizeof(ComputeOf<S>)}, p, gamma_blocks, row_blocks);
+  });
+}
+
 }  // namespace
 
 // One launch.
@@ -97,15 +109,16 @@ void hadamard_signed_diagonals(const HadamardSignedDiagonals& p, Device& device)
 
 // One launch.
 void hadamard_diagonal_gradients(const HadamardDiagonalGradients& p, Device& device) {
-  with_dtype(p.dtype, [&](auto storage) {
-    using S = ClassOf<decltype(storage)>;
-    const int threads = std::min(device.max_threads, 256);
-    const int row_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * kEach));
-    const int gamma_blocks = p.class_gradient ? row_blocks * static_cast<int>(p.sizes.n) : 0;
-    launch(device, "hadamard_diagonal_gradients", hadamard_diagonal_gradients_kernel<S>,
-           Grid(gamma_blocks + ceil_div(p.sizes.K(), 32), p.experts), threads,
-           threads * int64_t{sizeof(ComputeOf<S>)}, p, gamma_blocks, row_blocks);
-  });
+  const int threads = std::min(device.max_threads, 256);
+  const int row_blocks = static_cast<int>(ceil_div(p.sizes.d, threads * kEach));
+  start_gradients(p, row_blocks * static_cast<int>(p.sizes.n), row_blocks, 1, threads, device);
+}
+
+// One launch.
+void add_slots(const HadamardSlotSums& p, int64_t experts, Device& device) {
+  HadamardDiagonalGradients of_lambda{};
+  static_cast<HadamardSlotSums&>(of_lambda) = p;
+  start_gradients(of_lambda, 0, 0, experts, std::min(device.max_threads, 256), device);
 }
 
 }  // namespace randlora::cuda

@@ -5,8 +5,7 @@
 //   dlam[c] = scale col_signs[c] sum over k of H[j, m] a_signs[k] gam[i, k] u[c]
 //
 // A block takes the tiles of a slot, kColumns columns each, and keeps the slot's sums for dlam in
-// shared memory, where always the same thread adds to a number; hadamard_diagonal_gradients adds
-// the slots. Elements of rows o and o + N of G, whose rows of H are equal, are added as they are
+// shared memory, where always the same thread adds to a number; add_slots adds the slots. Elements of rows o and o + N of G, whose rows of H are equal, are added as they are
 // read. If rows do not fit, parts of 1 << log follow each other: each gives its transform to every
 // u[c], with the sign that H has for the bits above.
 //
@@ -167,16 +166,15 @@ void hadamard_weight_backward(const HadamardWeightBackward& p, Device& device) {
            p.reduce ? hadamard_weight_backward_kernel<S, true>
                     : hadamard_weight_backward_kernel<S, false>,
            Grid(slots, p.experts), threads, shared(), p, t, ranks, sums);
-    HadamardDiagonalGradients slots_to_dlam{};
-    slots_to_dlam.sizes = p.sizes;
-    slots_to_dlam.sums = sums;
-    slots_to_dlam.slots = slots;
-    slots_to_dlam.col_signs = p.col_signs;
-    slots_to_dlam.dlam = p.dlam;
-    slots_to_dlam.dtype = p.dtype;
-    slots_to_dlam.scale = p.scale;
-    slots_to_dlam.experts = p.experts;
-    hadamard_diagonal_gradients(slots_to_dlam, device);
+    HadamardSlotSums of_slots{};
+    of_slots.sizes = p.sizes;
+    of_slots.sums = sums;
+    of_slots.slots = slots;
+    of_slots.col_signs = p.col_signs;
+    of_slots.dlam = p.dlam;
+    of_slots.dtype = p.dtype;
+    of_slots.scale = p.scale;
+    add_slots(of_slots, p.experts, device);
   });
 }
 

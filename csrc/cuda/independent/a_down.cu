@@ -21,9 +21,9 @@ namespace randlora::cuda {
 namespace {
 
 // Tile shapes. A slice has kDepth copies; registers sum kFlush copies before they are flushed.
-template <class S, int MI, int NI, bool Tf32>
+template <class S, int MI, int NI>
 struct Down {
-  using Tile = WarpTile<S, MI, NI, Tf32>;
+  using Tile = WarpTile<S, MI, NI>;
   using C = typename Tile::C;
   static constexpr int kTokens = 8 * NI, kLines = 16 * MI;  // of a warp's tile; a block has kTokens
   static constexpr int kDepth = (MI == 1 ? 128 : 64) / int(sizeof(S)),
@@ -48,12 +48,12 @@ struct Stage {
   int count;
 };
 
-template <class S, int MI, int NI, bool Tf32>
+template <class S, int MI, int NI>
 __global__ void __launch_bounds__(256, 1)
     down_kernel(Support a, const S* __restrict__ values, const S* __restrict__ U, int64_t T,
                 int range, int chunk, bool u_aligned, S* __restrict__ out, bool accumulate,
                 bool out_aligned) {
-  using Shape = Down<S, MI, NI, Tf32>;
+  using Shape = Down<S, MI, NI>;
   using C = typename Shape::C;
   using Tile = typename Shape::Tile;
   constexpr int kWidth = kPerAccess<S>, kPieces = Shape::kDepth / kWidth;
@@ -240,9 +240,8 @@ TileSize choose_tile(const Support& a, const Device& device, int warps) {
 void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
   if (T == 0) return;
   const Support& a = support();
-  with_engine(p_.dtype, device_.tf32, [&](auto storage, auto tf32) {
+  with_dtype(p_.dtype, [&](auto storage) {
     using S = decltype(storage);
-    constexpr bool kTf32 = decltype(tf32)::value;
     const auto start = [&](auto kernel, auto shape) {
       using Shape = decltype(shape);
       static_assert(Shape::shared(8 * Shape::kLines, 64) <= kLeastShared, "on every card");
@@ -261,10 +260,9 @@ void ASideCall::down(const void* U, int64_t T, void* out, bool accumulate) {
     };
     if constexpr (sizeof(S) < 8) {
       // The larger tile if a j has many entries in a range: density above 1/16.
-      if (T > 32 && 16 * a.count > a.r * a.d)
-        return start(down_kernel<S, 2, 8, kTf32>, Down<S, 2, 8, kTf32>{});
+      if (T > 32 && 16 * a.count > a.r * a.d) return start(down_kernel<S, 2, 8>, Down<S, 2, 8>{});
     }
-    start(down_kernel<S, 1, 4, kTf32>, Down<S, 1, 4, kTf32>{});
+    start(down_kernel<S, 1, 4>, Down<S, 1, 4>{});
   });
 }
 

@@ -20,9 +20,9 @@
 namespace randlora::cuda {
 namespace {
 
-template <class S, int MI, int NI, bool Tf32>
-struct Grad : BlockTile<S, MI, NI, Tf32> {
-  using Shape = BlockTile<S, MI, NI, Tf32>;
+template <class S, int MI, int NI>
+struct Grad : BlockTile<S, MI, NI> {
+  using Shape = BlockTile<S, MI, NI>;
   static constexpr int kUStride = Shape::kN + Shape::kPad;
   static constexpr int kStage =
       Shape::kM * Shape::kLineStride + Shape::kDepth * kUStride;  // elements
@@ -31,12 +31,12 @@ struct Grad : BlockTile<S, MI, NI, Tf32> {
       kStageBytes > Shape::kStoreBytes ? kStageBytes : Shape::kStoreBytes;
 };
 
-template <class S, int MI, int NI, bool Tf32>
+template <class S, int MI, int NI>
 __global__ void __launch_bounds__(128)
     grad_kernel(Support a, const S* __restrict__ panels, int width, const S* __restrict__ U,
                 int64_t T, int64_t split, bool aligned, bool accumulate,
                 ComputeOf<S>* __restrict__ P) {
-  using Shape = Grad<S, MI, NI, Tf32>;
+  using Shape = Grad<S, MI, NI>;
   using C = typename Shape::C;
   using Tile = typename Shape::Tile;
   constexpr int kWidth = kPerAccess<S>, kZPieces = Shape::kDepth / kWidth,
@@ -192,7 +192,7 @@ __global__ void sum_lambda(Support a, const C* __restrict__ partial, int64_t row
 void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
   const Support& a = support();
   int64_t splits = 0;
-  with_engine(p_.dtype, device_.tf32, [&](auto storage, auto tf32) {
+  with_dtype(p_.dtype, [&](auto storage) {
     using S = decltype(storage);
     using C = ComputeOf<S>;
     const auto start = [&](auto kernel, auto shape) {
@@ -204,7 +204,7 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
       int64_t wanted = ceil_div(2 * device_.multiprocessors, tiles);
       // In fp32 a running sum over thousands of tokens would be less accurate than torch's. So use
       // as many splits as a chunk of scratch holds.
-      if (sizeof(S) == 4 && !decltype(tf32)::value) {
+      if (sizeof(S) == 4) {
         const int64_t bytes = a.room() * a.copies * int64_t{sizeof(C)};
         wanted = max(wanted, device_.chunk_bytes / bytes);
       }
@@ -220,13 +220,12 @@ void ASideCall::grad(const void* U, void* dlam, void* dgam, bool accumulate) {
                split, aligned_rows(a.n, kPerAccess<S>, U), t > 0, partial_);
       }
     };
-    constexpr bool kTf32 = decltype(tf32)::value;
     if constexpr (sizeof(S) == 8) {
-      start(grad_kernel<S, 1, 4, kTf32>, Grad<S, 1, 4, kTf32>{});
+      start(grad_kernel<S, 1, 4>, Grad<S, 1, 4>{});
     } else {
-      static_assert(Grad<S, 4, 8, kTf32>::kShared <= kLeastShared, "on every card");
-      a.n > 32 ? start(grad_kernel<S, 4, 8, kTf32>, Grad<S, 4, 8, kTf32>{})
-               : start(grad_kernel<S, 4, 2, kTf32>, Grad<S, 4, 2, kTf32>{});
+      static_assert(Grad<S, 4, 8>::kShared <= kLeastShared, "on every card");
+      a.n > 32 ? start(grad_kernel<S, 4, 8>, Grad<S, 4, 8>{})
+               : start(grad_kernel<S, 4, 2>, Grad<S, 4, 2>{});
     }
   });
   const auto contract = [&](auto compute) {

@@ -112,9 +112,9 @@ __device__ __forceinline__ int64_t line_of_tile(const int64_t* offset, int64_t l
 // ---- device code --------------------------------------------------------------------------------
 
 // Four warps, 2 x 2, over a tile of (32 MI, 16 NI).
-template <class S, int MI, int NI, bool Tf32>
+template <class S, int MI, int NI>
 struct BlockTile {
-  using Tile = WarpTile<S, MI, NI, Tf32>;
+  using Tile = WarpTile<S, MI, NI>;
   using C = typename Tile::C;
   static constexpr int kThreads = 128, kM = 32 * MI, kN = 16 * NI;
   static constexpr int kDepth = sizeof(S) == 2 ? 32 : 16;  // terms of the sum per stage
@@ -143,12 +143,11 @@ __device__ __forceinline__ void each_piece(const F& fn) {
 // Writes the warp's accumulators to to[row * stride + col], for row < rows and col < cols. If
 // `accumulate`, adds them to what is there. `shared` is a buffer of 16 rows in shared memory that
 // no other warp uses.
-template <class Out, class S, int MI, int NI, bool Tf32>
-__device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI, Tf32>& tile,
-                                           ComputeOf<S>* shared, Out* to, int64_t stride,
-                                           int64_t rows, int64_t cols, bool aligned,
-                                           bool accumulate) {
-  using Tile = WarpTile<S, MI, NI, Tf32>;
+template <class Out, class S, int MI, int NI>
+__device__ __forceinline__ void store_rows(const WarpTile<S, MI, NI>& tile, ComputeOf<S>* shared,
+                                           Out* to, int64_t stride, int64_t rows, int64_t cols,
+                                           bool aligned, bool accumulate) {
+  using Tile = WarpTile<S, MI, NI>;
   constexpr int kCols = 8 * NI, kStride = kCols + 8, kWidth = kPerAccess<Out>;
   const int lane = threadIdx.x % 32;
 #pragma unroll

@@ -13,8 +13,7 @@
 namespace randlora::cuda {
 namespace {
 
-template <class Index>
-__global__ void find_entries(Lists<Index> a, int64_t r, int64_t d, int32_t* entry, int32_t* place) {
+__global__ void find_entries(Lists a, int64_t r, int64_t d, int32_t* entry, int32_t* place) {
   const int64_t x = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   if (x >= r * d) return;
   const int64_t j = x / d, k = x % d;
@@ -67,13 +66,10 @@ __global__ void form_values(Support s, const C* __restrict__ lam, const C* __res
 
 }  // namespace
 
-void support_tables(const AnyLists& a, int64_t r, int64_t d, int32_t* tables, Device& device) {
+void support_tables(const Lists& a, int64_t r, int64_t d, int32_t* tables, Device& device) {
   const int threads = min(256, device.max_threads);
-  a.typed([&](auto lists) {
-    launch(device, "find_entries", find_entries<typename decltype(lists)::Index>,
-           ceil_div(r * d, threads), threads, 0, lists, r, d, tables,
-           tables + support_room(a.count, r));
-  });
+  launch(device, "find_entries", find_entries, ceil_div(r * d, threads), threads, 0, a, r, d,
+         tables, tables + support_room(a.count, r));
 }
 
 // A part of z takes at most a quarter of chunk_bytes.

@@ -14,9 +14,9 @@
 namespace randlora::cuda {
 namespace {
 
-template <class S, int MI, int NI, bool Tf32>
-struct Up : BlockTile<S, MI, NI, Tf32> {
-  using Shape = BlockTile<S, MI, NI, Tf32>;
+template <class S, int MI, int NI>
+struct Up : BlockTile<S, MI, NI> {
+  using Shape = BlockTile<S, MI, NI>;
   static constexpr int kZStride = Shape::kM + Shape::kPad, kValueStride = Shape::kN + Shape::kPad;
   static constexpr int kStage = Shape::kDepth * (kZStride + kValueStride);  // elements
   static constexpr int64_t kStageBytes = Shape::kStages * kStage * int64_t{sizeof(S)};
@@ -24,12 +24,12 @@ struct Up : BlockTile<S, MI, NI, Tf32> {
       kStageBytes > Shape::kStoreBytes ? kStageBytes : Shape::kStoreBytes;
 };
 
-template <class S, int MI, int NI, bool Tf32>
+template <class S, int MI, int NI>
 __global__ void __launch_bounds__(128)
     up_kernel(Support a, const S* __restrict__ values, const S* __restrict__ panels, int width,
               int64_t T, const ComputeOf<S>* __restrict__ lam, ComputeOf<S> scale,
               S* __restrict__ V, bool aligned) {
-  using Shape = Up<S, MI, NI, Tf32>;
+  using Shape = Up<S, MI, NI>;
   using C = typename Shape::C;
   using Tile = typename Shape::Tile;
   constexpr int kWidth = kPerAccess<S>, kZPieces = Shape::kM / kWidth,
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(128)
 void ASideCall::up(void* V) {
   if (T_ == 0) return;
   const Support& a = support();
-  with_engine(p_.dtype, device_.tf32, [&](auto storage, auto tf32) {
+  with_dtype(p_.dtype, [&](auto storage) {
     using S = decltype(storage);
     const auto start = [&](auto kernel, auto shape) {
       using Shape = decltype(shape);
@@ -125,16 +125,15 @@ void ASideCall::up(void* V) {
                z.data, z.width, T, p_.lam, p_.scale, to, aligned_rows(a.n, kPerAccess<S>, to));
       }
     };
-    constexpr bool kTf32 = decltype(tf32)::value;
     if constexpr (sizeof(S) < 8) {
-      using Wide = Up<S, 4, 8, kTf32>;
+      using Wide = Up<S, 4, 8>;
       static_assert(Wide::kShared <= kLeastShared, "on every card");
       const int64_t wide = ceil_div(min(part_, T_), Wide::kM) * a.r * ceil_div(a.n, Wide::kN);
       if (2 * wide >= device_.multiprocessors)
-        return a.n > 32 ? start(up_kernel<S, 4, 8, kTf32>, Wide{})
-                        : start(up_kernel<S, 4, 2, kTf32>, Up<S, 4, 2, kTf32>{});
+        return a.n > 32 ? start(up_kernel<S, 4, 8>, Wide{})
+                        : start(up_kernel<S, 4, 2>, Up<S, 4, 2>{});
     }
-    start(up_kernel<S, 1, 4, kTf32>, Up<S, 1, 4, kTf32>{});
+    start(up_kernel<S, 1, 4>, Up<S, 1, 4>{});
   });
 }
 

@@ -14,8 +14,7 @@
 //   T > 1          tiles of 8 or 16 tokens in 16 bits, 4 or 8 in fp32, 2 or 4 in fp64
 //   no room        (many features, or a small card) token panels of the operand are read from L2
 //
-// Floor: the lists (2 bytes per non-zero element, 4 if wide), operand and result once; T nnz(B)
-// additions.
+// Floor: the lists (2 bytes per non-zero element), operand and result once; T nnz(B) additions.
 #include "../device/columns.h"
 #include "../device/launch.h"
 #include "../kernels.h"
@@ -53,9 +52,9 @@ constexpr int kResident = 4;
 
 // Source: the operand (T, features) if it is staged or has one token, else token panels of width
 // Tokens.
-template <class S, class Index, int Tokens, bool Staged>
+template <class S, int Tokens, bool Staged>
 __global__ void __launch_bounds__(256, kResident)
-    sum_lists(Lists<Index> lists, Sizes sizes, const S* __restrict__ source, S* __restrict__ out,
+    sum_lists(Lists lists, Sizes sizes, const S* __restrict__ source, S* __restrict__ out,
               bool accumulate) {
   using Tile = TokenTile<S, Tokens>;
   using C = ComputeOf<S>;
@@ -89,7 +88,7 @@ __global__ void __launch_bounds__(256, kResident)
   const int slot = lane / Tile::kAcross;
   rows += lane % Tile::kAcross * Tile::kLaneTokens;
   C sum[Tile::kLaneTokens] = {};
-  const auto add = [&](Index position, C sign) {
+  const auto add = [&](uint16_t position, C sign) {
     if constexpr (Tokens == 1) {
       sum[0] += sign * widen(rows[position]);
     } else {
@@ -106,11 +105,11 @@ __global__ void __launch_bounds__(256, kResident)
     return lists.offset[min(2 * (first + c * chunk + warp * kLines) + lane, 2 * last)];
   };
   const auto of_lane = [&](auto x, int l) { return __shfl_sync(kWarp, x, l); };
-  Index ahead[Tile::kAhead];
-  const auto fetch = [&](const Index* line, int count) {
+  uint16_t ahead[Tile::kAhead];
+  const auto fetch = [&](const uint16_t* line, int count) {
 #pragma unroll
     for (int s = 0; s < Tile::kAhead; ++s)
-      ahead[s] = s * Tile::kEntries < count - slot ? line[s * Tile::kEntries + slot] : Index(0);
+      ahead[s] = s * Tile::kEntries < count - slot ? line[s * Tile::kEntries + slot] : uint16_t(0);
   };
 
   int64_t origin = of_lane(offsets(0), 0);  // of the warp's first line; `offset` counts from it
@@ -137,8 +136,8 @@ __global__ void __launch_bounds__(256, kResident)
     for (int q = 0; q < kLines; ++q) {
       const int begin = of_lane(offset, 2 * q), end = of_lane(offset, 2 * q + 2);
       const int plus = of_lane(offset, 2 * q + 1) - begin, count = end - begin;
-      const Index* line = lists.index + origin + begin;
-      Index position[Tile::kAhead];
+      const uint16_t* line = lists.index + origin + begin;
+      uint16_t position[Tile::kAhead];
 #pragma unroll
       for (int s = 0; s < Tile::kAhead; ++s) position[s] = ahead[s];
       if (q + 1 < kLines)
@@ -189,8 +188,7 @@ void b_lists(const BSide& p, Device& device) {
       return staged(tokens) + results(tokens) <= device.shared_bytes;
     };
 
-    const auto start = [&](auto kernel, const auto& lists, int tokens, bool stages,
-                           int blocks_an_sm) {
+    const auto start = [&](auto kernel, int tokens, bool stages, int blocks_an_sm) {
       const int64_t tiles = ceil_div(T, tokens), chunk = chunk_of(tokens);
       const int64_t ranges =
           min(ceil_div(lines, chunk), ceil_div(blocks_an_sm * device.multiprocessors, tiles));
@@ -206,17 +204,14 @@ void b_lists(const BSide& p, Device& device) {
         source = panels.data;
       }
       launch(device, "b_lists", kernel, tiles * ceil_div(lines, sizes.range), threads,
-             (stages ? staged(tokens) : 0) + results(tokens), lists, sizes, source, p.to,
-             p.accumulate);
+             (stages ? staged(tokens) : 0) + results(tokens), p.up ? b.b_rows : b.b_cols, sizes,
+             source, p.to, p.accumulate);
     };
-    (p.up ? b.b_rows : b.b_cols).typed([&](auto lists) {
-      using Index = typename decltype(lists)::Index;
-      if (T == 1) return start(sum_lists<S, Index, 1, false>, lists, 1, false, 4);
-      if (T > kWidth && fits(2 * kWidth))
-        return start(sum_lists<S, Index, 2 * kWidth, true>, lists, 2 * kWidth, true, 1);
-      if (fits(kWidth)) return start(sum_lists<S, Index, kWidth, true>, lists, kWidth, true, 2);
-      start(sum_lists<S, Index, 2 * kWidth, false>, lists, 2 * kWidth, false, 4);
-    });
+    if (T == 1) return start(sum_lists<S, 1, false>, 1, false, 4);
+    if (T > kWidth && fits(2 * kWidth))
+      return start(sum_lists<S, 2 * kWidth, true>, 2 * kWidth, true, 1);
+    if (fits(kWidth)) return start(sum_lists<S, kWidth, true>, kWidth, true, 2);
+    start(sum_lists<S, 2 * kWidth, false>, 2 * kWidth, false, 4);
   });
 }
 

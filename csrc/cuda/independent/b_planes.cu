@@ -10,8 +10,7 @@
 // their partial sums in order.
 //
 // Floor: D K / 4 bytes of planes, an eighth of a dense B in 16 bits, and the tokens; 2 T D K
-// operations, of which mma.sync does not reach the peak. f32 uses FMA, or tf32 if the device allows
-// it.
+// operations, of which mma.sync does not reach the peak. f32 and f64 use FMA.
 //
 // NaN and inf (ternary_tile.h) stay within their token with every engine.
 #include <algorithm>
@@ -101,7 +100,7 @@ struct SharedMemory {
   }
 };
 
-template <class S, bool Tf32, bool Up, int Tokens>
+template <class S, bool Up, int Tokens>
 __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p) {
   using Shared = SharedMemory<S, Tokens>;
   constexpr int kStep = kTiles<S, Tokens> * kSlots;
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
                                 token0, slot, p.aligned);
     cp_async_commit();
   };
-  TernaryTile<S, Tokens, Tf32> tile;
+  TernaryTile<S, Tokens> tile;
   load(first, 0);
   words.store(Shared::codes(0));
 #pragma unroll 1
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) b_planes_kernel(Product<S> p)
   }
 }
 
-template <class S, bool Tf32, int Tokens>
+template <class S, int Tokens>
 void run(Product<S>& p, bool up, Device& device) {
   using C = ComputeOf<S>;
   constexpr int64_t kStep = kTiles<S, Tokens> * kSlots;
@@ -159,7 +158,7 @@ void run(Product<S>& p, bool up, Device& device) {
   p.splits = ceil_div(p.depth, p.slots);
   p.partial = p.splits > 1 ? scratch<C>(device, p.splits * p.T * p.lines) : nullptr;
   launch(device, up ? "b_up_planes" : "b_down_planes",
-         up ? b_planes_kernel<S, Tf32, true, Tokens> : b_planes_kernel<S, Tf32, false, Tokens>,
+         up ? b_planes_kernel<S, true, Tokens> : b_planes_kernel<S, false, Tokens>,
          tiles * p.splits, kTileThreads, SharedMemory<S, Tokens>::bytes(), p);
   if (p.partial) sum_parts(p.partial, p.splits, p.T * p.lines, p.out.store, device);
 }
@@ -169,7 +168,7 @@ void run(Product<S>& p, bool up, Device& device) {
 void b_planes(const BSide& side, Device& device) {
   if (side.T == 0) return;
   const TernaryBases& b = side.basis;
-  with_engine(side.dtype, device.tf32, [&](auto storage, auto tf32) {
+  with_dtype(side.dtype, [&](auto storage) {
     using S = decltype(storage);
     Product<S> p{};
     p.b = b.b_planes;
@@ -185,13 +184,12 @@ void b_planes(const BSide& side, Device& device) {
     p.out.rows = p.T;
     p.out.cols = p.lines;
     p.out.aligned = aligned_rows(p.lines, kPerAccess<S>, to);
-    constexpr bool kTf32 = decltype(tf32)::value;
     // Half a full tile if full ones would not fill the card twice.
-    if (p.T <= 16) return run<S, kTf32, 16>(p, side.up, device);
+    if (p.T <= 16) return run<S, 16>(p, side.up, device);
     if constexpr (kColumns<S> == 128)
       if (ceil_div(p.lines, kLines) * ceil_div(p.T, 128) < 2 * device.multiprocessors)
-        return run<S, kTf32, 64>(p, side.up, device);
-    run<S, kTf32, kColumns<S>>(p, side.up, device);
+        return run<S, 64>(p, side.up, device);
+    run<S, kColumns<S>>(p, side.up, device);
   });
 }
 

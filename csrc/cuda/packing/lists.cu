@@ -14,7 +14,7 @@
 //   scan          tiles of a block; then every tile adds the totals of those before it
 //
 // Floor: the planes are read twice (2 bits per element each time), and 2 bytes per non-zero element
-// are written, 4 if wide. By column, each step first reads and writes the planes to transpose them.
+// are written. By column, each step first reads and writes the planes to transpose them.
 #include "../device/launch.h"
 #include "../kernels.h"
 
@@ -143,17 +143,15 @@ __global__ void add_totals_kernel(int64_t* value, int64_t count, const int64_t* 
 
 // ---- fill ---------------------------------------------------------------------------------------
 
-template <class Index>
-__device__ __forceinline__ void put(uint64_t m, int64_t base, Index* at) {
-  for (; m; m &= m - 1) *at++ = static_cast<Index>(base + __ffsll(m) - 1);
+__device__ __forceinline__ void put(uint64_t m, int64_t base, uint16_t* at) {
+  for (; m; m &= m - 1) *at++ = static_cast<uint16_t>(base + __ffsll(m) - 1);
 }
 
-template <class Index>
-__global__ void fill_lists_kernel(Planes p, int64_t lines, const int64_t* offset, Index* index) {
+__global__ void fill_lists_kernel(Planes p, int64_t lines, const int64_t* offset, uint16_t* index) {
   const int64_t line = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32;
   if (line >= lines) return;
   const int lane = threadIdx.x % 32;
-  Index *at_plus = index + offset[2 * line], *at_minus = index + offset[2 * line + 1];
+  uint16_t *at_plus = index + offset[2 * line], *at_minus = index + offset[2 * line + 1];
   for (int64_t first = 0; first < p.words; first += 32) {
     const int64_t w = first + lane;
     const uint64_t plus = w < p.words ? p.plus[line * p.words + w] : 0;
@@ -202,11 +200,8 @@ void count_lists(const CountLists& p, Device& device) {
 }
 
 void fill_lists(const FillLists& p, Device& device) {
-  const auto fill = [&](auto kernel) {
-    launch(device, "fill_lists", kernel, ceil_div(p.lines(), device.max_threads / 32),
-           device.max_threads, 0, by_line(p, device), p.lines(), p.offset, p.index);
-  };
-  p.wide ? fill(fill_lists_kernel<uint32_t>) : fill(fill_lists_kernel<uint16_t>);
+  launch(device, "fill_lists", fill_lists_kernel, ceil_div(p.lines(), device.max_threads / 32),
+         device.max_threads, 0, by_line(p, device), p.lines(), p.offset, p.index);
 }
 
 }  // namespace randlora::cuda

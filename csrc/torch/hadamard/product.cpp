@@ -62,7 +62,6 @@ std::tuple<Tensor, Tensor> HadamardProduct::finish_gradients() {
   p.dgam = dgam.mutable_data_ptr();
   p.dtype = dtype_;
   p.scale = adapter_.scale;
-  p.experts = 1;
   run(like_, p);
   return {cast(dlam, adapter_.lam.scalar_type()), cast(dgam, adapter_.gam.scalar_type())};
 }
