@@ -106,3 +106,24 @@ def test_figures_are_those_of_the_script(tmp_path, monkeypatch):
     runpy.run_path(str(figures / "make_figures.py"), run_name="__main__")
     drawn = {path.name for path in tmp_path.glob("*.svg")}
     assert drawn and drawn == {path.name for path in figures.glob("*.svg")}
+
+
+def test_readme_has_the_numbers_of_the_evidence():
+    """Which test_benchmarks.py compares with the rows that were measured."""
+    table = re.compile(r"^\| (SmolLM2|Gemma)[^,|]*, (\w+)[^|]*\|(.*)\|$", re.MULTILINE)
+    rows = reversed(table.findall((ROOT / "docs" / "evidence.md").read_text()))
+    evidence = {(model, task): cells for model, task, cells in rows}  # of the first table
+    tasks = {"Roman": "roman", "days": "dates", "orders": "json"}
+    readme = table.findall((ROOT / "README.md").read_text())
+    assert len(readme) == 8
+    for model, task, cells in readme:
+        all_linear, mlp, *others = evidence[model, tasks.get(task, task)].split("|")
+        ours = all_linear if "(3)" in all_linear else mlp
+        for told, measured in zip(cells.split("|"), [ours, *others], strict=True):
+            if "not reached" in measured:
+                assert "not reached" in told
+                continue
+            number = float(told.strip(" *"))
+            rounding = 0.0051 if number > 0.1 else 0.00051
+            assert number == pytest.approx(float(measured.split()[0]), abs=rounding)
+            assert ("(1" in measured) == told.endswith("* ") or "**" in told
