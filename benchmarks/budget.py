@@ -3,7 +3,7 @@
     python benchmarks/budget.py
     python benchmarks/budget.py --gpus 4 --tokens 8192 --rank 32 --hidden 4096 ...
 
-Arithmetic on the shapes of a Llama-like model, no measurement. docs/distributed.md shows the output
+Arithmetic on the shapes of a Llama-like model, no measurement. docs/benchmarks.md shows the output
 and says what is counted.
 """
 

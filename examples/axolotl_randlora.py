@@ -8,7 +8,8 @@
     learning_rate: 1e-3
     weight_decay: 0.0
 
-A new adapter is calibrated before the first step, so that the model forgets less.
+A new adapter is calibrated before the first step, so that the model forgets less. Evaluations log
+how much it forgets.
 
 Written for axolotl 0.19: a plugin names its adapter and loads it (axolotl/integrations/base.py).
 """
@@ -44,10 +45,10 @@ class RandLoraPlugin(BasePlugin):
             model = peft.get_peft_model(model, config, **options)
         return model, config
 
-    def add_callbacks_pre_trainer(self, cfg, model):
+    def add_callbacks_post_trainer(self, cfg, trainer):
         if cfg.adapter != "randlora":
             return []
-        return [randlora_ext.CalibrateCallback()]
+        return [randlora_ext.ForgettingBudget(trainer)]
 
 
 def configuration(cfg) -> randlora_ext.peft.RandLoraConfig:

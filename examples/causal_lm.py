@@ -1,4 +1,5 @@
-"""What the examples share: a causal language model, and blocks of tokens of a text file.
+"""What the examples share: a causal language model, blocks of tokens of a text file, and the layers
+that they adapt.
 
 With --toy the model is a random two-layer Llama over bytes, and the text is this file: nothing is
 downloaded and each example ends within seconds.
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TARGETS = ["gate_proj", "up_proj", "down_proj"]  # the MLPs, where an adapter forgets least
+TARGETS = ["gate_proj", "up_proj", "down_proj"]  # of the MLPs
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -75,3 +76,8 @@ def load_blocks(args: argparse.Namespace) -> Tensor:
     if count == 0:
         raise SystemExit(f"{args.text} has {len(tokens)} tokens, fewer than one block")
     return tokens[: count * args.block].view(count, args.block)
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||"""
+    return float((got - want).norm() / want.norm())

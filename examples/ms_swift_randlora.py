@@ -1,12 +1,13 @@
 """A tuner that gives ms-swift the type "randlora":
 
     swift sft --external_plugins examples/ms_swift_randlora.py --tuner_type randlora \
-        --target_modules gate_proj up_proj down_proj --callbacks calibrate \
+        --target_modules gate_proj up_proj down_proj --callbacks forgetting \
         --lora_rank 32 --lora_alpha 640 --learning_rate 1e-3 --weight_decay 0
 
-The callback calibrates a new adapter before the first step, so that the model forgets less. dW is
-scaled by lora_alpha / lora_rank; ms-swift's own defaults are for LoRA. Written for ms-swift
-4.6: a tuner makes, saves and loads the model (swift/tuner_plugin/base.py).
+The callback calibrates a new adapter before the first step, so that the model forgets less, and
+logs with every evaluation how much it forgets. dW is scaled by lora_alpha / lora_rank; ms-swift's
+own defaults are for LoRA. Written for ms-swift 4.6: a tuner makes, saves and loads the model
+(swift/tuner_plugin/base.py).
 """
 
 import peft
@@ -40,4 +41,4 @@ class RandLoraTuner(PeftTuner):
 
 randlora_ext.peft.enable()  # for loading, too
 tuners_map["randlora"] = RandLoraTuner
-callbacks_map["calibrate"] = lambda args, trainer: randlora_ext.CalibrateCallback()
+callbacks_map["forgetting"] = lambda args, trainer: randlora_ext.ForgettingBudget(trainer)

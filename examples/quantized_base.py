@@ -49,7 +49,8 @@ def main() -> None:
     )
     model = peft.get_peft_model(base, config).train()
     blocks = blocks.to(model.device)
-    randlora_ext.calibrate(model, blocks[:8].split(2))  # to forget less
+    few = [{"input_ids": rows, "labels": rows} for rows in blocks[:8].split(2)]
+    randlora_ext.calibrate(model, few)  # to forget less
     quantized = sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())
     print(f"{quantized} layers of 4 bits; {randlora_ext.peft.kernel_summary(model)}")
 

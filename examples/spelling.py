@@ -89,12 +89,22 @@ class Batch(NamedTuple):
     labels: Tensor  # (rows, columns of the longest answer)
 
 
-def make_batch(tokenizer, words: list[Example], device="cpu") -> Batch:
-    prompts = [tokenizer(f"{prompt} ->")["input_ids"] for prompt, _ in words]
-    answers = [
-        [*tokenizer(f" {a}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        for _, a in words
+def tokenized(tokenizer, words: list[Example]) -> list[dict[str, list[int]]]:
+    """Rows for transformers' Trainer, whose labels leave out the prompts."""
+    return [
+        {"input_ids": prompt + answer, "labels": [NO_LABEL] * len(prompt) + answer}
+        for prompt, answer in _encoded(tokenizer, words)
     ]
+
+
+def _encoded(tokenizer, words: list[Example]) -> Iterator[tuple[list[int], list[int]]]:
+    for prompt, answer in words:
+        tokens = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+        yield tokenizer(f"{prompt} ->")["input_ids"], [*tokens, tokenizer.eos_token_id]
+
+
+def make_batch(tokenizer, words: list[Example], device="cpu") -> Batch:
+    prompts, answers = zip(*_encoded(tokenizer, words), strict=True)
     rows = [{"input_ids": p + a} for p, a in zip(prompts, answers, strict=True)]
     width = max(map(len, answers))
     labels = torch.tensor([[NO_LABEL] * (width - len(a)) + a for a in answers])

@@ -16,10 +16,10 @@ from pathlib import Path
 # C++ names of torch would bind to one version; its stable C functions are called aoti_torch_...
 TORCH_CPP = re.compile(r"_Z\w*(?:2at|3c10|5torch)\d")
 OURS = re.compile(
-    r"randlora_cli\.py|randlora_ext/(.*\.(py|pyi|typed)|_C\.[\w-]+\.so|librandlora_cuda\.so)|"
+    r"randlora_ext/(.*\.(py|pyi|typed)|_C\.[\w-]+\.so|librandlora_cuda\.so)|"
     r"randlora_ext-[^/]*\.dist-info/.*"
 )
-WANTED = ("__init__.py", "py.typed", "_C.pyi", "cli/__init__.py", "peft/__init__.py")
+WANTED = ("__init__.py", "__main__.py", "py.typed", "_C.pyi", "peft/__init__.py")
 
 
 def run(*command: object) -> str:

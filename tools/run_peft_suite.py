@@ -42,13 +42,13 @@ def pytest_configure() -> None:
         import randlora_ext.peft
         from randlora_ext.peft.layer import AcceleratedLinear
 
-        part = AcceleratedLinear._part
+        output = AcceleratedLinear._adapter_output
 
         def counted(*args, **kwargs):
             _calls["kernels"] += 1
-            return part(*args, **kwargs)
+            return output(*args, **kwargs)
 
-        AcceleratedLinear._part = counted
+        AcceleratedLinear._adapter_output = counted
         randlora_ext.peft.enable()
 
 

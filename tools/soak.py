@@ -2,8 +2,8 @@
 
     python tools/soak.py 10000        # exit code 1 if it grows
 
-Every step has another number of tokens; layers of other shapes come and go, adapters are added,
-merged, disabled, saved and loaded. Counted after a warm-up, and again at the end: bytes that malloc
+Every step has another number of tokens; layers of other shapes come and go, are merged, unmerged,
+disabled, saved and loaded. Counted after a warm-up, and again at the end: bytes that malloc
 has handed out (glibc's mallinfo2), resident memory, live tensors and Python objects, packed bases.
 """
 
@@ -16,7 +16,7 @@ from io import BytesIO
 import torch
 from torch import nn
 
-from randlora_ext import RandLoraLinear, apply_randlora
+from randlora_ext import RandLoraLinear
 from randlora_ext.basis import cache
 
 WARM_UP = 100
@@ -54,15 +54,14 @@ def counts() -> dict[str, int]:
 def visit(number: int) -> None:
     """A layer that lives for one step."""
     n_in, n_out, r, density = SHAPES[number // 5 % len(SHAPES)]
-    layer = RandLoraLinear(nn.Linear(n_in, n_out), r, density=density, basis="independent")
-    bases = {"density": 0.2, "basis": "independent"} if number % 2 else {"basis": "hadamard"}
-    layer.update_layer("two", 3, seed=number % 7, **bases)
-    layer.set_adapter(["default", "two"])
+    bases = {"density": density, "basis": "independent"} if number % 2 else {"basis": "hadamard"}
+    layer = RandLoraLinear(nn.Linear(n_in, n_out), r, seed=number % 7, **bases)
     with torch.autocast("cpu", torch.bfloat16, enabled=number % 2 == 0):
         layer(torch.randn(9, n_in, requires_grad=True)).float().sum().backward()
-    layer.merge(keep_weight=("host", "device", "nothing")[number % 3])
-    layer(torch.randn(2, n_in))
-    layer.disable()
+    layer.merge()
+    layer.eval()(torch.randn(2, n_in))
+    layer.unmerge()
+    layer.disabled = True
     torch.save(layer.state_dict(), stream := BytesIO())
     stream.seek(0)
     layer.load_state_dict(torch.load(stream))
@@ -80,9 +79,9 @@ def fail(model: nn.Module) -> None:
 
 def soak(steps: int) -> dict[str, int]:
     """What has grown since the warm-up: a small model, beside layers that go."""
-    model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32))
-    apply_randlora(model, ["0"], r=6, density=0.07)
-    apply_randlora(model, ["2"], r=6, basis="hadamard")
+    first = RandLoraLinear(nn.Linear(48, 64), 6, density=0.07)
+    last = RandLoraLinear(nn.Linear(64, 32), 6, basis="hadamard")
+    model = nn.Sequential(first, nn.ReLU(), last)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for number in range(WARM_UP + steps):
         if number == WARM_UP:

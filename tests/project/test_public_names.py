@@ -31,9 +31,13 @@ def signature_of(value) -> str:
     return str(found.replace(parameters=bare, return_annotation=found.empty))
 
 
+# Imported when they are asked for, since they need transformers, so not in __all__.
+LATE = {"randlora_ext": ["ForgettingBudget"]}
+
+
 def lines_of(module) -> list[str]:
     lines = []
-    for name in sorted(module.__all__):
+    for name in sorted([*module.__all__, *LATE.get(module.__name__, [])]):
         value, path = getattr(module, name), f"{module.__name__}.{name}"
         if not callable(value):
             lines.append(path)
