@@ -1,4 +1,4 @@
-# The execution gate (docs/cuda-on-cpu.md): csrc/cuda/*.cu compiled by the C++ compiler, and every
+# The execution gate (CONTRIBUTING.md): csrc/cuda/*.cu compiled by the C++ compiler, and every
 # tests/cuda/test_NAME.cpp as a test cuda_NAME that runs them on the CPU.
 file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda/*.cu)
 file(GLOB cuda_tests CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/cuda/test_*.cpp)

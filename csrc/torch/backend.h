@@ -11,7 +11,7 @@
 namespace randlora {
 
 // Loads librandlora_cuda.so. With `serve_cpu_tensors` its kernels also serve CPU tensors: for tests
-// that compile the CUDA kernels for the CPU (docs/cuda-on-cpu.md). Throws, and changes nothing, if
+// that compile the CUDA kernels for the CPU (CONTRIBUTING.md). Throws, and changes nothing, if
 // the file cannot be loaded, does not match this build, or is too new for the machine's driver.
 void load_cuda(const std::string& path, bool serve_cpu_tensors);
 std::string cuda_build();  // "" if nothing is loaded

@@ -1,5 +1,5 @@
 // The part of the CUDA language that csrc/cuda uses, for g++. The same .cu files then run on the
-// CPU, one fiber per CUDA thread, under sanitizers and checks (docs/cuda-on-cpu.md). This file has
+// CPU, one fiber per CUDA thread, under sanitizers and checks (CONTRIBUTING.md). This file has
 // the language and ptx_on_cpu.h the instructions; engine.cpp runs grids, fiber.h switches threads,
 // and schedule.h orders them.
 #pragma once

@@ -1,7 +1,7 @@
 """What the GPU tests share.
 
 They run on a card, or in dry mode on the CPU: RANDLORA_CUDA_SERVES_CPU=1 with the CUDA library
-compiled for the CPU (docs/cuda-on-cpu.md). There too the CPU kernels can be reached.
+compiled for the CPU (CONTRIBUTING.md). There too the CPU kernels can be reached.
 """
 
 import functools

@@ -80,9 +80,6 @@ def test_layers_of_one_shape_share_what_is_compiled():
 
 def test_states_of_a_layer():
     layer, x = small_net(randlora_dropout=0.5)[0], x_of(7)
-    layer.update_layer("two", r=7, density=0.3, basis="independent")
-    layer.update_layer("three", r=6, basis="hadamard")
-    randomize(layer)
     fast = compiled(layer)
 
     def check():
@@ -92,23 +89,13 @@ def test_states_of_a_layer():
             results.append(each(x))
         assert torch.equal(*results)
 
-    def another_basis():
-        layer.update_layer("two", r=5, density=0.1, seed=99, basis="independent")
-        randomize(layer)
+    def disable():
+        layer.disabled = True
 
     check()
-    for change in (
-        layer.eval,
-        lambda: layer.set_adapter(["default", "two", "three"]),
-        another_basis,
-        layer.merge,
-        layer.unmerge,
-        layer.disable,
-    ):
-        before = layer(x)
+    for change in (layer.eval, layer.merge, layer.unmerge, disable):
         change()
         check()
-        assert change != another_basis or not torch.equal(layer(x), before)
 
 
 @pytest.mark.parametrize("shape", [(24, 40, 5), (40, 24, 5)], ids=str)

@@ -176,7 +176,7 @@ def test_only_what_is_asked_for_gets_a_gradient(wanted):
 
 
 def test_plain_torch_computes_what_a_card_cannot_hold(monkeypatch):
-    # On the CUDA kernels compiled for the CPU (docs/cuda-on-cpu.md) this asks them: of these sizes
+    # On the CUDA kernels compiled for the CPU (CONTRIBUTING.md) this asks them: of these sizes
     # N is 65536.
     basis = Basis(33024, 33024, 256, kind="hadamard")
     if devices.cuda_serves(torch.device("cpu")):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The Python tests on the CUDA kernels, without a card: the CUDA library compiled for the CPU serves
-# CPU tensors (docs/cuda-on-cpu.md), so binding, checks, autograd and kernels are those of a card.
+# CPU tensors (CONTRIBUTING.md), so binding, checks, autograd and kernels are those of a card.
 #   bash tools/cuda/run_python_tests.sh [pytest arguments]
 # Needs CMake, g++ and the built extension; about three minutes on two cores. RANDLORA_CUDA_LIBRARY
 # may name the library, if it has been built.

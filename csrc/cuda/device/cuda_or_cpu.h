@@ -1,6 +1,5 @@
 // nvcc compiles the kernels for the card. g++ compiles the same sources for tests, with a header
-// instead of the CUDA language (tests/cuda_on_cpu, docs/cuda-on-cpu.md). And what kernels
-// everywhere use of a warp.
+// instead of the CUDA language (tests/cuda_on_cpu). And what kernels everywhere use of a warp.
 #pragma once
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
