@@ -276,7 +276,7 @@ def layer_basis(
         )
     description = description_of_matrix(A)
     if description is not None:
-        basis = Basis(*sizes, **vars(description))
+        basis = Basis.described(description, *sizes)
     elif served and isinstance(A, PackedBasis) and isinstance(B, PackedBasis):
         basis = Basis.of(*sizes, _ternary(A, B))
     else:
