@@ -1,8 +1,6 @@
 """Checks of PEFT's models in several processes, run by test_distributed.py."""
 
 import copy
-import random
-from types import SimpleNamespace
 
 import expert_models
 import peft
@@ -10,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from language_models import llama
 from distributed_ranks import (
     Place,
     RecordedCollectives,
@@ -22,6 +19,7 @@ from distributed_ranks import (
     worlds,
 )
 from distributed_training import base, batch, share, train
+from language_models import llama
 from peft_helpers import adapted, are_calibrated, layers, randomize, relative, scales
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -107,31 +105,6 @@ def check_calibration(place: Place):
             every = [torch.empty_like(scale) for _ in range(place.world)]
             dist.all_gather(every, scale)
             assert torch.equal(*every)
-
-
-@worlds(2)
-def check_the_trainers_callback(place: Place):
-    """Each rank measures rows of its own; of seven, one rank leaves one out."""
-    rows = [{"input_ids": row} for row in torch.arange(42).view(7, 6)]
-    collate = torch.utils.data.default_collate
-    loader = SimpleNamespace(dataset=rows, collate_fn=collate)
-    settings = SimpleNamespace(train_batch_size=1)
-    state = SimpleNamespace(global_step=0, is_world_process_zero=place.rank == 0)
-    callback = randlora_ext.CalibrateCallback(batches=20)
-    used = random.Random(0).sample(range(7), 7)[:6]
-    ddp, model, reference = (
-        adapted(llama(), ["q_proj", "down_proj"], r=4, basis="hadamard") for _ in range(3)
-    )
-    for each in (ddp, model, reference):
-        randomize(each, size=0)
-    for block in model.base_model.model.model.layers:
-        fully_shard(block)
-    fully_shard(model)
-    randlora_ext.calibrate(reference, [collate([rows[i] for i in used])])
-    for each in (ddp, model):
-        callback.on_train_begin(settings, state, None, each, loader)
-        for scale, want in zip(scales(each), scales(reference), strict=True):
-            torch.testing.assert_close(scale, want)
 
 
 @worlds(2)

@@ -1,19 +1,21 @@
-"""transformers' and TRL's trainers with `CalibrateCallback` in two processes, run by
+"""transformers' and TRL's trainers with `ForgettingBudget` in two processes, run by
 test_distributed.py."""
 
+import math
 import os
 import random
 from types import SimpleNamespace
 
 import datasets
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
 import trl
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from language_models import llama
 from distributed_ranks import Place, full_tensor, same_parameters, trained, worlds
+from language_models import llama
 from peft_helpers import adapted, are_calibrated, randomize, scales
 from tokenizers import Tokenizer, models
 from torch.distributed.fsdp import FSDPModule
@@ -21,10 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 import randlora_ext
+from randlora_ext.budget import CALIBRATION_BATCHES
+from randlora_ext.own_text import own_text
 
 IDS = torch.arange(192).view(32, 6) * 7 % 50
 ROWS = [{"input_ids": row, "labels": row} for row in IDS]
-STEPS, BATCHES, SIZE = 3, 2, 2  # of training; of calibration; rows of a batch
+STEPS, SIZE = 3, 2  # of training; rows of a batch
 OPTIONS = {
     "max_steps": STEPS,
     "per_device_train_batch_size": SIZE,
@@ -84,13 +88,14 @@ def trainer_of_trl(method, options, train_dataset, **rest):
     )
 
 
-def train(place, method, make, rows, folder, callbacks, **resume):
-    """Trains a new model; returns it, the trainer, and what the steps of this rank saw."""
+def train(place, method, make, rows, folder, budget, changes=(), **resume):
+    """Trains a new model, with the callback unless `budget` is None; returns it, the trainer, and
+    what the steps of this rank saw."""
     AcceleratorState._reset_state(reset_partial_state=True)
     ranks = {"RANK": place.rank, "WORLD_SIZE": place.world}
     ranks |= {"LOCAL_RANK": place.rank, "LOCAL_WORLD_SIZE": place.world}
     os.environ |= {name: str(value) for name, value in ranks.items()}
-    options = {"output_dir": str(folder), **OPTIONS}
+    options = {"output_dir": str(folder), **OPTIONS, **dict(changes)}
     if method == "FSDP2":
         options["fsdp"] = True
         options["fsdp_config"] = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
@@ -102,11 +107,17 @@ def train(place, method, make, rows, folder, callbacks, **resume):
             seen.append([scale.clone() for scale in scales(module)])
 
     model.register_forward_pre_hook(note, with_kwargs=True)
-    run = make(method, options, model=model, train_dataset=rows, callbacks=callbacks)
+    run = make(method, options, model=model, train_dataset=rows)
+    if budget is not None:
+        run.add_callback(randlora_ext.ForgettingBudget(run, **budget))
     run.train(**resume)
     assert isinstance(run.model_wrapped, WRAPPED[method])
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    losses = logged(run, "loss")
     return SimpleNamespace(model=model, run=run, batches=batches, seen=seen, losses=losses)
+
+
+def logged(run, key):
+    return [entry[key] for entry in run.state.log_history if key in entry]
 
 
 def in_one_process(rows, collate, batches):
@@ -132,10 +143,8 @@ def of_all_ranks(place, tensor):
 def compare(place, method, make, rows):
     """With one process, with a run without the callback, and with a run that resumes."""
     folder = place.folder / "-".join(["trainer", method, make.__name__, type(rows).__name__])
-    plain = train(place, method, make, rows, folder / "plain", [])
-    ours = train(
-        place, method, make, rows, folder, [randlora_ext.CalibrateCallback(batches=BATCHES)]
-    )
+    plain = train(place, method, make, rows, folder / "plain", None)
+    ours = train(place, method, make, rows, folder, {})
     assert not any(are_calibrated(plain.model)) and all(are_calibrated(ours.model))
 
     assert len(ours.batches) == len(plain.batches) == STEPS
@@ -145,7 +154,7 @@ def compare(place, method, make, rows):
         assert all(torch.equal(scale, each) for each in of_steps)
         assert all(torch.equal(scale, each) for each in of_all_ranks(place, scale))
 
-    count = BATCHES * SIZE * place.world
+    count = CALIBRATION_BATCHES * SIZE * place.world
     data = list(rows) if isinstance(rows, Stream) else ours.run.train_dataset
     chosen = range(count) if isinstance(rows, Stream) else random.Random(0).sample(range(32), count)
     whole = [
@@ -157,20 +166,89 @@ def compare(place, method, make, rows):
     torch.testing.assert_close(ours.losses, losses, rtol=1e-5, atol=0)
     same_parameters(ours.model, reference, rtol=1e-4, atol=1e-5)
 
-    callback = randlora_ext.CalibrateCallback(batches=1)  # would measure something else
-    resumed = train(
-        place,
-        method,
-        make,
-        rows,
-        folder,
-        [callback],
-        resume_from_checkpoint=f"{folder}/checkpoint-2",
-    )
+    last = f"{folder}/checkpoint-2"
+    resumed = train(place, method, make, rows, folder, {}, resume_from_checkpoint=last)
     assert len(resumed.batches) == 1
     assert all(map(torch.equal, scales(resumed.model), scales(ours.model)))
     for mine, want in zip(trained(resumed.model), trained(ours.model), strict=True):
         assert torch.equal(full_tensor(mine), full_tensor(want))
+
+
+def of_all(place, value):
+    values = [None] * place.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def whole_copy(model):
+    """In one process, without wrappers."""
+    copy = new_model()
+    state = {name: full_tensor(value) for name, value in model.state_dict().items()}
+    copy.load_state_dict(state)
+    return copy
+
+
+def keep_budget(place, method):
+    """With a training without a budget, and with one process that reads what both ranks wrote."""
+    folder = place.folder / f"budget-{method}"
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no"}
+
+    def make(method, options, **rest):
+        return trainer_of_transformers(method, options, eval_dataset=ROWS[:4], **rest)
+
+    free = train(place, method, make, ROWS, folder, {}, changes)
+    rises = logged(free.run, "eval_forgetting")
+    reference = whole_copy(free.model)
+    texts = of_all(place, own_text(reference))
+    assert len(rises) == STEPS + 1 and not torch.equal(*(text[0]["input_ids"] for text in texts))
+    read = randlora_ext.forgetting(reference, sum(texts, []))  # on each rank, which changes no mean
+    assert math.isclose(rises[-1], read.nats, rel_tol=1e-4)
+
+    kept = train(place, method, make, ROWS, folder, {"max_rise": rises[-1] / 3}, changes)
+    (factor,), within = logged(kept.run, "dial"), logged(kept.run, "eval_forgetting")[-1]
+    assert within <= rises[-1] / 3 and of_all(place, [factor, within]) == 2 * [[factor, within]]
+    randlora_ext.set_dial(free.model, factor)
+    with pytest.raises(ValueError, match="infinite or zero"):  # of the whole lambda, on all ranks
+        randlora_ext.set_dial(free.model, 1e300)
+    for mine, want in zip(trained(kept.model), trained(free.model), strict=True):
+        assert torch.equal(full_tensor(mine), full_tensor(want))
+
+
+@worlds(2)
+def check_trainers_that_keep_a_budget(place: Place):
+    for method in WRAPPED:
+        keep_budget(place, method)
+
+
+@worlds(2)
+def check_rows_that_are_no_multiple_of_the_ranks(place: Place):
+    """Each rank calibrates on as many batches: of seven rows, one rank leaves one out."""
+    rows = ROWS[:7]
+    changes = {"per_device_train_batch_size": 1, "save_strategy": "no"}
+    used = random.Random(0).sample(range(7), 7)[:6]
+    reference = new_model()
+    ids = torch.stack([rows[i]["input_ids"] for i in used])
+    randlora_ext.calibrate(reference, [{"input_ids": ids}])
+    for method in WRAPPED:
+        folder = place.folder / f"seven-{method}"
+        ours = train(place, method, trainer_of_transformers, rows, folder, {}, changes)
+        torch.testing.assert_close(scales(ours.model), scales(reference))
+
+
+@worlds(2)
+def check_a_rank_whose_rows_fail(place: Place):
+    """The other does not wait for it, and both train."""
+
+    def fail(*_):
+        raise OSError("no such row")
+
+    for method in WRAPPED:
+        folder = place.folder / f"fails-{method}"
+        with pytest.MonkeyPatch.context() as patch:
+            if place.rank == 1:
+                patch.setattr(randlora_ext.budget, "_rows", fail)
+            ours = train(place, method, trainer_of_transformers, ROWS, folder, {})
+        assert not any(are_calibrated(ours.model)) and len(ours.losses) == STEPS
 
 
 @worlds(2)
