@@ -47,6 +47,12 @@ class KeepsWeight(nn.Module):
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        weight = self._held_weight() if self.merged else None
+        if weight is not None:  # of a copy or a pickle, which `_refuse_shared` has not seen
+            _last_merged[weight] = weakref.ref(self)
+
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts back W as it was before the first merge, bit for bit, and frees what was kept.
@@ -180,8 +186,7 @@ class KeepsWeight(nn.Module):
 
     def _keep(self) -> Any:
         """The present weight, as `_restorer` takes it."""
-        with torch.inference_mode(False):  # it is kept for longer
-            return local_tensor(self._dense_weight().detach()).to("cpu", copy=True)
+        return local_tensor(self._dense_weight().detach()).to("cpu", copy=True)
 
     def _restorer(self, kept: Any) -> Callable[[], object]:
         """As `_writer`, of what was kept."""

@@ -1,9 +1,6 @@
 """Layers with random diagonals, and their results by the plain PyTorch reference."""
 
 import io
-import itertools
-import sys
-from collections import Counter
 
 import pytest
 import torch
@@ -134,39 +131,3 @@ def pickled(module):
     size = stream.tell()
     stream.seek(0)
     return torch.load(stream, weights_only=False), size
-
-
-def interrupts(call, watched="randlora", again=0):
-    """Calls repeatedly, with Ctrl-C at the first, second, ... line of watched files.
-
-    Yields after each interrupt; the caller puts everything back for the next. If `again` is given,
-    a second one comes as many calls and returns later: one that raises ends the tracing of lines.
-    """
-    for at in itertools.count(1):
-        count = Counter()
-
-        def trace(frame, event, argument, at=at, count=count):
-            if watched not in frame.f_code.co_filename:
-                return None
-            count[event] += 1
-            if event == "line" and count["line"] == at:
-                raise KeyboardInterrupt
-            return trace
-
-        def profile(frame, event, argument, at=at, count=count):
-            count["later"] += count["line"] == at and watched in frame.f_code.co_filename
-            if count["later"] == again:
-                sys.setprofile(None)
-                raise KeyboardInterrupt
-
-        sys.settrace(trace)
-        sys.setprofile(profile if again else None)
-        try:
-            call()
-            return
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
-            sys.setprofile(None)
-        yield at

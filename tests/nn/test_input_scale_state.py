@@ -139,7 +139,9 @@ def test_a_vector_that_is_set_by_its_path_must_be_one(bad):
     """As transformers' own loaders set it."""
     scales = calibrated().one.randlora_input_scale
     before = scales["default"].clone()
-    with pytest.raises(ValueError, match="default (must be positive and finite|is .40,., and must)"):
+    with pytest.raises(
+        ValueError, match="default (must be positive and finite|is .40,., and must)"
+    ):
         scales.default = bad
     assert torch.equal(scales["default"], before)
     scales.default = torch.full((24,), 0.5, dtype=torch.float64)

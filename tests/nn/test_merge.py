@@ -7,30 +7,10 @@ import copy
 
 import pytest
 import torch
-from layer_helpers import inputs, make_base, oracle, randomize, relative, two_adapters
-from torch import nn
+from layer_helpers import inputs, make_base, oracle, randomize, relative
+from mergeable import OfExperts, OfPeft, bits_of
 
 from randlora_ext import RandLoraLinear
-
-
-class Merged:
-    """A layer with two merged adapters and no kept weight, and what it was before."""
-
-    def __init__(self, layer_type, dtype):
-        self.base, self.dtype = make_base(24, 40, layer_type, dtype=dtype), dtype
-        self.layer = RandLoraLinear(self.base, r=5, basis="independent")
-        self.layer.update_layer("two", r=8)
-        randomize(self.layer).set_adapter(["default", "two"])
-        self.x, _ = inputs(self.layer, 9, dtype=dtype)
-        self.before = self.base.weight.detach().clone()
-        self.adapted = oracle(self.layer, self.x)[0]
-        wide = torch.float32 if dtype.itemsize == 2 else torch.float64
-        deltas = [self.layer.get_delta_weight(name).detach() for name in ("default", "two")]
-        self.total = self.before.to(wide) + deltas[0] + deltas[1]
-        self.layer.merge(safe_merge=True, keep_weight="nothing")
-
-    def assert_computes_what_the_adapters_did(self):
-        assert relative(self.layer(self.x), self.adapted) < 4 * torch.finfo(self.dtype).eps
 
 
 @pytest.fixture(params=[torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -39,91 +19,110 @@ def dtype(request):
 
 
 @pytest.fixture(params=["linear", "conv1d"])
-def merged(request, dtype):
-    return Merged(request.param, dtype)
-
-
-def test_a_merged_layer_names_its_adapters_and_keeps_nothing(merged):
-    assert merged.layer.merged_adapters == ["default", "two"] and merged.layer._kept.weight is None
-
-
-def test_merging_rounds_the_sum_once(merged):
-    assert torch.equal(merged.base.weight, merged.total.to(merged.dtype))
-
-
-def test_a_merged_layer_is_its_base_layer(merged):
-    assert torch.equal(merged.layer(merged.x), merged.base(merged.x))
-
-
-def test_a_merged_layer_computes_what_the_adapters_did(merged):
-    merged.assert_computes_what_the_adapters_did()
-
-
-def test_unmerging_without_a_kept_weight_nearly_restores_it(merged):
-    merged.layer.unmerge()
-    assert not merged.layer.merged
-    largest = torch.maximum(merged.before.abs(), merged.total.abs().to(merged.dtype))
-    if merged.dtype == torch.float64:  # no wider dtype to add two adapters in
-        largest = largest.max()
-    error = (merged.base.weight - merged.before).abs()
-    assert bool((error <= torch.finfo(merged.dtype).eps * largest).all())
-
-
-def test_an_unmerged_layer_computes_what_the_adapters_did(merged):
-    merged.layer.unmerge()
-    merged.assert_computes_what_the_adapters_did()
-
-
-def test_diagonals_are_in_float32_or_wider(dtype):
-    layer = RandLoraLinear(make_base(24, 40, dtype=dtype), r=5)
-    assert layer.randlora_lambda["default"].dtype == torch.promote_types(dtype, torch.float32)
+def layer(request, dtype):
+    base = make_base(24, 40, request.param, dtype=dtype)
+    return randomize(RandLoraLinear(base, r=5, basis="hadamard"))
 
 
 @pytest.fixture
-def half_merged():
-    """The first of two adapters is merged, and the second has a NaN."""
-    layer = two_adapters(torch.float32)
-    layer.merge(adapter_names=["default"])
-    layer.randlora_lambda["two"].data[0, 0] = torch.nan
-    return layer
+def x(layer, dtype):
+    return inputs(layer, 9, dtype=dtype)[0]
 
 
-UNMERGEABLE = [
-    (None, "host", "'default' is merged already"),
-    (["two", "default"], "host", "'default' is merged already"),
-    (["two", "x"], "host", r"adapter_names must be one of .*default.*two.*got 'x'"),
-    (["two", "two"], "host", "must not repeat"),
-    (["two"], "disk", "keep_weight must be one of .*'host'.*got 'disk'"),
-    (["two"], "host", r"NaNs detected.* two seems"),
-]
+@torch.no_grad()
+def sum_in_float32_or_wider(weight, *deltas):
+    wide = torch.float64 if weight.dtype == torch.float64 or len(deltas) > 1 else torch.float32
+    return (weight.to(wide) + sum(delta.to(wide) for delta in deltas)).to(weight.dtype)
 
 
-@pytest.mark.parametrize("names, keep_weight, message", UNMERGEABLE, ids=str)
-def test_a_merge_that_is_refused_changes_nothing(half_merged, names, keep_weight, message):
-    before = copy.deepcopy(half_merged.state_dict())
-    with pytest.raises(ValueError, match=message):
-        half_merged.merge(True, names, keep_weight)
-    assert half_merged.merged_adapters == ["default"]
-    for key, value in half_merged.state_dict().items():
-        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+def test_merging_rounds_the_sum_once(layer):
+    total = sum_in_float32_or_wider(layer.weight, layer.get_delta_weight("default"))
+    layer.merge(safe_merge=True)
+    assert torch.equal(layer.weight, total)
 
 
-def test_a_merged_adapter_is_not_replaced(half_merged):
-    with pytest.raises(ValueError, match="'default' is merged"):
-        half_merged.update_layer("default")
+def test_merging_writes_into_the_weight_itself(layer):
+    """An optimizer, a tied module or a state dict that holds it sees the sum."""
+    weight, memory = layer.weight, layer.weight.data_ptr()
+    layer.merge()
+    assert layer.weight is weight and weight.data_ptr() == memory
 
 
-@pytest.fixture
-def layer():
-    return RandLoraLinear(nn.Linear(24, 40), r=5)
+def test_a_merged_layer_is_its_base_layer(layer, x):
+    layer.merge()
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert "default: r=5 hadamard" in repr(layer) and ", merged" in repr(layer)
 
 
-def test_unmerging_what_is_not_merged_warns(layer):
-    with pytest.warns(UserWarning, match="Nothing to do"):
-        layer.unmerge()
+def test_a_merged_layer_computes_what_the_adapter_did(layer, x, dtype):
+    want = oracle(layer, x)[0]
+    layer.merge()
+    assert relative(layer(x), want) < 4 * torch.finfo(dtype).eps
 
 
-def test_a_disabled_layer_is_not_merged(layer):
-    layer.disable()
-    with pytest.raises(RuntimeError, match="disabled"):
-        layer.merge()
+def test_an_unmerged_layer_computes_the_same_bits_again(layer, x):
+    y = layer(x)
+    layer.merge()
+    layer.unmerge()
+    assert torch.equal(layer(x), y)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_adapters_of_peft_are_added_before_the_sum_is_rounded(dtype):
+    made = OfPeft(dtype)
+    deltas = [made.layer.get_delta_weight(name) for name in ("default", "two")]
+    exact = made.weight.detach().double() + deltas[0].double() + deltas[1].double()
+    made.merge()
+    digits = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    allowed = torch.finfo(dtype).eps / 2 + 2 * digits
+    assert bool(((made.weight - exact).abs() <= allowed * exact.abs().clamp_min(1e-2)).all())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_are_merged_as_one_stack(dtype):
+    made = OfExperts(dtype)
+    total = sum_in_float32_or_wider(made.weight, made.layer.get_delta_weight("default"))
+    made.merge()
+    assert torch.equal(bits_of(made.weight), bits_of(total))
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def assert_refused(layer, error, message, **options):
+    before, merged = copy.deepcopy(layer.base_layer.state_dict()), layer.merged
+    with pytest.raises(error, match=message):
+        layer.merge(**options)
+    after = layer.base_layer.state_dict()
+    assert layer.merged == merged
+    assert all(torch.equal(bits_of(after[key]), bits_of(before[key])) for key in before)
+
+
+def test_a_layer_is_not_merged_twice(layer):
+    layer.merge()
+    assert_refused(layer, ValueError, r"merged already; call unmerge\(\) first")
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_safe_merge_refuses_what_is_not_finite(layer, bad):
+    layer.randlora_lambda["default"].data[0, 0] = bad
+    told = "NaNs detected in the merged weights. The adapter default seems to be broken; safe_merge"
+    assert_refused(layer, ValueError, told, safe_merge=True)
+
+
+def test_a_safe_merge_looks_at_the_sum_in_the_dtype_of_the_weight():
+    """What is finite in float32 may be too large for float16."""
+    layer = randomize(RandLoraLinear(make_base(24, 40, dtype=torch.float16), r=5))
+    with torch.no_grad():
+        layer.randlora_lambda["default"].mul_(1e6)
+    assert bool(layer.get_delta_weight("default").isfinite().all())
+    assert_refused(layer, ValueError, "NaNs detected", safe_merge=True)
+
+
+def test_another_merge_writes_what_is_not_finite(layer):
+    W = bits_of(layer.weight)
+    layer.randlora_lambda["default"].data[0, 0] = torch.nan
+    layer.merge()
+    assert not bool(layer.weight.isfinite().all())
+    layer.unmerge()
+    assert torch.equal(bits_of(layer.weight), W)

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from layer_helpers import interrupts
+from mergeable import interrupts
 from peft_helpers import (
     accelerated,
     adapted,
@@ -20,7 +20,7 @@ from peft_helpers import (
     run,
     stock_made,
 )
-from quantized_nets import Net
+from quantized_nets import by_bitsandbytes as quantized
 from torch import nn
 
 import randlora_ext
@@ -33,23 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of these packages
 @pytest.fixture(params=[8, 4])
 def bits(request):
     return request.param
-
-
-def quantized(bits, dtype=torch.float32):
-    bnb = pytest.importorskip("bitsandbytes")
-
-    def quantize(linear):
-        sizes = linear.in_features, linear.out_features
-        if bits == 8:
-            layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-        else:
-            layer = bnb.nn.Linear4bit(*sizes, quant_type="nf4", compute_dtype=dtype)
-        layer.load_state_dict(linear.to(dtype).state_dict())
-        return layer
-
-    net = Net(quantize)
-    setattr(net, f"is_loaded_in_{bits}bit", True)  # as transformers marks its models
-    return net.to("cpu")  # quantizes
 
 
 def quantized_pair(bits, sparse=True, **options):
