@@ -21,11 +21,14 @@ With `--model experts --targets experts` each MLP becomes four equal experts, an
 gives every token two of them: the same function (sparse upcycling, arXiv 2212.05055).
 
 Forgetting is how much the loss on a text rises (1,024 tokens; <bos> before every 512, if the model
-has one), "kl" the KL divergence of the tuned from the base model on held-out answers, "x 0.7" what
-both are with 0.7 dW in place of dW, "common" the share of dW's response to the text `manual` that
-is one vector for all tokens, by kind of layer. The ranks of the other methods give them as many
-parameters as RandLoRA with r = 32. `benchmarks/forgetting.py` prints tables at equal loss. Limits:
-few steps, two small models; differences below the spread over seeds mean nothing.
+has one; "own" is 8 rows of 128 that the base model wrote), "meter" KL(base, tuned) on that own
+text, as `randlora_ext.forgetting` measures it, "kl" the same on held-out answers, "x 0.7" what they
+are with 0.7 dW in place of dW, "common" the share of dW's response to the text `manual` that is one
+vector for all tokens, by kind of layer. Examples of a batch lie behind one another in one row, as
+in packed training, which costs less than padding. The ranks of the other methods give them as many
+parameters as RandLoRA with r = 32. `benchmarks/forgetting.py` prints tables at equal loss and at
+equal forgetting. Limits: few steps, two small models; differences below the spread over seeds mean
+nothing.
 """
 
 import argparse
@@ -48,6 +51,7 @@ TARGETS = {
     "experts": ["experts.gate_up_proj", "experts.down_proj"],
 }
 SCALING = 20.0
+COST = 100.0  # the sum of c^2 F, as `calibrate` sets it
 JUMP = 0.5  # a rise of the training loss over the mean of the five steps before
 FACTORS = (0.7, 0.4)  # of dW after training
 KL_EXAMPLES = 32
@@ -100,13 +104,15 @@ def adapted(base, method: str, seed: int, scaling: float, r: int, targets: list[
 # ---- the scale of the inputs ---------------------------------------------------------------------
 
 
-def scale_inputs(tuned, base, method: str, on: str, batches: list, tokenizer, targets) -> None:
+def scale_inputs(tuned, model: str, method: str, on: str, batches: list, targets) -> None:
     """Gives `tuned` the vectors of `calibrate`, measured as `on` says."""
     import randlora_ext
 
+    tokenizer, base, _ = loaded(model)
+
     if method != "hadamard":
         ours = adapted(copy.deepcopy(base), "hadamard", 0, SCALING, 32, targets)
-        scale_inputs(ours, base, "hadamard", on, batches, tokenizer, targets)
+        scale_inputs(ours, model, "hadamard", on, batches, targets)
         layers = dict(tuned.named_modules())
         for path, layer in ours.named_modules():
             if hasattr(layer, "set_input_scale"):
@@ -117,16 +123,19 @@ def scale_inputs(tuned, base, method: str, on: str, batches: list, tokenizer, ta
     if not options:
         randlora_ext.calibrate(tuned, measured)
         return
-    for layer, vector in other_vectors(tuned, measured, **options).items():
+    for layer, vector in other_vectors(tuned, measured, model, **options).items():
         layer.set_input_scale("default", vector)
 
 
-def other_vectors(tuned, batches, p: str = "2", unit: str = "1.5", first: str = "1") -> dict:
-    """What was tried beside `calibrate`'s formula, which these defaults are.
+def other_vectors(
+    tuned, batches, model: str,
+    p: str = "2", unit: str = "1.5", first: str = "1", strength: str = "one",
+) -> dict:  # fmt: skip
+    """What was tried beside `calibrate`'s formula.
 
     p: the power of the share of energy that varies. unit: what the model's median layer responds
     to a random dW; 0: each vector has a root mean square of 1. first: 0 leaves out the first token
-    of every row.
+    of every row. strength: "one" for all layers, by unit; or one each, "g/F" or "F-1/2".
     """
     import torch
 
@@ -140,10 +149,9 @@ def other_vectors(tuned, batches, p: str = "2", unit: str = "1.5", first: str = 
         seen[layer].append(args[0][mask].double())
         energies[layer] += float(y[mask].double().square().mean(1).sum())
 
+    batches = list(batches)
     for batch in batches:
-        mask = batch["attention_mask"].bool()
-        if first == "0":
-            mask &= mask.cumsum(1) > 1
+        mask = batch["position_ids"] >= (1 if first == "0" else 0)
         hooks = [layer.register_forward_hook(partial(watch, mask=mask)) for layer in layers]
         tuned.eval()
         with torch.no_grad():
@@ -159,8 +167,73 @@ def other_vectors(tuned, batches, p: str = "2", unit: str = "1.5", first: str = 
         vector = vector.clamp(min=FLOOR * vector.median())
         vectors[layer] = vector / vector.square().mean().sqrt()
         responses.append(float((x * vectors[layer]).square().sum() / energies[layer]) ** 0.5)
+    if strength != "one":
+        factors = strengths(tuned, batches, vectors, strength, model)
+        return {layer: (factors[layer] * vector).float() for layer, vector in vectors.items()}
     factor = float(unit) / statistics.median(responses) if float(unit) else 1.0
     return {layer: (factor * vector).float() for layer, vector in vectors.items()}
+
+
+def strengths(tuned, batches, vectors: dict, formula: str, model: str) -> dict:
+    """Of each layer c, from gains and costs."""
+    gains, costs = gains_and_costs(tuned, batches, vectors, model)
+    c = {layer: gains[layer] / costs[layer] for layer in vectors}
+    if formula == "F-1/2":
+        c = {layer: costs[layer] ** -0.5 for layer in vectors}
+    elif formula != "g/F":
+        raise ValueError(f"strength must be one, g/F or F-1/2, got {formula!r}")
+    factor = (COST / sum(c[layer] ** 2 * costs[layer] for layer in vectors)) ** 0.5
+    return {layer: factor * c[layer] for layer in vectors}
+
+
+def gains_and_costs(tuned, batches, vectors: dict, model: str) -> tuple[dict, dict]:
+    """Of each layer g and F: what a step of size one learns, and what it forgets."""
+    task = sensitivities(tuned, batches)
+    own = sensitivities(tuned, own_batches(model))
+    gains, costs = {}, {}
+    for layer, vector in vectors.items():
+        G, _, deviation = task[layer]
+        gains[layer] = float(G.sqrt().sum() * (vector * deviation).sum())
+        G, A, _ = own[layer]
+        costs[layer] = float(G.sum() * (vector.square() * A).sum())
+    return gains, costs
+
+
+def sensitivities(tuned, batches) -> dict:
+    """Of each layer the mean square, over tokens, of the gradient of the batch's summed loss to its
+    outputs (out,); the mean square of its inputs (in,), and their standard deviation (in,)."""
+    layers = [layer for layer in tuned.modules() if hasattr(layer, "set_input_scale")]
+    seen: dict = {layer: [0, 0, 0, 0] for layer in layers}
+
+    def watch(layer, args, y):
+        x, of = args[0].detach().flatten(0, -2).double(), seen[layer]
+        of[0] += len(x)
+        of[1] += x.square().sum(0)
+        of[2] += x.sum(0)
+
+        def keep(gradient):
+            of[3] += gradient.flatten(0, -2).double().square().sum(0)
+
+        if not args[0].requires_grad:
+            y = y.detach().requires_grad_()
+        y.register_hook(keep)
+        return y
+
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    for batch in batches:
+        hooks = [layer.register_forward_hook(watch) for layer in layers]
+        tuned.requires_grad_(False).eval()
+        loss = tuned(**batch, use_cache=False).loss
+        loss = loss * (batch["labels"][:, 1:] != -100).sum()
+        loss.backward()
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return {
+        layer: (G / n, square / n, (square / n - (total / n).square()).clamp(min=0).sqrt())
+        for layer, (n, square, total, G) in seen.items()
+    }
 
 
 def inputs_of(on: str, batches: list, tokenizer) -> Iterator[dict]:
@@ -173,7 +246,11 @@ def inputs_of(on: str, batches: list, tokenizer) -> Iterator[dict]:
         yield {"input_ids": torch.tensor([tokens])}
         return
     for examples in batches[: int(on or 4)]:
-        yield spelling.make_batch(tokenizer, examples).inputs
+        packed = pack(tokenizer, examples)
+        ids = packed.inputs["input_ids"]
+        labels = torch.full_like(ids, spelling.NO_LABEL)
+        labels[:, packed.inputs["logits_to_keep"] + 1] = packed.labels
+        yield {"input_ids": ids, "position_ids": packed.inputs["position_ids"], "labels": labels}
 
 
 def wrap(layer, scale) -> None:
@@ -182,6 +259,36 @@ def wrap(layer, scale) -> None:
 
 
 # ---- a run -------------------------------------------------------------------------------------
+
+
+def pack(tokenizer, examples: list, device="cpu"):
+    """`spelling.make_batch`, but with the examples behind one another in one row."""
+    import spelling
+    import torch
+
+    ids: list[int] = []
+    positions: list[int] = []
+    before: list[int] = []  # each label's place, less one
+    labels: list[int] = []
+    for asked, answer in examples:
+        prompt = tokenizer(f"{asked} ->")["input_ids"]
+        said = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+        said = [*said, tokenizer.eos_token_id]
+        before += range(len(ids) + len(prompt) - 1, len(ids) + len(prompt) + len(said) - 1)
+        labels += said
+        ids += prompt + said
+        positions += range(len(prompt) + len(said))
+    inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+    inputs["logits_to_keep"] = torch.tensor(before)
+    return spelling.Batch(inputs, torch.tensor([labels]))
+
+
+def use_packed_batches() -> None:
+    """In all of spelling.py, whose own batches are padded."""
+    import spelling
+
+    spelling.make_batch = pack
+    spelling.answer_logits = lambda model, batch: model(**batch.inputs, use_cache=False).logits
 
 
 @cache
@@ -264,6 +371,42 @@ def divergence(tuned, task: str, model: str) -> float:
     return total / count
 
 
+@cache
+def own_batches(model: str) -> list[dict]:
+    """What the base model wrote."""
+    from randlora_ext.own_text import own_text
+
+    return own_text(loaded(model)[1])
+
+
+def own_log_probabilities(tuned, model: str) -> Iterator:
+    """Of each row (tokens, vocabulary), in front of the tokens that the base model wrote."""
+    import torch
+
+    tuned.eval()
+    for batch in own_batches(model):
+        with torch.no_grad():
+            logits = tuned(input_ids=batch["input_ids"], use_cache=False).logits
+        yield logits[0, :-1].float().log_softmax(-1)
+
+
+@cache
+def own_of_base(model: str) -> list:
+    return [each.half() for each in own_log_probabilities(loaded(model)[1], model)]
+
+
+def on_own_text(tuned, model: str) -> dict[str, float]:
+    """The rise of the loss on what the base model wrote, and KL(base, tuned) there."""
+    rise, divergence, count = 0.0, 0.0, 0
+    now = own_log_probabilities(tuned, model)
+    for batch, p, q in zip(own_batches(model), own_of_base(model), now, strict=True):
+        p, written = p.float(), batch["input_ids"][0, 1:, None]
+        rise += float((p - q).gather(1, written).sum())
+        divergence += float((p.exp() * (p - q)).sum())
+        count += len(written)
+    return {"own": rise / count, "meter": divergence / count}
+
+
 @contextmanager
 def scaled_update(tuned, factor: float) -> Iterator[None]:
     """With factor * dW in place of dW."""
@@ -326,7 +469,8 @@ def inputs_of_layers(dtype: str) -> dict[str, dict[str, dict[str, float]]]:
     tokenizer, base, _ = loaded(dtype)
     tuned = adapted(copy.deepcopy(base), "hadamard", 0, SCALING, 32, TARGETS["all"])
     batches = spelling.plan_batches(spelling.read_words()[0], 4, BATCH, 0)
-    by_p = [other_vectors(tuned, inputs_of("", batches, tokenizer), p=p) for p in ("0", "2")]
+    measured = list(inputs_of("", batches, tokenizer))
+    by_p = [other_vectors(tuned, measured, dtype, p=p) for p in ("0", "2")]
     texts = {name: text() for name, text in finetune_tasks.TEXTS.items()}
     for task, make in finetune_tasks.TASKS.items():
         texts[task] = "\n".join(f"{asked} -> {answer}" for asked, answer in make()[0][:100])
@@ -400,7 +544,7 @@ def run_one(
             )
     batches = spelling.plan_batches(training, steps, BATCH, seed)
     if method != plain:
-        scale_inputs(tuned, base, plain, on.strip(":"), batches, tokenizer, TARGETS[targets])
+        scale_inputs(tuned, model, plain, on.strip(":"), batches, TARGETS[targets])
     values = task, method, lr, seed, steps, scaling, r, targets, model
     result = dict(zip(KEY, values, strict=True))
     result |= {"parameters": sum(p.numel() for p in trained)}
@@ -416,18 +560,21 @@ def run_one(
     with common_responses(tuned) as common:
         after = text_losses(tuned, tokenizer, ["manual"])
     after |= text_losses(tuned, tokenizer, ["code", "prose"])
+    own = on_own_text(tuned, model)
+    rises = {name: after[name] - before[name] for name in after} | {"own": own["own"]}
     result |= {
-        "forgetting": {name: after[name] - before[name] for name in after},
+        "forgetting": rises,
+        "meter": own["meter"],
         "kl": divergence(tuned, task, model),
         "common": {target: round(statistics.fmean(shares), 3) for target, shares in common.items()},
     }
     for factor in FACTORS if plain != "full" else ():
         with scaled_update(tuned, factor):
-            after = text_losses(tuned, tokenizer, [*before])
+            after = text_losses(tuned, tokenizer, ["manual"])
             result[f"x {factor}"] = {
                 "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
-                **{name: after[name] - before[name] for name in after},
-                "kl": divergence(tuned, task, model),
+                "manual": after["manual"] - before["manual"],
+                **on_own_text(tuned, model),
             }
     return result
 
@@ -539,12 +686,13 @@ def main() -> None:
     parser.add_argument("--targets", type=list_of(str), default=["four"], help=f"of {[*TARGETS]}")
     parser.add_argument("--model", type=list_of(str), default=["fp32"], help=f"of {MODELS}")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=list_of(int), default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("finetune"), help="write OUT.jsonl")
     parser.add_argument("--parity", type=int, metavar="STEPS")
     parser.add_argument("--inputs", action="store_true", help="shares of energy, by kind of layer")
     parser.add_argument("--lr", type=float, default=3e-4, help="of --parity")
     args = parser.parse_args()
+    use_packed_batches()
     if args.inputs:
         found = inputs_of_layers(args.model[0])
         args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
@@ -557,7 +705,7 @@ def main() -> None:
     settings = [  # seeds outermost: a stopped benchmark has the first ones for every setting
         dict(zip(KEY, (task, method, lr, seed, args.steps, *rest), strict=True))
         for seed, task, method, lr, *rest in product(
-            range(args.seeds), args.task, args.methods, args.rates, args.scalings, args.r,
+            args.seeds, args.task, args.methods, args.rates, args.scalings, args.r,
             args.targets, args.model,
         )
     ]  # fmt: skip

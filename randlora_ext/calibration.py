@@ -2,32 +2,29 @@
 
 import math
 import statistics
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .batches import moved_to
 from .checks import at_most_ten, check_model, warn_user
+from .layer_statistics import Sums, differentiate, observe
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
-from .nn.expert_products import ExpertProducts
-from .nn.experts import AdaptedParameter
+from .own_text import own_text, writer_of
 from .ranks import full_tensor, gathered
 
-POWER = 2  # of the share of a feature's energy that varies; docs/density.md compares others
+POWER = 2  # of the share of a feature's energy that varies; docs/evidence.md compares others
 EPSILON = 0.1  # in medians of rms: small features are not blown up without bound
 FLOOR = 1e-3  # in medians of the scale: no feature is lost entirely, so dW keeps its rank
+COST = 100.0  # of all layers at their strengths; one learning rate then fits all models
 RESPONSE = 1.5  # of the median layer to a random dW; one learning rate then fits all models
 FEW_TOKENS = 32  # of an expert that saw fewer, the vector is that of all experts
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     """Measures every input feature, and scales the adapters' inputs: features that are large, or
     nearly the same at every token, count for less.
 
@@ -37,7 +34,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         loader = torch.utils.data.DataLoader(texts, batch_size=8)  # batches as in training
         randlora_ext.calibrate(model, itertools.islice(loader, 4))
 
-    A few hundred tokens of the training data suffice (docs/density.md). Every active adapter on
+    A few hundred tokens of the training data suffice (docs/evidence.md). Every active adapter on
     Hadamard bases gets the vector ``input_scale`` (in_features,), float32:
 
         rms = x.square().mean(0).sqrt()             x (tokens, in)
@@ -46,29 +43,51 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         scale = scale.clamp_min(scale.median() / 1000)
         scale = scale / scale.square().mean().sqrt()
 
-    times its strength, one number for the whole model, which makes its median layer answer a random
-    dW as strongly as any other model's, so that one learning rate serves all
-    (docs/how-it-works.md)::
+    times the strength of the layer, one number, which is larger where a step teaches much and costs
+    little (docs/how-it-works.md). Of the gradients of the loss to the layer's outputs, (tokens,
+    out), of a loss that is the sum over the labels::
+
+        gain = gradients.square().mean(0).sqrt().sum() * (scale * x.std(0)).sum()
+        cost = gradients.square().mean(0).sum() * (scale * x).square().mean(0).sum()
+
+    The gain is measured with the labels of the batches, the cost on `own_text`, 8 rows that the
+    base model writes. Then, with the gains and costs of all layers::
+
+        unit = (100 / (gain.square() / cost).sum()).sqrt()
+        strength = unit * gain / cost                so that (strength.square() * cost).sum() == 100
+        input_scale = strength * scale
+
+    so that a step costs as much in every model, and one learning rate serves all. A layer that the
+    text does not reach, as those for images, has the median strength. All layers get the same one
+    if a batch has no "labels", or the model gives no ``loss`` or cannot write text (it has no
+    ``generate``, or is an encoder and decoder): that at which the median layer, whose outputs are y
+    (tokens, out), answers a random dW as strongly as any other model's::
 
         response = ((x * scale).square().sum() / y.square().mean(1).sum()).sqrt()
-                                                    of each layer, whose outputs are y (tokens, out)
-        input_scale = scale * 1.5 / statistics.median(responses)
+        strength = 1.5 / statistics.median(responses)
 
     From then on the adapter computes ``F.linear(x * input_scale, dW)``. This costs no parameter and
     next to no time, because the vector is a factor of the bases' signs. It belongs to the adapter:
     the layer's buffer ``randlora_input_scale``, which files and state dicts hold. Called again, it
     replaces the vectors. Of adapters of ``target_parameters`` every expert gets a vector of its
     own, ``input_scale`` (experts, in_features); one that sees fewer than 32 tokens gets that of
-    all.
+    all. The strength is that of all experts, whose gains and costs count by their tokens.
+
+    Each batch takes two forward passes and a backward one, in which no parameter gets a gradient:
+    it needs the memory of a training step without adapters, less with gradient checkpointing, which
+    acts. The text takes `own_text` and as much for its eight batches.
 
     Args:
-        model: with adapters on Hadamard bases, by `apply_randlora` or PEFT. It runs in eval mode;
-            afterwards each module is in its old mode.
+        model: with adapters on Hadamard bases. It runs in eval mode; afterwards each module is in
+            its old mode, and each parameter has its old gradient.
         batches: several of what the model takes: a tensor, a tuple or list of arguments, or a
             mapping of keyword arguments. These are moved to the device of the model's first
             parameter. If the mapping has an "attention_mask" (batch, tokens), its zeros leave out
             tokens in layers whose inputs are (batch, tokens, in_features) or (batch * tokens,
             in_features); experts do not leave out any.
+
+    Returns:
+        The strength of every layer, by its name in the model.
 
     If torch.distributed is initialized, all ranks must call, each with its own batches, equally
     many if FSDP2 has sharded the model: sums over all ranks give all of them equal vectors.
@@ -87,21 +106,21 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     check_model(model)
     _check_batches(batches)
     layers = layers_to_calibrate(model)
-    sums = {layer: _Sums.of(layer) for layer in layers}
-    count = torch.zeros(1, dtype=torch.float64)
-    for batch in batches:  # which may be made by other models, or by this one
-        _check_batch(batch)
-        _observe(model, batch, sums)
-        count += 1
-    _add_up_ranks([count, *(total for of_layer in sums.values() for total in of_layer.totals())])
-    if not count:
-        raise ValueError("batches must hold at least one batch, got none")
-    input_scales = _input_scales({name: sums[layer] for layer, (name, _) in layers.items()})
+    task, has_labels = _measured(model, batches, layers)
+    scales = _scales(task)
+    strengths = None
+    if has_labels and (writer := writer_of(model)) is not None:
+        own, _ = _measured(model, own_text(writer), layers)
+        strengths = _strengths(scales, task, own)
+    if strengths is None:
+        strengths = _equal_strengths(scales, task)
     for layer, (name, adapters) in layers.items():
-        if name not in input_scales:  # it has seen nothing
+        if name not in scales:  # it has seen nothing
             continue
+        input_scale = (strengths[name] * scales[name]).float().view(*layer.experts, -1)
         for adapter in adapters:
-            layer.set_input_scale(adapter, input_scales[name].view(*layer.experts, -1))
+            layer.set_input_scale(adapter, input_scale)
+    return strengths
 
 
 def input_scale_of(rms: Tensor, mean: Tensor) -> Tensor:
@@ -125,59 +144,34 @@ def _median(values: Tensor) -> Tensor:
     return median if median > 0 else values[values > 0].median()
 
 
-@dataclass
-class _Sums:
-    """What the experts of a layer have seen; a linear layer is one expert. On the CPU."""
-
-    squares: Tensor  # (experts, in_features) float64: of x * x over the tokens
-    values: Tensor  # likewise, of x
-    tokens: Tensor  # (experts, 1) float64: how many
-    outputs: Tensor  # likewise: of the mean square of each token's outputs
-
-    @classmethod
-    def of(cls, layer: AdaptedLayer) -> "_Sums":
-        experts = math.prod(layer.experts)
-        widths = layer.in_features, layer.in_features, 1, 1
-        return cls(*(torch.zeros(experts, width, dtype=torch.float64) for width in widths))
-
-    def totals(self) -> tuple[Tensor, ...]:
-        return self.squares, self.values, self.tokens, self.outputs
-
-    def add(self, x: Tensor, y: Tensor, expert: int = 0) -> None:
-        """Tokens x (tokens, in_features) and what became of them, y (tokens, out_features)."""
-        if not len(x):
-            return
-        x, y = x.float(), y.float()
-        self.squares[expert] += x.square().sum(0, dtype=torch.float64).cpu()
-        self.values[expert] += x.sum(0, dtype=torch.float64).cpu()
-        self.tokens[expert] += len(x)
-        self.outputs[expert] += y.square().mean(1).sum(dtype=torch.float64).cpu()
-
-    def scales(self) -> Tensor:
-        """`scale` as `calibrate` says, (experts, in_features), each of root mean square 1. An
-        expert that saw few tokens has the vector of all experts."""
-        enough = (self.tokens >= FEW_TOKENS) & self.squares.any(1, keepdim=True)
-        squares, values, tokens, _ = (torch.where(enough, t, t.sum(0)) for t in self.totals())
-        rms, mean = (squares / tokens).sqrt(), values / tokens
-        return torch.stack([input_scale_of(*each) for each in zip(rms, mean, strict=True)])
-
-    def response(self, scales: Tensor) -> float:
-        """To a dW of independent random elements of variance 1: the root mean square of what it
-        would add to the outputs, over theirs."""
-        added = (self.squares * scales.square()).sum()
-        return float((added / self.outputs.sum()).sqrt())
+def _measured(
+    model: nn.Module, batches: Iterable[Any], layers: Mapping[AdaptedLayer, tuple[str, list[str]]]
+) -> tuple[dict[str, Sums], bool]:
+    """What the layers have seen on all ranks, by their names, and whether every batch had labels of
+    which the model gives a loss. ValueError if there is no batch."""
+    sums = {layer: Sums.of(layer) for layer in layers}
+    count, with_labels = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:  # which may be made by other models, or by this one
+        _check_batch(batch)
+        observe(model, batch, sums)
+        with_labels += differentiate(model, batch, sums)
+        count += 1
+    _add_up_ranks([count, with_labels, *(each for of in sums.values() for each in of.all())])
+    if not count:
+        raise ValueError("batches must hold at least one batch, got none")
+    return {name: sums[layer] for layer, (name, _) in layers.items()}, bool(count == with_labels)
 
 
-def _input_scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
-    """The input scales by the names of layers. ValueError if inputs are not finite; a warning, and
-    none, if a layer has seen nothing."""
-    scales = {}  # before their strength, as `calibrate` says
+def _scales(sums: Mapping[str, Sums]) -> dict[str, Tensor]:
+    """`scale` as `calibrate` says, (experts, in_features), by the names of layers. ValueError if
+    inputs are not finite; a warning, and none, if a layer has seen nothing."""
+    scales = {}
     unseen = []
     for name, of_layer in sums.items():
-        if not all(bool(total.isfinite().all()) for total in of_layer.totals()):
+        if not all(bool(each.isfinite().all()) for each in (of_layer.squares, of_layer.outputs)):
             raise ValueError(f"the inputs or outputs of layer {name!r} hold NaN or infinity")
         if bool(of_layer.squares.any()):
-            scales[name] = of_layer.scales()
+            scales[name] = _scale_of_experts(of_layer)
         else:
             unseen.append(name)
     if unseen:
@@ -185,10 +179,69 @@ def _input_scales(sums: Mapping[str, _Sums]) -> dict[str, Tensor]:
             f"batches brought no token to {len(unseen)} of {len(sums)} layers, or only masked ones "
             f"and zeros; these stay as they were: {at_most_ten(unseen)}"
         )
-    responses = [sums[name].response(scale) for name, scale in scales.items()]
+    return scales
+
+
+def _scale_of_experts(sums: Sums) -> Tensor:
+    """Each has a root mean square of 1. An expert that saw few tokens has that of all experts."""
+    enough = (sums.tokens >= FEW_TOKENS) & sums.squares.any(1, keepdim=True)
+    squares, values, tokens = (
+        torch.where(enough, each, each.sum(0)) for each in (sums.squares, sums.values, sums.tokens)
+    )
+    rms, mean = (squares / tokens).sqrt(), values / tokens
+    return torch.stack([input_scale_of(*each) for each in zip(rms, mean, strict=True)])
+
+
+def _equal_strengths(scales: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, float]:
+    responses = [_response(sums[name], scale) for name, scale in scales.items()]
     responses = [response for response in responses if math.isfinite(response)]  # outputs are zero
     strength = RESPONSE / statistics.median(responses) if responses else 1.0
-    return {name: (strength * scale).float() for name, scale in scales.items()}
+    return dict.fromkeys(scales, strength)
+
+
+def _response(sums: Sums, scales: Tensor) -> float:
+    """To a dW of independent random elements of variance 1: the root mean square of what it would
+    add to the outputs, over theirs."""
+    added = (sums.squares * scales.square()).sum()
+    return float((added / sums.outputs.sum()).sqrt())
+
+
+def _strengths(
+    scales: Mapping[str, Tensor], task: Mapping[str, Sums], own: Mapping[str, Sums]
+) -> dict[str, float] | None:
+    """One for each layer, by gain and cost as `calibrate` says; None if no layer has both.
+
+    A layer of which one is missing, as those for images are in a text, has the median strength.
+    """
+    gains = {name: _gain(task[name], scale) for name, scale in scales.items()}
+    costs = {name: _cost(own[name], scale) for name, scale in scales.items()}
+    ratios = {n: gains[n] / costs[n] for n in scales if gains[n] > 0 and costs[n] > 0}
+    ratios = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
+    if not ratios:
+        return None
+    unit = math.sqrt(COST / sum(ratio**2 * costs[name] for name, ratio in ratios.items()))
+    median = statistics.median(ratios.values())
+    return {name: unit * ratios.get(name, median) for name in scales}
+
+
+def _gain(sums: Sums, scales: Tensor) -> float:
+    """A mean over the experts, by their tokens."""
+    tokens = sums.tokens.clamp_min(1)
+    deviation = (sums.squares / tokens - (sums.values / tokens).square()).clamp_min(0).sqrt()
+    slopes = (sums.gradients / tokens).sqrt().sum(1)
+    return float(_share(sums) @ (slopes * (scales * deviation).sum(1)))
+
+
+def _cost(sums: Sums, scales: Tensor) -> float:
+    """Likewise."""
+    tokens = sums.tokens.clamp_min(1)
+    energies = (sums.squares / tokens * scales.square()).sum(1)
+    return float(_share(sums) @ ((sums.gradients / tokens).sum(1) * energies))
+
+
+def _share(sums: Sums) -> Tensor:
+    """Of all tokens, those of each expert."""
+    return sums.tokens.squeeze(1) / sums.tokens.sum().clamp_min(1)
 
 
 def _check_batches(batches: Any) -> None:
@@ -245,65 +298,3 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
                 "another scale would change what it has learned; calibrate before training"
             )
     return chosen
-
-
-def _observe(model: nn.Module, batch: Any, sums: Mapping[AdaptedLayer, _Sums]) -> None:
-    """Calls the model in eval mode, and adds what its layers take and give to `sums`."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        mask = None
-        warn_user("attention_mask is no tensor (batch, tokens), so padding is measured, too")
-    with _watched(model, mask, sums):
-        arguments = moved_to(model, batch)
-        if isinstance(arguments, Mapping):
-            model(**arguments)
-        elif isinstance(arguments, (tuple, list)):
-            model(*arguments)
-        else:
-            model(arguments)
-
-
-@contextmanager
-def _watched(
-    model: nn.Module, mask: Tensor | None, sums: Mapping[AdaptedLayer, _Sums]
-) -> Iterator[None]:
-    """In eval mode, in which layers add what they take and give to `sums`, but where `mask`
-    (batch, tokens) is zero."""
-
-    def add(layer, args, kwargs, y) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        places = x.shape[:-1]
-        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        if mask is not None and places in (mask.shape, (mask.numel(),)):
-            kept = mask.flatten().to(x.device) != 0
-            x, y = x[kept], y[kept]
-        sums[layer].add(x, y)
-
-    def add_of_expert(layer, x, y, expert) -> None:
-        sums[layer].add(x, y, expert)
-
-    experts = [layer for layer in sums if isinstance(layer, AdaptedParameter)]
-    with ExitStack() as held:
-        held.enter_context(torch.compiler.set_stance("force_eager"))
-        if experts:  # a mode slows every call of torch
-            held.enter_context(ExpertProducts(experts, add_of_expert))
-        for module in model.modules():
-            held.callback(setattr, module, "training", module.training)
-        for layer in sums:
-            if isinstance(layer, AdaptedParameter):
-                layer.takes_base_weight = True
-                held.callback(delattr, layer, "takes_base_weight")
-            else:
-                held.enter_context(layer.register_forward_hook(add, with_kwargs=True))
-        model.eval()
-        for module in _of_four_bits(model):
-            module.training = True
-        yield
-
-
-def _of_four_bits(model: nn.Module) -> Iterator[nn.Module]:
-    """Layers of bitsandbytes that compute the same in both modes, but in eval mode on a CPU change
-    the order of their weight, after which they cannot train."""
-    bnb = sys.modules.get("bitsandbytes")  # without it nothing can be its layer
-    if bnb is not None:
-        yield from (m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))

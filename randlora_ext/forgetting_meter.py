@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .batches import moved_to, of_all_ranks
 from .checks import check_model
+from .eval_mode import in_eval_mode
 from .nn.adapted_layer import layers_by_name
-from .own_text import NO_LABEL, adapters_disabled, in_eval_mode, own_text, writes
+from .own_text import NO_LABEL, adapters_disabled, own_text, writes
 
 NUMBERS_AT_ONCE = 2**24  # of logits in float32, so that a large vocabulary takes no more memory
 

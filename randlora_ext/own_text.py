@@ -1,7 +1,7 @@
 """`own_text`: what a language model writes by itself, from which can be told what it knows."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .checks import check_model
+from .eval_mode import in_eval_mode
 from .ranks import is_dtensor
 
+FIRST_TOKENS = "bos_token_id", "eos_token_id"
 NO_LABEL = -100  # which torch's cross entropy leaves out
 
 
@@ -60,7 +62,7 @@ def own_text(
         )
     if tokens < 1 or rows < 1:
         raise ValueError(f"rows and tokens must be positive, got {rows} and {tokens}")
-    given = [[_first_token(model)]] * rows if prompts is None else _checked(prompts)
+    given = _beginnings(model, rows) if prompts is None else _checked(prompts)
     written = _answers(model, given, tokens, seed)
     device = _device(model)
     return [_batch(of, new, device) for of, new in zip(given, written, strict=True)]
@@ -91,28 +93,30 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(did)
 
 
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def writer_of(model: nn.Module) -> nn.Module | None:
+    """The part of a model, which may be wrapped, that `own_text` takes without prompts."""
+    writers = (module for module in model.modules() if writes(module))
+    writer = next(writers, None)
+    return None if writer is None or _first_token(writer) is None else writer
 
 
-def _first_token(model: nn.Module) -> int:
-    names = "bos_token_id", "eos_token_id"
-    for name in names:
+def _first_token(model: Any) -> int | None:
+    for name in FIRST_TOKENS:
         token = getattr(model.generation_config, name, None)
         token = getattr(model.config, name, None) if token is None else token
         if token is not None:
             return int(token[0] if isinstance(token, Sequence) else token)
-    raise ValueError(
-        f"{type(model).__name__} can begin no text of its own, as its configuration has neither "
-        f"{' nor '.join(names)}; give prompts"
-    )
+    return None
+
+
+def _beginnings(model: nn.Module, rows: int) -> list[list[int]]:
+    first = _first_token(model)
+    if first is None:
+        raise ValueError(
+            f"{type(model).__name__} can begin no text of its own, as its configuration has "
+            f"neither {' nor '.join(FIRST_TOKENS)}; give prompts"
+        )
+    return [[first]] * rows
 
 
 def _checked(prompts: Any) -> list[list[int]]:
@@ -144,7 +148,11 @@ def _answers(model: Any, given: list[list[int]], tokens: int, seed: int) -> list
         noise = torch.empty_like(scores, dtype=torch.float32).exponential_(generator=generator)
         return scores.float() - noise.log()
 
-    with adapters_disabled(model), in_eval_mode(model), _generating_plainly(model):
+    with ExitStack() as held:
+        held.enter_context(torch.compiler.set_stance("force_eager"))
+        held.enter_context(adapters_disabled(model))
+        held.enter_context(in_eval_mode(model))
+        held.enter_context(_generating_plainly(model))
         rows = model.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),

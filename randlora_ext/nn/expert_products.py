@@ -1,6 +1,7 @@
 """What experts multiply with an adapted parameter, seen from outside of the model's code."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -45,16 +46,21 @@ class ExpertProducts(TorchFunctionMode):
         report: is called as ``report(layer, x, y, expert)`` for every product whose matrix lies in
             the memory of a layer's parameter: the expert's tokens x (tokens, in_features) and
             their outputs y (tokens, out_features).
+        watched: if given, gradients are reported in place of outputs, during backward:
+            ``watched(y, keep)`` returns what the model goes on with, and has ``keep`` called with
+            the gradient.
     """
 
     def __init__(
         self,
         layers: Sequence[AdaptedParameter],
         report: Callable[[AdaptedParameter, Tensor, Tensor, int], None],
+        watched: Callable[[Tensor, Callable[[Tensor], None]], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.layers = layers
         self.report = report
+        self.watched = watched
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -72,11 +78,16 @@ class ExpertProducts(TorchFunctionMode):
         ends = product.ends and argument(product.position + 2, product.ends)
         for layer in self.layers:
             if _lies_in(matrix, layer._base_weight()):
-                self._report_stack(layer, x, matrix.mT if name == _LINEAR else matrix, y, ends)
+                stack = matrix.mT if name == _LINEAR else matrix
+                report = partial(self._report_stack, layer, x.detach(), stack, ends)
+                if self.watched is None:
+                    report(y)
+                else:
+                    y = self.watched(y, report)
         return y
 
     def _report_stack(
-        self, layer: AdaptedParameter, x: Tensor, matrix: Tensor, y: Tensor, ends: Tensor | None
+        self, layer: AdaptedParameter, x: Tensor, matrix: Tensor, ends: Tensor | None, y: Tensor
     ) -> None:
         """The product y of x (..., in) and a matrix (in, out), or a stack of these; `ends` says
         where the rows of each expert end, if x has them one after the other."""

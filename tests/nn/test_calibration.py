@@ -9,6 +9,7 @@ import pytest
 import torch
 from input_scale_nets import Net, layer_of, net
 from layer_helpers import (
+    adapt,
     input_scale_of,
     normalized,
     randomize,
@@ -17,7 +18,6 @@ from layer_helpers import (
 )
 from torch import nn
 
-import randlora_ext
 from randlora_ext import RandLoraLinear, calibrate
 from randlora_ext.batches import moved_to
 
@@ -108,7 +108,7 @@ def test_zeros_in_most_features_leave_their_vector_finite():
 def padded(monkeypatch):
     """A calibrated model of one layer, and the tokens that the mask leaves of its batch."""
     monkeypatch.setattr(Net, "forward", lambda self, x, attention_mask: self.one(x))
-    model = randlora_ext.apply_randlora(Net(), ["one"], r=5, basis="hadamard")
+    model = adapt(Net(), "one", r=5, basis="hadamard")
     x, mask = uneven(2, 7), torch.ones(2, 7, dtype=torch.long)
     mask[0, :4] = 0
     calibrate(model, [{"x": x, "attention_mask": mask}])
@@ -118,7 +118,7 @@ def padded(monkeypatch):
 def test_a_mask_of_another_order_of_dimensions_leaves_nothing_out(monkeypatch):
     """A model that takes (tokens, batch, features), of which (batch, tokens) says nothing."""
     monkeypatch.setattr(Net, "forward", lambda self, x, attention_mask: self.one(x))
-    model = randlora_ext.apply_randlora(Net(), ["one"], r=5, basis="hadamard")
+    model = adapt(Net(), "one", r=5, basis="hadamard")
     x, mask = uneven(7, 2), torch.ones(2, 7)
     mask[0, :4] = 0
     calibrate(model, [{"x": x, "attention_mask": mask}])
@@ -129,7 +129,7 @@ def test_a_mask_of_another_order_of_dimensions_leaves_nothing_out(monkeypatch):
 @pytest.mark.parametrize("mask", [{"full": torch.zeros(2, 7)}, torch.zeros(2, 1, 7, 7)])
 def test_a_mask_of_another_form_is_told_and_leaves_nothing_out(monkeypatch, mask):
     monkeypatch.setattr(Net, "forward", lambda self, x, attention_mask: self.one(x))
-    model = randlora_ext.apply_randlora(Net(), ["one"], r=5, basis="hadamard")
+    model = adapt(Net(), "one", r=5, basis="hadamard")
     with pytest.warns(UserWarning, match=r"attention_mask is no tensor \(batch, tokens\)"):
         calibrate(model, [{"x": uneven(2, 7), "attention_mask": mask}])
     assert model.one.is_calibrated("default")
@@ -168,7 +168,7 @@ def test_the_median_layer_of_every_model_responds_equally(names):
         layers["two"].weight *= 30  # a layer that responds little goes on doing so
     model = nn.Sequential(*(layers[name] for name in ("one", "two", "three")))
     places = [str(["one", "two", "three"].index(name)) for name in names]
-    randlora_ext.apply_randlora(model, places, r=5, basis="hadamard")
+    adapt(model, *places, r=5, basis="hadamard")
     seen = {}
     for at in places:
         model[int(at)].register_forward_hook(lambda _, x, y, at=at: seen.update({at: (x[0], y)}))
@@ -191,13 +191,10 @@ def test_a_layer_whose_outputs_are_zero_has_no_strength_of_its_own():
         assert layer.randlora_input_scale["default"].isfinite().all()
 
 
-def test_only_active_hadamard_adapters():
-    layer = layer_of(basis="hadamard")
-    layer.update_layer("sparse", r=5, density=0.3)
-    layer.update_layer("idle", r=5, basis="hadamard")
-    layer.set_adapter(["default", "sparse"])
-    calibrate(layer, [uneven(9)])
-    assert [name for name in layer.bases if layer.is_calibrated(name)] == ["default"]
+def test_only_adapters_on_hadamard_bases():
+    layers = nn.Sequential(layer_of(density=0.3), layer_of(40, basis="hadamard"))
+    assert [*calibrate(layers, [uneven(9)])] == ["1"]
+    assert layers[1].is_calibrated("default")
 
 
 def merged():
@@ -208,7 +205,7 @@ def merged():
 
 def disabled():
     layer = layer_of(basis="hadamard")
-    layer.disable()
+    layer.disabled = True
     return layer
 
 

@@ -1,0 +1,179 @@
+"""What adapted layers take and give, and how the loss changes with what they give."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .batches import moved_to
+from .checks import warn_user
+from .eval_mode import in_eval_mode
+from .nn.adapted_layer import AdaptedLayer
+from .nn.expert_products import ExpertProducts
+from .nn.experts import AdaptedParameter
+from .own_text import NO_LABEL
+
+
+@dataclass
+class Sums:
+    """Over the tokens that the experts of a layer have seen; a linear layer is one expert. On the
+    CPU, in float64."""
+
+    squares: Tensor  # (experts, in_features): of x * x
+    values: Tensor  # likewise, of x
+    tokens: Tensor  # (experts, 1): how many
+    outputs: Tensor  # likewise: of the mean square of each token's outputs
+    gradients: Tensor  # (experts, out_features): of the squared gradient of the loss to the outputs
+
+    @classmethod
+    def of(cls, layer: AdaptedLayer) -> "Sums":
+        widths = layer.in_features, layer.in_features, 1, 1, layer.out_features
+        experts = math.prod(layer.experts)
+        return cls(*(torch.zeros(experts, width, dtype=torch.float64) for width in widths))
+
+    def all(self) -> tuple[Tensor, ...]:
+        return self.squares, self.values, self.tokens, self.outputs, self.gradients
+
+    def add(self, x: Tensor, y: Tensor, expert: int = 0) -> None:
+        """Tokens x (tokens, in_features) and what became of them, y (tokens, out_features)."""
+        if not len(x):
+            return
+        x, y = x.float(), y.float()
+        self.squares[expert] += x.square().sum(0, dtype=torch.float64).cpu()
+        self.values[expert] += x.sum(0, dtype=torch.float64).cpu()
+        self.tokens[expert] += len(x)
+        self.outputs[expert] += y.square().mean(1).sum(dtype=torch.float64).cpu()
+
+    def add_gradient(self, gradient: Tensor, expert: int = 0) -> None:
+        """To the outputs (tokens, out_features) of tokens that `add` counts."""
+        squares = gradient.float().square().sum(0, dtype=torch.float64)
+        self.gradients[expert] += squares.cpu()
+
+
+SumsOfLayers = Mapping[AdaptedLayer, Sums]
+
+
+@torch.no_grad()
+def observe(model: nn.Module, batch: Any, sums: SumsOfLayers) -> None:
+    """Calls the model in eval mode, and adds what its layers take and give to `sums`, but where
+    the batch's "attention_mask" (batch, tokens) is zero."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        mask = None
+        warn_user("attention_mask is no tensor (batch, tokens), so padding is measured, too")
+
+    def add(layer, args, kwargs, y) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        places = x.shape[:-1]
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if mask is not None and places in (mask.shape, (mask.numel(),)):
+            kept = mask.flatten().to(x.device) != 0
+            x, y = x[kept], y[kept]
+        sums[layer].add(x, y)
+
+    def add_of_expert(layer, x, y, expert) -> None:
+        sums[layer].add(x, y, expert)
+
+    experts = [layer for layer in sums if isinstance(layer, AdaptedParameter)]
+    with ExitStack() as held:
+        held.enter_context(_plain(model, sums))
+        if experts:  # a mode slows every call of torch
+            held.enter_context(ExpertProducts(experts, add_of_expert))
+        for layer in sums:
+            if not isinstance(layer, AdaptedParameter):
+                held.enter_context(layer.register_forward_hook(add, with_kwargs=True))
+        _call(model, batch)
+
+
+def differentiate(model: nn.Module, batch: Any, sums: SumsOfLayers) -> bool:
+    """Adds to `sums` the gradient of the batch's loss, a sum over its labels, to the layers'
+    outputs. False, and adds nothing, if the batch has no labels or the model gives no loss.
+
+    No gradient of a parameter is computed.
+    """
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, Tensor):
+        return False
+    # DDP would wait for gradients of parameters.
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    with torch.enable_grad(), _plain(inner, sums), _frozen(inner), _gradients_added(sums):
+        for module in inner.modules():
+            # Of layers that save memory by computing themselves again: they do in training mode.
+            module.training |= bool(getattr(module, "gradient_checkpointing", False))
+        loss = getattr(_call(inner, batch), "loss", None)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            return False
+        (loss * (labels != NO_LABEL).sum().to(loss.device)).backward()
+    return True
+
+
+@contextmanager
+def _gradients_added(sums: SumsOfLayers) -> Iterator[None]:
+    """Layers called inside it add the gradients to their outputs to `sums`, during backward."""
+
+    def watched(y: Tensor, keep: Callable[[Tensor], None]) -> Tensor:
+        if not torch.is_grad_enabled():
+            return y
+        # The sum with a leaf requires a gradient, whatever y depends on.
+        y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
+        y.register_hook(keep)
+        return y
+
+    def watch(layer, args, y) -> Tensor:
+        def keep(gradient: Tensor) -> None:
+            sums[layer].add_gradient(gradient.reshape(-1, gradient.shape[-1]))
+
+        return watched(y, keep)
+
+    def add_of_expert(layer, _, gradient, expert) -> None:
+        sums[layer].add_gradient(gradient, expert)
+
+    experts = [layer for layer in sums if isinstance(layer, AdaptedParameter)]
+    with ExitStack() as held:
+        if experts:
+            held.enter_context(ExpertProducts(experts, add_of_expert, watched))
+        for layer in sums:
+            if not isinstance(layer, AdaptedParameter):
+                held.enter_context(layer.register_forward_hook(watch))
+        yield
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    arguments = moved_to(model, batch)
+    if isinstance(arguments, Mapping):
+        return model(**arguments)
+    if isinstance(arguments, (tuple, list)):
+        return model(*arguments)
+    return model(arguments)
+
+
+@contextmanager
+def _plain(model: nn.Module, layers: SumsOfLayers) -> Iterator[None]:
+    """The model not compiled and in eval mode, its experts with their own weights."""
+    with ExitStack() as held:
+        held.enter_context(torch.compiler.set_stance("force_eager"))
+        held.enter_context(in_eval_mode(model))
+        for layer in layers:
+            if isinstance(layer, AdaptedParameter):
+                layer.takes_base_weight = True
+                held.callback(delattr, layer, "takes_base_weight")
+        yield
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient; afterwards each has the one that it had."""
+    trained = {p: p.grad for p in model.parameters() if p.requires_grad}
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, gradient in trained.items():
+            parameter.requires_grad_(True)
+            parameter.grad = gradient  # FSDP2's copies of parameters go on to require gradients

@@ -1,0 +1,241 @@
+"""`calibrate` with labels: one strength per layer, from the gradients to the layers' outputs."""
+
+import copy
+import statistics
+
+import expert_models
+import peft
+import pytest
+import torch
+from language_models import llama
+from layer_helpers import input_scale_of
+
+import randlora_ext
+from randlora_ext.calibration import COST
+from randlora_ext.own_text import own_text
+
+TARGETS = ["q_proj", "o_proj", "gate_proj", "down_proj"]
+
+
+def adapted(model, targets=TARGETS, **options):
+    randlora_ext.peft.enable()
+    options |= {"target_modules": targets, "task_type": "CAUSAL_LM"}
+    config = randlora_ext.peft.RandLoraConfig(r=4, randlora_alpha=80, basis="hadamard", **options)
+    return peft.get_peft_model(model, config)
+
+
+def task(rows: int = 3, tokens: int = 20, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Two batches, of which prompts have no labels and one row is padded on the left."""
+    batches = []
+    for k in range(2):
+        generator = torch.Generator().manual_seed(seed + k)
+        ids = torch.randint(3, 50, (rows, tokens), generator=generator)
+        mask, labels = torch.ones_like(ids), ids.clone()
+        labels[:, : tokens // 2] = -100
+        mask[0, :4] = 0
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def spread_out(model):
+    """Layers as different as those of a trained model."""
+    with torch.no_grad():
+        for k, parameter in enumerate(model.parameters()):
+            parameter.mul_(3 * (1 + k % 5))
+    return model
+
+
+def statistics_of(model, batches, names):
+    """By autograd in float64: of each layer its inputs, and the gradients of the summed loss to
+    its outputs, of all tokens."""
+    inputs: dict = {name: [] for name in names}
+    outputs: dict = {name: [] for name in names}
+    model = copy.deepcopy(model).double()
+    kept = []
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+
+        def watch(_, args, y, name, mask=mask):
+            y.retain_grad()
+            inputs[name].append(args[0].detach()[mask])
+            outputs[name].append(y)
+            kept.append(mask)
+
+        hooks = [
+            model.get_submodule(name).register_forward_hook(
+                lambda *args, name=name: watch(*args, name=name)
+            )
+            for name in names
+        ]
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        for hook in hooks:
+            hook.remove()
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+        )
+        loss.backward()
+    x = {name: torch.cat(each) for name, each in inputs.items()}
+    masks = [batch["attention_mask"].bool() for batch in batches]
+    gradients = {
+        name: torch.cat([y.grad[mask] for y, mask in zip(each, masks, strict=True)])
+        for name, each in outputs.items()
+    }
+    return x, gradients
+
+
+def wanted(model, batches) -> dict[str, float]:
+    """g / F, in a unit that makes the sum of their squares times F the same for all models."""
+    names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in TARGETS]
+    x, gradients = statistics_of(model, batches, names)
+    own_x, own_gradients = statistics_of(model, own_text(model), names)
+    ratios, costs = {}, {}
+    for name in names:
+        scale = input_scale_of(x[name]).double()
+        scale /= scale.square().mean().sqrt()
+        slope = gradients[name].square().mean(0).sqrt().sum()
+        gain = slope * (scale * x[name].std(0, correction=0)).sum()
+        energy = (own_x[name] * scale).square().mean(0).sum()
+        costs[name] = own_gradients[name].square().mean(0).sum() * energy
+        ratios[name] = gain / costs[name]
+    unit = (COST / sum(ratios[name] ** 2 * costs[name] for name in names)).sqrt()
+    return {name: float(unit * ratio) for name, ratio in ratios.items()}
+
+
+def test_strengths_are_gains_over_costs():
+    base = spread_out(llama())
+    want = wanted(base, task())
+    model = adapted(copy.deepcopy(base))
+    strengths = randlora_ext.calibrate(model, task())
+    assert strengths == pytest.approx({f"base_model.model.{n}": c for n, c in want.items()}, 1e-4)
+    assert max(want.values()) > 3 * min(want.values())
+    for name, strength in strengths.items():
+        scale = model.get_submodule(name).randlora_input_scale["default"]
+        assert scale.square().mean().sqrt().item() == pytest.approx(strength, rel=1e-5)
+
+
+def test_gradients_and_modes_stay_as_they_are():
+    model = adapted(llama()).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    trained[0].grad = torch.ones_like(trained[0])
+    modes = [module.training for module in model.modules()]
+    states = torch.get_rng_state(), {name: t.clone() for name, t in model.named_parameters()}
+    randlora_ext.calibrate(model, task())
+    assert [p for p in model.parameters() if p.requires_grad] == trained
+    assert trained[0].grad.eq(1).all() and not any(p.grad is not None for p in trained[1:])
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert all(torch.equal(t, states[1][name]) for name, t in model.named_parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_saves_memory_and_changes_nothing(reentrant, monkeypatch):
+    base = spread_out(llama())
+    want = randlora_ext.calibrate(adapted(copy.deepcopy(base)), task())
+    model = adapted(copy.deepcopy(base))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    again = []
+    norm = model.get_base_model().model.layers[0].input_layernorm
+    norm.register_forward_hook(lambda *_: again.append(torch.is_grad_enabled()))
+    assert randlora_ext.calibrate(model, task()) == pytest.approx(want, rel=1e-5)
+    count = len(task()) + len(own_text(base))
+    # Twice in each backward pass; in the first one reentrant checkpoints have no gradients.
+    assert again.count(True) == (1 if reentrant else 2) * count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_of_16_bits(dtype):
+    base = llama()
+    want = randlora_ext.calibrate(adapted(copy.deepcopy(base)), task())
+    model = adapted(copy.deepcopy(base).to(dtype))
+    assert randlora_ext.calibrate(model, task()) == pytest.approx(want, rel=0.3)
+
+
+def test_without_labels_all_layers_are_as_strong():
+    with_labels, without = adapted(llama()), adapted(llama())
+    strengths = randlora_ext.calibrate(with_labels, task())
+    bare = [{name: t for name, t in batch.items() if name != "labels"} for batch in task()]
+    equal = randlora_ext.calibrate(without, bare)
+    assert len(set(equal.values())) == 1 < len(set(strengths.values()))
+    assert randlora_ext.calibrate(without, [*task(), bare[0]]) != strengths
+
+
+def test_a_layer_that_own_text_does_not_reach_has_the_median_strength():
+    class WithImages(type(llama())):
+        def __init__(self, config):
+            super().__init__(config)
+            self.vision = torch.nn.Linear(6, 32)
+
+        def forward(self, input_ids=None, images=None, **kwargs):
+            if images is None:
+                return super().forward(input_ids=input_ids, **kwargs)
+            seen = self.vision(images)[:, None]
+            embedded = self.model.embed_tokens(input_ids) + seen
+            return super().forward(**kwargs | {"inputs_embeds": embedded})
+
+    torch.manual_seed(0)
+    model = adapted(WithImages(llama().config), [*TARGETS, "vision"])
+    batches = [batch | {"images": torch.rand(3, 6)} for batch in task()]
+    strengths = randlora_ext.calibrate(model, batches)
+    vision = strengths.pop("base_model.model.vision")
+    assert vision == pytest.approx(statistics.median(strengths.values()))
+
+
+def products_of(model, name, batches, monkeypatch):
+    """Of each expert of a parameter (experts, out, in) its inputs, and the gradients of the summed
+    loss to its outputs, by autograd in float64."""
+    weight = model.get_parameter(name)
+    seen: dict = {expert: [] for expert in range(len(weight))}
+    linear = torch.nn.functional.linear
+
+    def watching(x, w, *bias):
+        y = linear(x, w, *bias)
+        if w.data_ptr() in pointers:
+            y.retain_grad()
+            seen[pointers.index(w.data_ptr())].append((x.detach(), y))
+        return y
+
+    pointers = [w.data_ptr() for w in weight]
+    monkeypatch.setattr(torch.nn.functional, "linear", watching)
+    for batch in batches:
+        loss = model(**batch).loss
+        (loss * (batch["labels"] != -100).sum()).backward()
+    monkeypatch.undo()
+    for products in seen.values():
+        x, y = zip(*products, strict=True)
+        yield torch.cat(x), torch.cat([each.grad for each in y])
+
+
+@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+def test_all_experts_of_a_parameter_have_one_strength(way, monkeypatch):
+    """Their gains and costs are means over the tokens of all experts."""
+    base = expert_models.make("Mixtral")
+    base.set_experts_implementation("eager")
+    names = [f"model.layers.{i}.mlp.experts.{p}_proj" for i in (0, 1) for p in ("gate_up", "down")]
+    model = copy.deepcopy(base)
+    model.set_experts_implementation(way)
+    model = adapted(model, [], target_parameters=expert_models.EXPERTS)
+    batches = [{name: t.repeat(8, 1) for name, t in expert_models.batch().items()}]
+    strengths = randlora_ext.calibrate(model, batches)
+    assert {name.removeprefix("base_model.model.") for name in strengths} == {*names}
+    texts, base, ratios = own_text(base), base.double(), {}
+    for name in names:
+        module, _, parameter = f"base_model.model.{name}".rpartition(".")
+        layer = model.get_submodule(module).adapted_parameters[parameter]
+        scales = layer.randlora_input_scale["default"].double()
+        scales = scales / scales.square().mean(1, keepdim=True).sqrt()
+        gain = cost = total = 0.0
+        products = products_of(base, name, batches, monkeypatch)
+        for scale, (x, gradients) in zip(scales, products, strict=True):
+            slope = gradients.square().mean(0).sqrt().sum()
+            gain += len(x) * slope * (scale * x.std(0, correction=0)).sum()
+            total += len(x)
+        own_total = 0
+        products = products_of(base, name, texts, monkeypatch)
+        for scale, (x, gradients) in zip(scales, products, strict=True):
+            energy = (x * scale).square().mean(0).sum()
+            cost += len(x) * gradients.square().mean(0).sum() * energy
+            own_total += len(x)
+        ratios[f"base_model.model.{name}"] = gain / total / (cost / own_total)
+    middle = statistics.median(ratios.values()) / statistics.median(strengths.values())
+    want = {name: float(ratio / middle) for name, ratio in ratios.items()}
+    assert strengths == pytest.approx(want, rel=1e-3)
