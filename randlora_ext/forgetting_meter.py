@@ -13,6 +13,7 @@ from .checks import check_model
 from .eval_mode import in_eval_mode
 from .nn.adapted_layer import layers_by_name
 from .own_text import NO_LABEL, adapters_disabled, own_text, writes
+from .ranks import rank
 
 NUMBERS_AT_ONCE = 2**24  # of logits in float32, so that a large vocabulary takes no more memory
 
@@ -107,10 +108,10 @@ def _peft_models(model: nn.Module) -> list[nn.Module]:
 
 
 def own_text_of(model: nn.Module, prompts: Any = None, seed: int = 0) -> list[dict[str, Tensor]]:
-    """`own_text` by the base of a model that may be wrapped."""
+    """`own_text` by the base of a model that may be wrapped; other text on every rank."""
     writer = next((module for module in model.modules() if writes(module)), model)
     with base_of(model):
-        return own_text(writer, prompts=prompts, seed=seed)
+        return own_text(writer, prompts=prompts, seed=seed + rank())
 
 
 def _check_adapters(model: nn.Module) -> None:

@@ -41,9 +41,8 @@ def own_text(
         tokens: how many the model writes at most in a row.
         prompts: rows of token ids, each answered once, as of a chat model
             ``tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]``.
-        seed: of the generator that samples; torch's own generators stay as they are. If
-            torch.distributed is initialized, every rank adds its rank and writes other rows; all
-            must call with equally many rows if FSDP2 or DeepSpeed's ZeRO-3 has sharded the model.
+        seed: of the generator that samples; torch's own generators stay as they are. If FSDP2 or
+            DeepSpeed's ZeRO-3 has sharded the model, all ranks must call, with equally many rows.
 
     Returns:
         A batch a row, so that none is padded: ``input_ids``, ``attention_mask`` and ``labels``, all
@@ -141,7 +140,7 @@ def _answers(model: Any, given: list[list[int]], tokens: int, seed: int) -> list
     pad = ends[0] if ends else 0  # it is masked, so any serves
     ids = [[pad] * n + row for n, row in zip(padding, given, strict=True)]
     mask = [[0] * n + [1] * len(row) for n, row in zip(padding, given, strict=True)]
-    generator = torch.Generator(device).manual_seed(seed + _rank())
+    generator = torch.Generator(device).manual_seed(seed)
 
     def sample(_: Tensor, scores: Tensor) -> Tensor:
         """By Gumbel's noise: the largest is one drawn from softmax(scores)."""
@@ -171,10 +170,6 @@ def _device(model: nn.Module) -> torch.device:
     """Of the first parameter; those that accelerate has offloaded are on the meta device."""
     devices = (parameter.device for parameter in model.parameters())
     return next((each for each in devices if each.type != "meta"), torch.device("cpu"))
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def _ends(model: Any) -> list[int]:

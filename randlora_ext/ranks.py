@@ -4,10 +4,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeGuard
 
+import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:  # slow to import
     from torch.distributed.tensor import DTensor
+
+
+def rank() -> int:
+    """This process's, 0 if there is one alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def is_dtensor(t: object) -> "TypeGuard[DTensor]":
