@@ -127,3 +127,19 @@ def test_readme_has_the_numbers_of_the_evidence():
             rounding = 0.0051 if number > 0.1 else 0.00051
             assert number == pytest.approx(float(measured.split()[0]), abs=rounding)
             assert ("(1" in measured) == told.endswith("* ") or "**" in told
+
+
+def test_pages_that_are_named_exist():
+    """In comments, docstrings and messages; mkdocs looks at the links of pages."""
+    endings = {".py", ".h", ".cpp", ".cu", ".cmake", ".sh", ".toml", ".txt", ".yml", ".md"}
+    folders = "randlora_ext", "csrc", "tests", "tools", "benchmarks", "examples", "cmake"
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    files += [*ROOT.glob("*.toml"), *ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*.txt")]
+    named = [
+        (path.relative_to(ROOT).as_posix(), page)
+        for path in files
+        if path.suffix in endings
+        for page in re.findall(r"\bdocs/[\w/-]+\.md\b", path.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 50
+    assert [each for each in named if not (ROOT / each[1]).exists()] == []
