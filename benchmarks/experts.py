@@ -112,10 +112,10 @@ def vectors() -> None:
     model = peft.get_peft_model(base, randlora_ext.peft.RandLoraConfig(r=8, **chosen))
     randlora_ext.calibrate(model, [torch.randint(50, (32, 64))])
     for name, layer in model.named_modules():
-        if isinstance(layer, randlora_ext.peft.layer.ParamWrapper):
+        if getattr(layer, "experts", ()) and hasattr(layer, "randlora_input_scale"):
             between = torch.corrcoef(layer.randlora_input_scale["default"].log())
             others = between[~torch.eye(len(between), dtype=torch.bool)]
-            print(f"{name.split('layers.')[1]:30} {layer.parameter_name:13} {others.mean():6.2f}")
+            print(f"{name.split('layers.')[1]:60} {others.mean():6.2f}")
 
 
 def main() -> None:

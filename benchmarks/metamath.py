@@ -19,7 +19,6 @@ from pathlib import Path
 
 import randlora_ext.peft
 
-TARGETS = ["gate_proj", "up_proj", "down_proj"]
 NAME = "randlora/llama-3.2-3B-hadamard-calibrated"
 HOOK = (  # (a line of run.py, what it becomes)
     ("import random\n", "import random\nimport runpy\n"),
@@ -62,7 +61,7 @@ def add_row(experiment: Path) -> None:
     experiment.mkdir(parents=True)
     randlora_ext.peft.enable()
     config = randlora_ext.peft.RandLoraConfig(
-        r=32, randlora_alpha=640, basis="hadamard", target_modules=TARGETS
+        r=32, randlora_alpha=640, basis="hadamard", target_modules="all-linear"
     )
     config.save_pretrained(experiment)
     # PEFT's default decay, 0.1, would pull gamma, and with it dW, to zero.

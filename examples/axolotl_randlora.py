@@ -4,7 +4,7 @@
     adapter: randlora
     lora_r: 32
     lora_alpha: 640               # dW is scaled by 640 / 32 = 20
-    lora_target_modules: [gate_proj, up_proj, down_proj]   # or lora_target_linear: true
+    lora_target_linear: true      # or lora_target_modules: [gate_proj, up_proj, down_proj]
     learning_rate: 1e-3
     weight_decay: 0.0
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TARGETS = ["gate_proj", "up_proj", "down_proj"]  # of the MLPs
+# Every linear layer of the blocks; "all-linear" in PEFT.
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -32,7 +33,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 def parse(options: argparse.ArgumentParser) -> argparse.Namespace:
     args = options.parse_args()
     if args.toy:
-        args.steps, args.block, args.rank, args.text = 30, 32, 8, Path(__file__)
+        args.steps, args.block, args.rank, args.lr, args.text = 30, 32, 8, 1e-2, Path(__file__)
     elif args.text is None:
         options.error("--text is needed: a file to train on (or --toy)")
     return args

@@ -1,7 +1,7 @@
 """A tuner that gives ms-swift the type "randlora":
 
     swift sft --external_plugins examples/ms_swift_randlora.py --tuner_type randlora \
-        --target_modules gate_proj up_proj down_proj --callbacks forgetting \
+        --target_modules all-linear --callbacks forgetting \
         --lora_rank 32 --lora_alpha 640 --learning_rate 1e-3 --weight_decay 0
 
 The callback calibrates a new adapter before the first step, so that the model forgets less, and

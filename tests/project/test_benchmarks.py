@@ -136,6 +136,6 @@ def test_pefts_runner_gets_a_hook_and_a_row(tmp_path):
     found["tokenizer"] = SimpleNamespace(pad=pad)
     found["get_train_valid_test_datasets"] = lambda **named: (Rows(), None, None)
     model = runpy.run_path(str(run), found)["main"](str(run.parent / "experiments" / metamath.NAME))
-    assert len(are_calibrated(model)) == 6 and all(are_calibrated(model))
+    assert len(are_calibrated(model)) == 14 and all(are_calibrated(model))
     with pytest.raises(ValueError, match="'import random.n' 0 times"):
         metamath.with_hook(RUNNER.replace("import random", ""))

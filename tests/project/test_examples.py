@@ -36,9 +36,9 @@ def saved(folder: Path) -> list[str]:
 def test_finetune_trainer(tmp_path, run_example):
     output = run_example("finetune_trainer.py", "--toy")
     first, last = map(float, re.search(r"^loss (\S+) -> (\S+)$", output, re.M).groups())
-    assert last < first and "6 RandLoRA layers: " in output
+    assert last < first and "14 RandLoRA layers: " in output
     assert "calibrated the adapter" in output
-    assert difference(output, "reloaded") < 1e-5 and len(saved(tmp_path)) == 18
+    assert difference(output, "reloaded") < 1e-5 and len(saved(tmp_path)) == 42
 
 
 def test_plain_pytorch(tmp_path, run_example):
@@ -46,14 +46,14 @@ def test_plain_pytorch(tmp_path, run_example):
     assert losses(output)[-1] < losses(output)[0]
     assert difference(output, "reloaded") == 0 and difference(output, "merged") < 1e-5
     adapter = torch.load(tmp_path / "randlora-adapter" / "adapter.pt")
-    assert len(adapter) == 24  # of 6 layers lambda, gamma, input scale and record
+    assert len(adapter) == 56  # of 14 layers lambda, gamma, input scale and record
 
 
 def test_quantized_base(tmp_path, run_example):
     pytest.importorskip("bitsandbytes")
     output = run_example("quantized_base.py", "--toy")
-    assert losses(output)[-1] < losses(output)[0] and len(saved(tmp_path)) == 18
-    assert "14 layers of 4 bits; 6 RandLoRA layers: " in output
+    assert losses(output)[-1] < losses(output)[0] and len(saved(tmp_path)) == 42
+    assert "14 layers of 4 bits; 14 RandLoRA layers: " in output
 
 
 def test_vision(tmp_path, run_example):
