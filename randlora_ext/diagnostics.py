@@ -105,7 +105,8 @@ def relative_error(basis: Basis, tokens: int, dtype: torch.dtype, device: torch.
     generator = torch.Generator().manual_seed(basis.r)
     n_in, n_out, r, n, d = basis.in_features, basis.out_features, basis.r, basis.n, basis.d
     shapes = (tokens, n_in), (n_out, n_in), (r, n), (n, d), (tokens, n_out), (n_out, n_in)
-    x, W, lam, gam, dy, ddW = (torch.randn(shape, generator=generator) for shape in shapes)
+    drawn = (torch.randn(s, generator=generator, dtype=torch.float32) for s in shapes)
+    x, W, lam, gam, dy, ddW = drawn
     given = x.to(dtype), (W / n_in**0.5).to(dtype), lam, gam / d, dy.to(dtype), ddW
 
     x, W, lam, gam, dy, ddW = (t.detach().to(device) for t in given)
