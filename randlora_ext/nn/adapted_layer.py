@@ -35,8 +35,8 @@ class AdaptedLayer(KeepsWeight):
     # Those whose outputs are added, unless the layer is disabled.
     active_adapters: Sequence[str]
     disabled = False
-    # Whether forward is still to look if an adapter is trained without calibration.
-    watches_calibration = False
+    # Adapters of which forward is still to look if they are trained without calibration.
+    uncalibrated: frozenset[str] = frozenset()
 
     def _force_module_call(self) -> None:
         """Makes nn.TransformerEncoderLayer call this layer in eval mode. Its fused kernel would
@@ -142,7 +142,7 @@ class AdaptedLayer(KeepsWeight):
 
     def _output_with_adapters(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and those of these adapters, by one operator if that may be."""
-        if self.watches_calibration:
+        if self.uncalibrated:
             warn_if_uncalibrated(self, names)
         base = self._modules["base_layer"]
         if len(names) == 1 and not args and not kwargs:

@@ -111,7 +111,7 @@ class AdaptedParameter(AdaptedLayer):
         names = [] if self.takes_base_weight else self._adapters_to_add()
         if not names:
             return None
-        if self.watches_calibration:
+        if self.uncalibrated:
             warn_if_uncalibrated(self, names)
         weight = self._base_weight()
         offloaded = weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook")  # accelerate's

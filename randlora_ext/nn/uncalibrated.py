@@ -17,24 +17,24 @@ def watch_calibration(model: nn.Module, adapter: str) -> None:
     module: Any
     for module in model.modules():
         if adapter in getattr(module, "randlora_input_scale", ()):
-            module.watches_calibration = True
+            module.uncalibrated = module.uncalibrated | {adapter}
             return
 
 
 def warn_if_uncalibrated(layer: Any, names: Sequence[str]) -> None:
-    """Called in forward of an `AdaptedLayer`. In the first one that trains these adapters, it warns
-    if one is new and not calibrated; it does not look again. Compiled code does not look at all."""
+    """Called in forward of an `AdaptedLayer`. In the first one that trains an adapter of
+    ``layer.uncalibrated``, it warns if that is new and not calibrated; it does not look again.
+    Compiled code does not look at all."""
     if torch.compiler.is_compiling() or not layer.training or not torch.is_grad_enabled():
         return
-    trained = [name for name in names if layer.randlora_lambda[name].requires_grad]
-    if not trained:
-        return
-    layer.watches_calibration = False
-    for name in trained:
-        scales = layer.randlora_input_scale
-        if name not in scales or scales.are_calibrated(name):
+    for name in names:
+        lam = layer.randlora_lambda[name]
+        if name not in layer.uncalibrated or not lam.requires_grad:
             continue
-        if bool(layer.randlora_lambda[name].any()):  # it has trained already
+        layer.uncalibrated = layer.uncalibrated - {name}
+        scales = layer.randlora_input_scale  # which a later adapter of that name may lack
+        has_trained = bool(lam.any())
+        if has_trained or name not in scales or scales.are_calibrated(name):
             continue
         warn_user(
             f"RandLoRA adapter {name!r} is trained without calibration, so the model will forget "
