@@ -186,15 +186,21 @@ def strengths(tuned, batches, vectors: dict, formula: str, model: str) -> dict:
     return {layer: factor * c[layer] for layer in vectors}
 
 
+ON_OWN_TEXT: dict = {}  # sensitivities by the names of model and layer; no vector changes them
+
+
 def gains_and_costs(tuned, batches, vectors: dict, model: str) -> tuple[dict, dict]:
     """Of each layer g and F: what a step of size one learns, and what it forgets."""
+    names = {layer: name for name, layer in tuned.named_modules()}
     task = sensitivities(tuned, batches)
-    own = sensitivities(tuned, own_batches(model))
+    if not all((model, names[layer]) in ON_OWN_TEXT for layer in vectors):
+        for layer, found in sensitivities(tuned, own_batches(model)).items():
+            ON_OWN_TEXT[model, names[layer]] = found
     gains, costs = {}, {}
     for layer, vector in vectors.items():
         G, _, deviation = task[layer]
         gains[layer] = float(G.sqrt().sum() * (vector * deviation).sum())
-        G, A, _ = own[layer]
+        G, A, _ = ON_OWN_TEXT[model, names[layer]]
         costs[layer] = float(G.sum() * (vector.square() * A).sum())
     return gains, costs
 

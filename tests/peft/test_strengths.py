@@ -11,6 +11,7 @@ from language_models import llama
 from layer_helpers import input_scale_of
 
 import randlora_ext
+import randlora_ext.peft
 from randlora_ext.calibration import COST
 from randlora_ext.own_text import own_text
 
@@ -148,6 +149,26 @@ def test_layers_of_16_bits(dtype):
     want = randlora_ext.calibrate(adapted(copy.deepcopy(base)), task())
     model = adapted(copy.deepcopy(base).to(dtype))
     assert randlora_ext.calibrate(model, task()) == pytest.approx(want, rel=0.3)
+
+
+def test_layers_of_4_bits_which_train_afterwards():
+    """As layers that hold what their 4 bits stand for."""
+    bnb = pytest.importorskip("bitsandbytes")
+    base = llama(hidden_size=64, intermediate_size=128)
+    plain = copy.deepcopy(base)
+    for name in [n for n, _ in base.named_modules() if n.rpartition(".")[2] in TARGETS]:
+        linear = plain.get_submodule(name)
+        sizes = linear.in_features, linear.out_features
+        layer = bnb.nn.Linear4bit(*sizes, False, torch.float32, quant_type="nf4")
+        layer.load_state_dict(linear.state_dict())
+        base.set_submodule(name, layer.to("cpu"))  # quantizes
+        weight = layer.weight
+        linear.weight.data = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    want = randlora_ext.calibrate(adapted(plain), task())
+    model = adapted(base)
+    assert randlora_ext.calibrate(model, task()) == pytest.approx(want, rel=1e-2)
+    model.train()(**task()[0]).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
 def test_without_labels_all_layers_are_as_strong():
