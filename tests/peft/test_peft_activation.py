@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 from layer_cases import run_python
-from peft.tuners.tuners_utils import BaseTuner
 from peft_helpers import (
     RANDLORA,
     Deep,
@@ -28,6 +27,7 @@ from torch import nn
 
 import randlora_ext
 from randlora_ext import _C
+from randlora_ext.peft.config import NEEDS_OURS
 from randlora_ext.peft.layer import AcceleratedLinear
 
 pytestmark = pytest.mark.filterwarnings(
@@ -46,8 +46,7 @@ def tables():
 @pytest.fixture
 def restored(monkeypatch):
     """What enable() sets is restored at the end."""
-    for name in ("keep_weight", "float32_products"):
-        monkeypatch.setattr(AcceleratedLinear, name, getattr(AcceleratedLinear, name))
+    monkeypatch.setattr(AcceleratedLinear, "float32_products", False)
 
 
 IN_16_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -73,15 +72,9 @@ def test_products_in_float32_can_be_turned_off(restored, dtype):
 
 
 def test_what_enable_is_not_told_stays(restored):
-    accelerated.enable(float32_products=True, keep_weight="nothing")
+    accelerated.enable(float32_products=True)
     accelerated.enable()
-    accelerated.enable(keep_weight="device")
-    assert AcceleratedLinear.float32_products and AcceleratedLinear.keep_weight == "device"
-
-
-def test_an_unknown_place_to_keep_weights(restored):
-    with pytest.raises(ValueError, match="keep_weight must be one of .*got 'disk'"):
-        accelerated.enable(keep_weight="disk")
+    assert AcceleratedLinear.float32_products
 
 
 def test_enable_twice_replaces_both_tables():
@@ -105,7 +98,7 @@ def test_a_model_that_is_made_after_disable_is_stock():
     accelerated.enable()
     accelerated.disable()
     model = peft.get_peft_model(Deep(), config(5, sparse=True))
-    assert type(model.base_model) is peft.tuners.randlora.RandLoraModel
+    assert type(model.base_model) is peft.RandLoraModel
     assert {type(layer) for layer in layers(model)} == {StockLinear}
 
 
@@ -117,35 +110,67 @@ def test_a_model_that_was_made_before_disable_stays_on_our_kernels():
     assert runs_on_kernels(model)
 
 
-def replaced():
-    """What of PEFT's classes is not PEFT's own."""
-    owners = peft.PeftModel, peft.config.PeftConfigMixin, peft.PeftConfig, BaseTuner, StockLinear
-    return {
-        f"{owner.__name__}.{name}"
-        for owner in owners
-        for name, value in vars(owner).items()
-        if getattr(getattr(value, "__code__", None), "co_filename", "").startswith(OURS)
-    }
+# Prints what differs from PEFT as it is before we are imported: attributes of its modules and
+# classes that are other objects, entries of its dictionaries that are other or new.
+DIFFERENCES = """
+import sys, peft, transformers.integrations.peft, torch
+
+def everything():
+    owners = [m for name, m in sys.modules.items() if name.partition(".")[0] == "peft"]
+    owners += [transformers.integrations.peft, torch.nn.Module]
+    classes = (c for m in owners for c in vars(m).values() if isinstance(c, type))
+    owners += {c for c in classes if c.__module__.startswith(("peft.", "transformers.integr"))}
+    found = {}
+    for owner in owners:
+        for name, value in vars(owner).items():
+            found[owner, name] = value
+            if type(value) is dict and name != "__builtins__":
+                found |= {(owner, f"{name}[{str(key)}]"): each for key, each in value.items()}
+    return found
+
+before = everything()
+
+def tell(when):
+    now = everything()
+    other = {name for owner, name in before if now.get((owner, name)) is not before[owner, name]}
+    new = {name for owner, name in now.keys() - before.keys() if name.endswith("]")}
+    print(when, sorted(other | new))
+
+import randlora_ext.peft as ours
+tell("imported")
+ours.enable()
+tell("enabled")
+model = peft.get_peft_model(
+    torch.nn.Sequential(torch.nn.Linear(8, 9)), ours.RandLoraConfig(r=4, target_modules=["0"])
+)
+ours.enable(float32_products=True)
+tell("in use")
+ours.disable()
+tell("disabled")
+"""
+TABLES = [
+    "PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RANDLORA]",
+    f"PEFT_TYPE_TO_CONFIG_MAPPING[{NEEDS_OURS}]",
+    "PEFT_TYPE_TO_TUNER_MAPPING[PeftType.RANDLORA]",
+]
 
 
-def test_disable_leaves_nothing_of_ours():
-    accelerated.disable()
-    assert not replaced()
-    own = peft.PeftModel.save_pretrained
-    accelerated.accelerate(stock_made())
-    assert not replaced()
-    for _ in range(2):
-        accelerated.enable()
-        assert replaced() == {"PeftModel.save_pretrained"}
-    for _ in range(2):
-        accelerated.disable()
-        assert not replaced() and peft.PeftModel.save_pretrained is own
+def test_only_entries_of_peft_s_two_tables_are_replaced():
+    told = run_python("-c", DIFFERENCES).splitlines()
+    assert told == [
+        "imported []", f"enabled {TABLES}", f"in use {TABLES}", "disabled []"
+    ]  # fmt: skip
+
+
+def train_and_save(model, folder):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.randn(6, 24)).square().sum().backward()
+    optimizer.step()
+    model.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_a_user_of_lora_never_meets_our_code(tmp_path, enabled):
-    lora = peft.LoraConfig(r=3, target_modules=["a"])
-    peft.get_peft_model(Deep(), lora).save_pretrained(tmp_path)
     accelerated.enable()
     if not enabled:
         accelerated.disable()
@@ -153,16 +178,19 @@ def test_a_user_of_lora_never_meets_our_code(tmp_path, enabled):
 
     def profile(frame, event, argument):
         if frame.f_code.co_filename.startswith(OURS):
-            met.add(frame.f_code.co_name)
+            met.add(frame.f_code.co_qualname)
 
     sys.setprofile(profile)
     try:
-        peft.PeftConfig.from_pretrained(tmp_path)
-        model = opened(tmp_path)
+        lora = peft.LoraConfig(r=3, target_modules=["a"])
+        train_and_save(peft.get_peft_model(Deep(), lora), tmp_path)
+        assert peft.PeftConfig.from_pretrained(tmp_path).r == 3
+        model = opened(tmp_path, is_trainable=True)
         model.load_adapter(tmp_path, "two")
         model.load_adapter(tmp_path, "default")
-        if not enabled:
-            model.save_pretrained(tmp_path / "again")
+        model.load_state_dict(model.state_dict())
+        train_and_save(model, tmp_path)
+        model.merge_and_unload()
     finally:
         sys.setprofile(None)
     assert not met
@@ -173,10 +201,10 @@ def test_what_was_made_too_early_is_told():
     with pytest.warns(UserWarning, match=r"enable\(\) has not been called: until it is") as caught:
         early = config(5, accelerated.RandLoraConfig, sparse=True)
     assert len(caught) == 1 and caught[0].filename == config.__code__.co_filename
-    model = peft.get_peft_model(Deep(), early)
+    assert type(peft.get_peft_model(Deep(), early).base_model) is peft.RandLoraModel
     accelerated.enable()
-    config(5, accelerated.RandLoraConfig, sparse=True)
-    assert runs_on_kernels(accelerated.accelerate(model))
+    late = config(5, accelerated.RandLoraConfig, sparse=True)
+    assert runs_on_kernels(peft.get_peft_model(Deep(), late))
 
 
 # The other tests import peft before us. What is absent to the end would take seconds to import.
@@ -257,3 +285,8 @@ def test_a_summary_of_a_stock_model():
 
 def test_a_summary_of_a_model_without_adapters():
     assert accelerated.kernel_summary(nn.Linear(2, 2)) == "no RandLoRA layers"
+
+
+def test_a_summary_of_what_is_no_model():
+    with pytest.raises(TypeError, match="^model must be an nn.Module, got 'abc'$"):
+        accelerated.kernel_summary("abc")
