@@ -34,22 +34,24 @@ class ParameterSizes(NamedTuple):
 class AdaptedModule(nn.Module):
     """A module that computes with W + dW wherever it has an adapted parameter W.
 
-    ``base_layer`` is the module, ``adapted_parameters`` holds an `AdaptedParameter` for each of
-    them by its name in the module. Only lambda and gamma are kept for backward, and W + dW by the
+    ``base_layer`` is the module, ``adapted_parameters`` has an `AdaptedParameter` for each of
+    them, by its name in the module. Only lambda and gamma are kept for backward, and W + dW by the
     module itself. PEFT's LoRA has one ``lora.ParamWrapper`` for each parameter, nested.
     """
-
-    base_layer: nn.Module
-    adapted_parameters: Any  # an nn.ModuleDict, whose type forgets what the modules are
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.adapted_parameters = nn.ModuleDict()
+        self.adapted_parameters = nn.Module()  # an nn.ModuleDict takes no parameter called "keys"
+
+    @property
+    def adapters(self) -> dict[str, Any]:
+        """Each `AdaptedParameter` by the name of its parameter."""
+        return self.adapted_parameters._modules
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         changed: dict[str, Tensor] = {}
-        for name, parameter in self.adapted_parameters.items():
+        for name, parameter in self.adapters.items():
             adapted = parameter.adapted_weight()
             if adapted is not None:
                 changed[name] = adapted
@@ -60,13 +62,13 @@ class AdaptedModule(nn.Module):
     def unload_and_optionally_merge_module(self, merge: bool, *args: Any, **kwargs: Any) -> Any:
         """The module that PEFT puts in the place of this one, with its adapters merged or not."""
         if merge:
-            for parameter in self.adapted_parameters.values():
+            for parameter in self.adapters.values():
                 parameter.merge(*args, **kwargs)
         return self.base_layer
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
         inside = f"{prefix}base_layer."
-        merged = [name for name, each in self.adapted_parameters.items() if each.merged]
+        merged = [name for name, each in self.adapters.items() if each.merged]
         if merged and any(key.startswith(inside) for key in state_dict):
             raise RuntimeError(
                 f"the state dict of {prefix}base_layer does not fit: adapters are merged into "

@@ -159,14 +159,20 @@ class AcceleratedRandLoraModel(RandLoraModel):
         if around is None:
             around = AdaptedModule(target)
             setattr(parent, target_name, around)
-        A, B, adapted = self.randlora_A, self.randlora_B, around.adapted_parameters
-        if name in adapted:
-            adapted[name].update_layer(adapter_name, A, B, config.r, config=config)
+        A, B = self.randlora_A, self.randlora_B
+        if name in around.adapters:
+            around.adapters[name].update_layer(adapter_name, A, B, config.r, config=config)
         else:
             made = AcceleratedParameter(around.base_layer, name, A, B, adapter_name, config)
             if adapter_name not in self.active_adapter:  # as PEFT does with linear layers
                 made.requires_grad_(False)
-            adapted[name] = made
+            around.adapted_parameters.add_module(name, made)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        # PEFT finds no layers inside a module that it has replaced, such as an `AdaptedModule`.
+        while layers_by_path(self.model):
+            super()._unload_and_optionally_merge(*args, **kwargs)
+        return self.model
 
     def _check_target_module_exists(self, config, key: str) -> Any:
         if f".{ADAPTERS}." in key:  # ours, which may have the name of a target
