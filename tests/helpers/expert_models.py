@@ -21,12 +21,21 @@ MODELS = {
     "GptOss": {"num_local_experts": 4, "head_dim": 8},
     "DeepseekV3": {"moe_intermediate_size": 24, "n_routed_experts": 4, **LATENT},
 }
+# Stores (experts, in, out) and does not say so; its experts have one implementation of their own.
+LLAMA_4 = {
+    "intermediate_size": 16, "intermediate_size_mlp": 32, "num_experts_per_tok": 1,
+    "num_local_experts": 4, "head_dim": 8, "interleave_moe_layer_step": 1,
+}  # fmt: skip
+FAMILIES = [*MODELS, "Llama4"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 def make(name, **options):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | MODELS[name] | options)
+    if name == "Llama4":
+        config = transformers.Llama4TextConfig(**SIZES | LLAMA_4 | options)
+    else:
+        config = getattr(transformers, f"{name}Config")(**SIZES | MODELS[name] | options)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     for parameter in model.parameters():
         if parameter.dim() > 1:

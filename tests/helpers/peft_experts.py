@@ -13,17 +13,23 @@ def moe(name="Mixtral", seed=0, **options):
     return adapted(make(name), r=4, seed=seed, **options)
 
 
-def wrappers(model):
-    """Outer and inner layers, of down_proj and gate_up_proj, of the last block."""
-    outer = model.base_model.model.model.layers[-1].mlp.experts
-    return outer, outer.base_layer
+def experts_of(model):
+    """The module around the experts of the last block."""
+    block = model.base_model.model.model.layers[-1]
+    return (block.mlp if hasattr(block, "mlp") else block.feed_forward).experts
+
+
+def parameters_of(model):
+    """The layers of the last block's experts by the names of their parameters."""
+    return dict(experts_of(model).adapted_parameters.named_children())
 
 
 def oracle(layer):
     """dW of each expert by the reference, as the parameter is stored."""
     basis, scaling = layer.basis_of("default", torch.device("cpu")), layer.scaling["default"]
-    each = zip(layer.randlora_lambda["default"], layer.randlora_gamma["default"], strict=True)
-    dW = [delta_by_reference(basis, *(t.double() for t in e), scaling) for e in each]
+    parts = layer.randlora_lambda, layer.randlora_gamma, layer.randlora_input_scale
+    each = zip(*(part["default"].double() for part in parts), strict=True)
+    dW = [delta_by_reference(basis, lam, gam, scaling, scale) for lam, gam, scale in each]
     return torch.stack([d.T if layer.transposed else d for d in dW])
 
 

@@ -1,4 +1,4 @@
-"""RandLoraConfig(target_parameters=...): full-rank adapters of fused experts."""
+"""RandLoraConfig(target_parameters=...): full-rank adapters of fused experts, without files."""
 
 import copy
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from compile_helpers import assert_steps_agree, graphs, needs_compiler
 from compile_helpers import fresh_dynamo as fresh_dynamo
-from expert_models import EXPERTS, MODELS, batch, logits, make, train
-from peft_experts import Mixture, moe, oracle, wrappers
+from expert_models import EXPERTS, FAMILIES, MODELS, batch, logits, make, train, with_scales
+from peft_experts import Mixture, experts_of, moe, oracle, parameters_of
 from peft_helpers import (
     accelerated,
     adapted,
@@ -15,34 +15,80 @@ from peft_helpers import (
     config,
     layers,
     numbers,
-    opened,
     peft,
     randomize,
     relative,
 )
-from safetensors.torch import load_file
+from torch import nn
 
-from randlora_ext.nn.adapter_record import RECORD_KEY
+from randlora_ext.nn.adapted_layer import layers_by_path
+from randlora_ext.nn.experts import AdaptedModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant)")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant|randlora_alpha)")
 
 
 def assert_equal_but_for_rounding(one, other):
     assert (one - other).abs().max() < 1e-5 * other.abs().max()
 
 
-# ---- numbers -------------------------------------------------------------------------------------
+# ---- one layer for each module -------------------------------------------------------------------
 
-ON_EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
+IN_EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
-@ON_EVERY_MODEL
+@IN_EVERY_FAMILY
+def test_the_parameters_of_a_module_are_one_layer(name):
+    model = moe(name)
+    around = experts_of(model)
+    assert type(around) is AdaptedModule and not hasattr(around.base_layer, "base_layer")
+    assert list(parameters_of(model)) == ["gate_up_proj", "down_proj"]
+    assert not [m for m in around.base_layer.modules() if isinstance(m, AdaptedModule)]
+
+
+@IN_EVERY_FAMILY
+def test_names_do_not_depend_on_the_order_of_target_parameters(name):
+    one, other = (moe(name, target_parameters=order) for order in (EXPERTS, EXPERTS[::-1]))
+    assert list(one.state_dict()) == list(other.state_dict())
+    assert torch.equal(logits(one), logits(other))
+
+
+@IN_EVERY_FAMILY
 def test_a_summary_names_the_parameter_and_counts_the_experts(name):
     summary = accelerated.kernel_summary(moe(name))
     assert "gate_up_proj of 4 experts" in summary and "plain" not in summary
 
 
-@ON_EVERY_MODEL
+@IN_EVERY_FAMILY
+def test_gpt_oss_and_llama_4_store_their_experts_transposed(name):
+    transposed = {layer.transposed for layer in parameters_of(moe(name)).values()}
+    assert transposed == {name in ("GptOss", "Llama4")}
+
+
+@IN_EVERY_FAMILY
+def test_every_expert_has_diagonals_of_its_own(name):
+    model = moe(name)
+    diagonals = [p for p in model.parameters() if p.requires_grad]
+    assert len(diagonals) == 2 * len(layers(model)) > 0
+    assert {(p.dim(), len(p)) for p in diagonals} == {(3, 4)}
+
+
+# As PEFT's LoRA: a model that PEFT does not know has experts alone, others the usual ones.
+@pytest.mark.parametrize("name, count", [("Qwen3Moe", 4), ("Mixtral", 8)])
+def test_without_target_modules(name, count):
+    accelerated.enable()
+    chosen = accelerated.RandLoraConfig(r=4, basis="hadamard", target_parameters=EXPERTS)
+    assert len(layers(peft.get_peft_model(make(name), chosen))) == count
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+@IN_EVERY_FAMILY
+def test_a_new_adapter_changes_nothing_yet(name):
+    assert torch.equal(logits(to_train(name)), logits(make(name)))
+
+
+@IN_EVERY_FAMILY
 def test_a_disabled_adapter_changes_nothing_and_an_enabled_one_does(name):
     model, plain = moe(name), logits(make(name))
     assert (logits(model) - plain).abs().max() > 0.1
@@ -50,31 +96,31 @@ def test_a_disabled_adapter_changes_nothing_and_an_enabled_one_does(name):
         assert torch.equal(logits(model), plain)
 
 
-@ON_EVERY_MODEL
+@IN_EVERY_FAMILY
 @torch.no_grad()
-def test_merging_adds_to_each_expert_the_update_of_the_reference(name):
-    model = moe(name)
-    wanted = [layer._base_weight() + oracle(layer).float() for layer in wrappers(model)]
-    model.merge_adapter(safe_merge=True)
-    for layer, weight in zip(wrappers(model), wanted, strict=True):
-        assert torch.allclose(layer._base_weight(), weight, atol=1e-5)
+def test_the_weight_of_each_expert_is_the_sum_rounded_from_float64(name):
+    """But for elements that lie near the middle between two numbers of the dtype."""
+    model = with_scales(moe(name)).to(torch.bfloat16)
+    for layer in parameters_of(model).values():
+        wanted = (layer._base_weight().double() + oracle(layer)).bfloat16()
+        equal = layer.adapted_weight() == wanted
+        assert equal.float().mean() > 0.999
+        torch.testing.assert_close(layer.adapted_weight(), wanted)  # the others are neighbours
 
 
-@ON_EVERY_MODEL
-def test_only_gpt_oss_stores_its_experts_transposed(name):
-    for layer in wrappers(moe(name)):
-        assert layer.get_base_layer().is_transposed == (name == "GptOss")
-
-
-@ON_EVERY_MODEL
-def test_a_merged_model_computes_what_the_adapter_did(name):
+@IN_EVERY_FAMILY
+@torch.no_grad()
+def test_merging_writes_what_forward_computes_with(name):
     model = moe(name)
     want = logits(model)
-    model.merge_adapter()
-    assert_equal_but_for_rounding(logits(model), want)
+    wanted = [layer.adapted_weight() for layer in parameters_of(model).values()]
+    model.merge_adapter(safe_merge=True)
+    for layer, weight in zip(parameters_of(model).values(), wanted, strict=True):
+        assert torch.equal(layer._base_weight(), weight)
+    assert torch.equal(logits(model), want)
 
 
-@ON_EVERY_MODEL
+@IN_EVERY_FAMILY
 def test_unmerging_restores_every_bit(name):
     model = moe(name)
     before = numbers(model)
@@ -83,20 +129,20 @@ def test_unmerging_restores_every_bit(name):
     assert_unchanged(model, before)
 
 
-@ON_EVERY_MODEL
-def test_an_unloaded_model_is_the_base_model_with_the_update(name):
+@IN_EVERY_FAMILY
+def test_a_merged_and_unloaded_model_is_the_base_model_with_the_update(name):
     model = moe(name)
     want = logits(model)
     unloaded = model.merge_and_unload()
     assert unloaded.state_dict().keys() == make(name).state_dict().keys()
-    assert_equal_but_for_rounding(logits(unloaded), want)
+    assert torch.equal(logits(unloaded), want)
 
 
-@ON_EVERY_MODEL
-def test_a_saved_adapter_comes_back_bit_for_bit(name, tmp_path):
-    model = moe(name)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits(opened(tmp_path, lambda: make(name))), logits(model))
+@IN_EVERY_FAMILY
+def test_an_unloaded_model_is_the_base_model(name):
+    unloaded = moe(name).unload()
+    assert [type(m) for m in unloaded.modules()] == [type(m) for m in make(name).modules()]
+    assert torch.equal(logits(unloaded), logits(make(name)))
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -109,13 +155,13 @@ def to_train(name):
     return peft.get_peft_model(make(name), chosen)
 
 
-@ON_EVERY_MODEL
+@IN_EVERY_FAMILY
 def test_training_lowers_the_loss(name):
     losses = train(to_train(name))
     assert losses[-1] < losses[0] / 3
 
 
-@ON_EVERY_MODEL
+@pytest.mark.parametrize("name", MODELS)
 def test_gradient_checkpointing_trains_alike(name):
     model, checkpointed = to_train(name), to_train(name)
     checkpointed.base_model.model.gradient_checkpointing_enable()
@@ -131,10 +177,11 @@ def test_gradients(name, implementation):
     merged, token = copy.deepcopy(model), torch.tensor([[3]])
     merged.merge_adapter()
     for one in (model, merged):
-        for layer in wrappers(merged):
+        for layer in parameters_of(merged).values():
             layer._base_weight().requires_grad_(True)
         one(input_ids=token).logits.square().sum().backward()
-    for layer, of in zip(wrappers(model), wrappers(merged), strict=True):
+    each = parameters_of(model).values(), parameters_of(merged).values()
+    for layer, of in zip(*each, strict=True):
         diagonals = layer.randlora_lambda["default"], layer.randlora_gamma["default"]
         wanted = torch.autograd.grad(oracle(layer), diagonals, of._base_weight().grad.double())
         for parameter, want in zip(diagonals, wanted, strict=True):
@@ -154,134 +201,227 @@ def test_compiled_in_one_graph(fresh_dynamo):
 
 # ---- several adapters ----------------------------------------------------------------------------
 
+CHOICES = {
+    "the same": (EXPERTS, EXPERTS[::-1]),
+    "fewer": (EXPERTS, EXPERTS[:1]),
+    "more": (EXPERTS[1:], EXPERTS),
+    "others": (EXPERTS[:1], EXPERTS[1:]),
+}
 
-@pytest.fixture
-def two():
-    """With the adapters "default", which is active, and "two", of other numbers and options."""
-    model = moe(seed=1)
-    bases = dict(basis="hadamard", projection_prng_key=7, target_parameters=EXPERTS[::-1])
-    model.add_adapter("two", config(8, accelerated.RandLoraConfig, [], **bases))
+
+def second(model, parameters):
+    """Gets an adapter "two" of other numbers and options, which is not active."""
+    options = {"basis": "hadamard", "projection_prng_key": 7, "target_parameters": parameters}
+    model.add_adapter("two", config(8, accelerated.RandLoraConfig, [], **options))
     return model
 
 
-def randomized(model):
-    """Random numbers in the active adapter, too."""
-    model.set_adapter("two")
-    return randomize(model, 2)
+class Two:
+    """A model of two adapters of these parameters, each alone, and their logits."""
+
+    def __init__(self, first, other):
+        self.first = moe(seed=1, target_parameters=first)
+        self.both = second(moe(seed=1, target_parameters=first), other)
+        options = {"r": 8, "projection_prng_key": 7, "target_parameters": other}
+        self.second = adapted(make("Mixtral"), [], basis="hadamard", **options)
+        alone = layers_by_path(self.second)
+        for path, layer in self.layers_of("two").items():
+            of = alone.pop(path)
+            for part in ("randlora_lambda", "randlora_gamma"):
+                getattr(layer, part)["two"].data.copy_(getattr(of, part)["default"])
+        assert not alone
+
+    def layers_of(self, name):
+        found = layers_by_path(self.both).items()
+        return {path: layer for path, layer in found if name in layer.randlora_lambda}
+
+
+@pytest.fixture(params=CHOICES)
+def two(request):
+    return Two(*CHOICES[request.param])
+
+
+def trains(layer):
+    return layer.randlora_lambda["two"].requires_grad
 
 
 def test_a_second_adapter_is_not_active(two):
-    assert torch.equal(logits(two), logits(moe(seed=1)))
+    assert torch.equal(logits(two.both), logits(two.first))
+    assert not any(trains(layer) for layer in two.layers_of("two").values())
 
 
-def test_a_new_adapter_changes_nothing_yet(two):
-    two.set_adapter("two")
-    assert torch.equal(logits(two), logits(make("Mixtral")))
-
-
-def test_switching_back_and_forth(two):
-    one = logits(two)
-    second = logits(randomized(two))
-    assert not torch.equal(second, one)
-    two.set_adapter("default")
-    first = logits(two)
-    two.set_adapter("two")
-    assert torch.equal(logits(two), second) and not torch.equal(first, second)
+def test_a_second_adapter_is_what_it_is_alone(two):
+    two.both.set_adapter("two")
+    assert torch.equal(logits(two.both), logits(two.second))
+    assert all(trains(layer) for layer in two.layers_of("two").values())
+    two.both.set_adapter("default")
+    assert torch.equal(logits(two.both), logits(two.first))
 
 
 def test_two_active_adapters_are_merged_together(two):
-    randomized(two).base_model.set_adapter(["default", "two"])
-    both = logits(two)
-    two.merge_adapter()
-    assert_equal_but_for_rounding(logits(two), both)
+    two.both.base_model.set_adapter(["default", "two"])
+    both, before = logits(two.both), numbers(two.both)
+    assert not torch.equal(both, logits(two.first))
+    two.both.merge_adapter()
+    assert_equal_but_for_rounding(logits(two.both), both)
+    two.both.unmerge_adapter()
+    assert_unchanged(two.both, before)
+
+
+def test_merging_one_after_the_other_is_undone_at_once(two):
+    two.both.set_adapter("two")
+    before = numbers(two.both)
+    two.both.merge_adapter()
+    assert torch.equal(logits(two.both), logits(two.second))
+    two.both.merge_adapter(adapter_names=["default"])
+    assert not torch.equal(logits(two.both), logits(two.second))
+    two.both.unmerge_adapter()
+    assert_unchanged(two.both, before)
 
 
 def test_deleting_the_one_leaves_the_other(two):
-    second = logits(randomized(two))
-    two.delete_adapter("default")
-    two.set_adapter("two")
-    assert torch.equal(logits(two), second)
+    two.both.delete_adapter("default")
+    assert two.both.active_adapters == ["two"]
+    assert torch.equal(logits(two.both), logits(two.second))
+    assert not [name for name in two.both.state_dict() if name.endswith(".default")]
 
 
-def load_over(model, folder):
-    model.load_adapter(folder, "default")
-    model.set_adapter("default")
+def test_a_model_of_two_adapters_is_unloaded(two):
+    two.both.set_adapter("two")
+    want = logits(two.second)
+    assert torch.equal(logits(copy.deepcopy(two.both).merge_and_unload()), want)
+    assert torch.equal(logits(two.both.unload()), logits(make("Mixtral")))
 
 
-def load_anew(model, folder):
-    model.load_adapter(folder, "three")
-    model.set_adapter("three")
+def test_a_new_second_adapter_changes_nothing_yet():
+    model = second(moe(seed=1), EXPERTS)
+    model.set_adapter("two")
+    assert torch.equal(logits(model), logits(make("Mixtral")))
 
 
-def swap_in(model, folder):
-    model.set_adapter("default")
-    accelerated.hotswap_adapter(model, folder, "default")
+# ---- input scales, of each expert or one for all -------------------------------------------------
 
 
-@pytest.mark.parametrize("load", [load_over, load_anew, swap_in])
-def test_loading_beside_another_adapter(two, tmp_path, load):
-    saved = moe(seed=3)
-    saved.save_pretrained(tmp_path)
-    load(randomized(two), tmp_path)
-    assert torch.equal(logits(two), logits(saved))
+@pytest.fixture(params=[True, False], ids=["of each", "one for all"])
+def of_each(request):
+    return request.param
 
 
-# ---- beside linear layers ------------------------------------------------------------------------
+@pytest.fixture(params=["Qwen3Moe", "GptOss"])
+def scaled(request, of_each):
+    return with_scales(moe(request.param), of_each)
+
+
+def test_experts_have_input_scales(scaled, of_each):
+    for layer in layers(scaled):
+        scale = layer.randlora_input_scale["default"]
+        assert scale.shape == (4, layer.in_features)
+        assert of_each != torch.equal(scale[0], scale[1])
+
+
+def test_the_input_scale_of_an_expert_scales_the_columns_of_its_update(scaled):
+    for layer in layers(scaled):
+        scale = layer.randlora_input_scale["default"].clone()
+        delta = layer.get_delta_weight("default")
+        layer.set_input_scale("default", None)
+        columns = scale[..., None] if layer.transposed else scale[..., None, :]
+        torch.testing.assert_close(delta, layer.get_delta_weight("default") * columns)
+
+
+def test_input_scales_of_too_few_experts_are_refused(scaled):
+    for layer in layers(scaled):
+        with pytest.raises(ValueError, match=r"must be \(experts, in_features\) = \(4, "):
+            layer.set_input_scale("default", torch.ones(3, layer.in_features))
+
+
+# ---- beside linear layers, and other parameters --------------------------------------------------
+
+
+class Named(nn.Module):
+    """Experts around a linear layer that is called like them, beside another one outside."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 24, 24))
+        self.shared = nn.ModuleDict({"gate_up_proj": nn.Linear(24, 24)})
+
+    def forward(self, x):
+        return torch.einsum("ti,eoi->to", self.shared["gate_up_proj"](x), self.gate_up_proj)
+
+
+def named():
+    return nn.Sequential(Named(), nn.ModuleDict({"gate_up_proj": nn.Linear(24, 24)}))
+
+
+NAMED = {"basis": "hadamard", "targets": ["gate_up_proj"], "target_parameters": ["0.gate_up_proj"]}
+OF_NAMED = {
+    "0.adapted_parameters.gate_up_proj",
+    "0.base_layer.shared.gate_up_proj",
+    "1.gate_up_proj",
+}
 
 
 @pytest.fixture
-def beside_linear(tmp_path):
-    """An adapter of experts and linear layers, saved beside its base model."""
-    model = moe("Qwen3Moe", targets=["q_proj"], task_type="CAUSAL_LM")
-    make("Qwen3Moe").save_pretrained(tmp_path / "base")
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    model.save_pretrained(tmp_path / "adapter")
+def both_called_alike():
+    """A model of two adapters of linear layers and of experts of one name."""
+    model = adapted(named(), r=4, **NAMED)
+    return randomize(second_of_named(model))
+
+
+def second_of_named(model):
+    model.add_adapter("two", config(3, accelerated.RandLoraConfig, **NAMED))
     return model
 
 
-@pytest.mark.parametrize("low", [False, True])
-def test_beside_linear_layers_and_opened_by_peft_s_auto_class(tmp_path, beside_linear, low):
-    by_class = peft.AutoPeftModelForCausalLM.from_pretrained
-    opened = by_class(tmp_path / "adapter", low_cpu_mem_usage=low)
-    assert torch.equal(logits(opened), logits(beside_linear))
+def test_a_linear_layer_called_like_the_parameter(both_called_alike):
+    for adapter in ("default", "two"):
+        end = f".randlora_lambda.{adapter}"
+        found = {name for name, _ in both_called_alike.named_parameters() if name.endswith(end)}
+        assert found == {f"base_model.model.{name}{end}" for name in OF_NAMED}
 
 
-def test_names_and_shapes_in_a_file(tmp_path, beside_linear):
-    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    shapes = {key.split("mlp.")[1]: value.shape for key, value in saved.items() if "0.mlp" in key}
-    records = [shapes.pop(key) for key in list(shapes) if key.endswith(RECORD_KEY)]
-    assert len(records) == 2
-    assert shapes == {  # as PEFT's LoRA: the parameter found first is inside
-        "experts.base_layer.randlora_lambda": (4, 4, 8),
-        "experts.base_layer.randlora_gamma": (4, 8, 32),
-        "experts.base_layer.randlora_input_scale": (4, 32),
-        "experts.randlora_lambda": (4, 4, 6),
-        "experts.randlora_gamma": (4, 6, 24),
-        "experts.randlora_input_scale": (4, 24),
-    }
-
-
-# As PEFT's LoRA: a model that PEFT does not know has experts alone, others the usual ones.
-@pytest.mark.parametrize("name, count", [("Qwen3Moe", 4), ("Mixtral", 8)])
-def test_without_target_modules(name, count):
-    accelerated.enable()
-    chosen = accelerated.RandLoraConfig(r=4, basis="hadamard", target_parameters=EXPERTS)
-    assert len(layers(peft.get_peft_model(make(name), chosen))) == count
+def test_a_linear_layer_inside_the_module_is_merged_and_unloaded_with_it(both_called_alike):
+    model, x = both_called_alike.base_model.model, torch.randn(5, 24)
+    want = model[0](x)
+    unloaded = both_called_alike.merge_and_unload()
+    assert unloaded.state_dict().keys() == named().state_dict().keys()
+    assert relative(unloaded[0](x), want) < 1e-5
 
 
 def test_a_matrix_beside_stacked_experts():
     """(out, in) is one expert; a module that says nothing stores (experts, out, in)."""
     torch.manual_seed(0)
     own = Mixture(lambda h, up: torch.einsum("ti,eoi->to", h, up) @ own.matrix.T)
-    own.matrix = torch.nn.Parameter(torch.randn(8, 24))
-    net = torch.nn.Sequential(own.bfloat16())
+    own.matrix = nn.Parameter(torch.randn(8, 24))
+    net = nn.Sequential(own.bfloat16())
     chosen = {"basis": "hadamard", "target_parameters": ["0.matrix", "0.up"]}
     model, x = adapted(net, [], 4, **chosen), torch.randn(5, 24, dtype=torch.bfloat16)
-    y, (outer, inner) = model(x), (net[0], net[0].base_layer)
-    assert (outer.experts, inner.experts) == ((1,), (3,))
+    y, of = model(x), dict(net[0].adapted_parameters.named_children())
+    assert {name: layer.experts for name, layer in of.items()} == {"up": (3,), "matrix": (1,)}
     with torch.no_grad():
-        for layer in (outer, inner):
+        for layer in of.values():
             weight = layer._base_weight()
             assert layer.randlora_lambda["default"].dtype == torch.float32
             weight.copy_(weight.double() + oracle(layer).view(weight.shape))
     assert relative(y, own(x)) < 1e-2
+
+
+class Memory(nn.Module):
+    """Its parameters are called like methods of a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.keys, self.values = (nn.Parameter(torch.randn(5, 24, 24)) for _ in range(2))
+
+    def forward(self, x):
+        return torch.einsum("ti,eoi->to", x @ self.keys[0], self.values)
+
+
+def test_parameters_that_are_called_keys_and_values():
+    chosen = {"basis": "hadamard", "target_parameters": ["0.keys", "0.values"]}
+    model, x = adapted(nn.Sequential(Memory()), [], 4, **chosen), torch.randn(5, 24)
+    want = model(x)
+    assert relative(want, Memory()(x)) > 0.1
+    assert torch.equal(model.merge_and_unload()(x), want)
