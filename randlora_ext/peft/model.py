@@ -353,7 +353,9 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 key = f"{key}.{name}"
             named[key] = tensor
         folder = getattr(kwargs["config"], "read_from", None)
-        refuse_misfits(layers_by_path(model), named, f"the adapter {folder or name!r}")
+        from_folder = f" (its configuration is from {folder})" if folder else ""
+        what = f"what is loaded into adapter {name!r}{from_folder}"
+        refuse_misfits(layers_by_path(model), named, what)
         _warn_of_missing(model, name, named)
         return named
 

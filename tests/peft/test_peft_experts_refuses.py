@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from compile_helpers import fresh_dynamo as fresh_dynamo
-from expert_models import EXPERTS, batch
-from peft_experts import WAYS, Mixture, moe, wrappers
+from expert_models import EXPERTS, batch, logits
+from peft_experts import WAYS, Mixture, experts_of, moe, parameters_of
 from peft_helpers import (
     accelerated,
     adapted,
@@ -13,13 +12,11 @@ from peft_helpers import (
     layers,
     numbers,
     peft,
-    randomize,
 )
-
-from randlora_ext import apply_randlora
+from torch import nn
 
 ERRORS = [
-    ({"basis": "peft"}, ValueError, 'need basis="hadamard".*got basis=.peft'),
+    ({"basis": "peft"}, ValueError, "need basis='hadamard' and .*got basis='peft'"),
     ({"randlora_dropout": 0.1}, ValueError, "and randlora_dropout=0, got .*=0.1"),
     ({"target_parameters": "experts"}, TypeError, "target_parameters must be a list of texts"),
     ({"target_parameters": ["expert.up"]}, ValueError, "matches no parameter .*gate_up"),
@@ -33,41 +30,117 @@ def test_refused_configurations(options, error, told):
         moe(**options)
 
 
+# ---- parameters that cannot be adapted -----------------------------------------------------------
+
+
+class Own(nn.Module):
+    def __init__(self, *shape, dtype=torch.float32):
+        super().__init__()
+        self.experts = nn.Parameter(torch.ones(shape).to(dtype), requires_grad=False)
+
+
+PARAMETERS = {
+    "four dimensions": (lambda: nn.ModuleList([Own(2, 3, 4, 5)]), r"two or three dim.*\(2, 3, 4"),
+    "one dimension": (lambda: nn.ModuleList([Own(4)]), "Own.experts must have two or three dimens"),
+    "integers": (
+        lambda: nn.ModuleList([Own(2, 3, 4, dtype=torch.int8)]),
+        "Own.experts must be a floating point parameter, got torch.int8",
+    ),
+    "no such name": (lambda: nn.ModuleList([nn.Linear(2, 3)]), "matches no parameter"),
+    "of the model": (lambda: Own(2, 3, 4), "'.experts' would not be adapted: the model is the lay"),
+    "two names": (lambda: nn.ModuleList([Own(2, 3, 4)] * 2), "0.experts' is used under several"),
+}
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_errors_change_nothing(case):
+    make_model, told = PARAMETERS[case]
+    model = make_model()
+    modules = [*model.modules()]
+    with pytest.raises((TypeError, ValueError), match=told):
+        adapted(model, [], 2, basis="hadamard", target_parameters=["experts"])
+    assert [*model.modules()] == modules
+
+
+def test_a_parameter_inside_a_module_with_another_is_refused():
+    net = nn.Sequential(Mixture(WAYS["matmul"]))
+    inside = ["0.up", "0.linear.weight"]
+    with pytest.raises(ValueError, match="'0.linear.weight' lies inside '0', of which a parameter"):
+        adapted(net, [], 4, basis="hadamard", target_parameters=inside)
+    assert not layers(net)
+
+
+def test_the_weight_of_a_linear_layer_that_is_adapted_is_refused():
+    net = nn.Sequential(nn.Linear(24, 24))
+    with pytest.raises(ValueError, match="'0', which is not a valid target|wrap an `nn.Parameter`"):
+        adapted(net, ["0"], 4, basis="hadamard", target_parameters=["0.weight"])
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
 @pytest.fixture
-def of_other_parameters(tmp_path):
-    """A model whose adapter is of one parameter; the folder has one of the other, of its shape."""
+def of_the_other(tmp_path):
+    """A model whose adapter is of one parameter; the folder has one of the other."""
     saved, model = (moe(target_parameters=[name]) for name in EXPERTS)
     saved.save_pretrained(tmp_path)
     return model
 
 
-def test_hotswap_refuses_a_file_of_another_parameter(tmp_path, of_other_parameters):
-    before = numbers(of_other_parameters)
-    with pytest.raises(ValueError, match="its target_parameters are .*gate_up.*, not .*down"):
-        accelerated.hotswap_adapter(of_other_parameters, tmp_path)
-    assert_unchanged(of_other_parameters, before)
+@pytest.mark.filterwarnings("ignore:Already found")
+def test_tensors_of_another_parameter_are_told_and_not_loaded(tmp_path, of_the_other):
+    """By their names. As of any layers that the adapter does not have."""
+    before = numbers(of_the_other)
+    with pytest.warns(UserWarning) as told:
+        of_the_other.load_adapter(tmp_path, "default")
+    told = "\n".join(str(w.message) for w in told)
+    assert "4 tensors have no place" in told and "adapted_parameters.gate_up_proj" in told
+    assert "4 tensors of the adapter are missing and stay as they were" in told
+    assert_unchanged(of_the_other, before)
 
 
-def test_load_adapter_refuses_a_file_of_another_parameter(tmp_path, of_other_parameters):
-    before = numbers(of_other_parameters)
-    with pytest.raises(RuntimeError, match="target_parameters of the tensors is .*gate_up.*, not"):
-        of_other_parameters.load_adapter(tmp_path, "default")
-    assert_unchanged(of_other_parameters, before)
+def test_a_file_of_other_sizes_is_refused(tmp_path):
+    moe("Mixtral").save_pretrained(tmp_path)
+    model = moe("Qwen3Moe")
+    before = numbers(model)
+    with pytest.raises(RuntimeError, match="(?s)does not fit.*out_features of the .* is 64, not 48"):
+        model.load_adapter(tmp_path, "default")
+    assert_unchanged(model, before)
 
 
-def test_a_second_adapter_must_be_of_the_same_parameters():
-    more = {"basis": "hadamard", "target_parameters": EXPERTS[:1]}
-    with pytest.raises(ValueError, match="target_parameters must be .*down_proj.* of adapter"):
-        moe().add_adapter("two", config(4, accelerated.RandLoraConfig, [], **more))
+def test_a_state_dict_of_other_shapes_changes_nothing():
+    model = moe()
+    y, wrong = logits(model), {k: v[..., :1] for k, v in model.state_dict().items()}
+    experts = {k: v for k, v in wrong.items() if "gate_up_proj.randlora_" in k}
+    with pytest.raises(RuntimeError, match="does not fit"):
+        model.load_state_dict(experts, strict=False)
+    assert torch.equal(logits(model), y)
 
 
-def test_stock_peft_has_no_such_adapters(tmp_path):
-    with pytest.raises(ValueError, match="stock PEFT lacks; merge instead"):
-        accelerated.export_to_peft(moe(), tmp_path)
+def weights_of(model):
+    return {k: v + 1 for k, v in model.state_dict().items() if k.endswith("base_layer.down_proj")}
+
+
+def adapters_of(model):
+    return {k: v + 1 for k, v in model.state_dict().items() if "down_proj.randlora_lambda" in k}
+
+
+@pytest.mark.parametrize("part", [weights_of, adapters_of])
+def test_nothing_is_loaded_into_merged_experts(part):
+    model = moe()
+    before = numbers(model)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"call unmerge\(\) first"):
+        model.load_state_dict(part(model), strict=False)
+    model.unmerge_adapter()
+    assert_unchanged(model, before)
+
+
+# ---- uses ----------------------------------------------------------------------------------------
 
 
 def test_no_conversion_to_lora():
-    with pytest.raises(TypeError, match="do not support LoRA conversion.*ParamWrapper"):
+    with pytest.raises(TypeError, match="do not support LoRA conversion.*AcceleratedParameter"):
         peft.convert_to_lora(moe(), rank=4)
 
 
@@ -76,42 +149,44 @@ def test_rows_of_a_batch_cannot_have_different_adapters():
         moe().eval()(**batch(), adapter_names=["default"] * 2)
 
 
+def test_rows_of_a_batch_beside_linear_layers():
+    model = moe(targets=["q_proj"]).eval()
+    with pytest.raises(ValueError, match="adapter_names cannot choose among adapters of target_p"):
+        model(**batch(), adapter_names=["default"] * 2)
+
+
 def test_torch_jit_trace_is_refused():
     with pytest.raises(RuntimeError, match="torch.jit.trace cannot record"):
-        torch.jit.trace(wrappers(moe())[0], torch.ones(2, 32))
+        torch.jit.trace(experts_of(moe()), torch.ones(2, 32))
 
 
-def below_base_layer():
-    return torch.nn.Sequential(torch.nn.ModuleDict({"base_layer": Mixture(WAYS["matmul"])}))
+def test_offloaded_experts_are_refused():
+    model = moe()
+    model(**batch())
+    pytest.importorskip("accelerate").cpu_offload(model, execution_device="cpu")
+    with pytest.raises(RuntimeError, match="not whole here .* offloading"):
+        model(**batch())
 
 
-def test_a_parameter_below_a_module_called_base_layer_is_refused():
-    net = below_base_layer()
-    with pytest.raises(ValueError, match="'0.base_layer.up' lies in a module called 'base_layer'"):
-        adapted(net, [], 4, basis="hadamard", target_parameters=["up"])
-    assert not layers(net)
+def test_a_safe_merge_refuses_nan_and_changes_nothing():
+    model = moe()
+    before = numbers(model)
+    layer = parameters_of(model)["down_proj"]
+    nn.init.constant_(layer.randlora_lambda["default"][1], torch.nan)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not layer.merged and layer._base_weight().isfinite().all()
+    model.unmerge_adapter()  # the layers before it
+    weights = {name: value for name, value in before.items() if "randlora_" not in name}
+    now = model.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in weights.items())
 
 
-def test_without_peft_a_parameter_below_a_module_called_base_layer_is_adapted():
-    net = below_base_layer()
-    apply_randlora(net, target_parameters=["up"], r=4)
-    assert type(net[0]["base_layer"]).__name__ == "RandLoraParameter"
-
-
-INSIDE = ["0.up", "0.linear.weight"]  # one lies in a module of which the other is a parameter
-
-
-def test_a_parameter_inside_a_module_with_another_is_refused():
-    net = torch.nn.Sequential(Mixture(WAYS["matmul"]))
-    with pytest.raises(ValueError, match="'0.linear.weight' lies inside '0', of which a parameter"):
-        adapted(net, [], 4, basis="hadamard", target_parameters=INSIDE)
-    assert not layers(net)
-
-
-def test_without_peft_a_parameter_inside_a_module_with_another_is_trained():
-    net = torch.nn.Sequential(Mixture(WAYS["matmul"]))
-    apply_randlora(net, target_parameters=INSIDE, r=4)
-    randomize(net)
-    net(torch.randn(5, 24)).sum().backward()
-    grads = [p.grad for name, p in net.named_parameters() if "randlora_" in name]
-    assert len(grads) == 4 and all(bool(grad.any()) for grad in grads)
+def test_an_adapter_that_fails_leaves_the_first():
+    model = moe()
+    before, names = numbers(model), [name for name, _ in model.named_modules()]
+    wrong = config(4, accelerated.RandLoraConfig, [], basis="hadamard", target_parameters=["no"])
+    with pytest.raises(ValueError, match="matches no parameter"):
+        model.add_adapter("two", wrong)
+    assert [name for name, _ in model.named_modules()] == names
+    assert_unchanged(model, before)
