@@ -36,6 +36,8 @@ from .config import description_of_config, target_parameters
 from .layer import AcceleratedLinear, AcceleratedParameter
 from .quantized import QuantizedLinear
 
+_PREFIX = "base_model.model."  # of names in a PeftModel, and in files
+
 # PEFT adds these names to ``modules_to_save`` of classifiers, of which each has one.
 _SAVED_ANYWAY = {"classifier", "score", "qa_outputs"}
 
@@ -348,10 +350,12 @@ class AcceleratedRandLoraModel(RandLoraModel):
         model, name, named = kwargs["model"], kwargs["adapter_name"], {}
         # PEFT adds the adapter's name only to entries that the model would write itself. A file may
         # hold bases elsewhere, also under every layer.
+        own = any(path.startswith(_PREFIX) for path, _ in model.named_parameters())
         for key, tensor in super()._remap_adapter_state_dict_for_load(**kwargs).items():
             if key.endswith(BASIS_NAMES):
                 key = f"{key}.{name}"
-            named[key] = tensor
+            # PEFT takes it off later, if adapters were injected into a model.
+            named[key if own else key.removeprefix(_PREFIX)] = tensor
         folder = getattr(kwargs["config"], "read_from", None)
         from_folder = f" (its configuration is from {folder})" if folder else ""
         what = f"what is loaded into adapter {name!r}{from_folder}"

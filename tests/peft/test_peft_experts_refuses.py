@@ -103,7 +103,9 @@ def test_a_file_of_other_sizes_is_refused(tmp_path):
     moe("Mixtral").save_pretrained(tmp_path)
     model = moe("Qwen3Moe")
     before = numbers(model)
-    with pytest.raises(RuntimeError, match="(?s)does not fit.*out_features of the .* is 64, not 48"):
+    with pytest.raises(
+        RuntimeError, match="(?s)does not fit.*out_features of the .* is 64, not 48"
+    ):
         model.load_adapter(tmp_path, "default")
     assert_unchanged(model, before)
 
