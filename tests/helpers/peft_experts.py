@@ -58,6 +58,7 @@ WAYS = {
     "matmul": lambda h, up: h @ up.mT,
     "four dimensions": lambda h, up: h[None, :, None].transpose(1, 2) @ up.mT,
     "vectors": lambda h, up: [[F.linear(row, w) for row in h] for w in up],
+    "vectors and the stack": lambda h, up: [torch.matmul(row, up.mT) for row in h],
     "keywords": lambda h, up: [F.linear(input=h, weight=w) for w in up],
     "halves": lambda h, up: [
         h @ up[e, rows].T for e in range(3) for rows in (slice(0, 12), slice(12, 24))

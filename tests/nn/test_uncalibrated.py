@@ -176,6 +176,9 @@ def test_not_before_the_first_step_of_training():
     model.base_model.disable_adapter_layers()  # which also takes requires_grad
     assert told(model) == 0
     model.base_model.enable_adapter_layers()
+    model.set_adapter("default", inference_mode=True)
+    assert told(model) == 0
+    model.set_adapter("default")
     assert told(model) == 1
 
 
