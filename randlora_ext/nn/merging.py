@@ -212,7 +212,8 @@ def check_mergeable(layers: Mapping[str, KeepsWeight]) -> None:
         if weight.is_meta and hasattr(layer.get_base_layer(), "_hf_hook"):
             continue  # accelerate will bring it
         layer._check_writable()
-        other = first.setdefault(local_tensor(weight).data_ptr(), layer)
+        place = local_tensor(weight).data_ptr() or id(weight)  # torchao's weights tell no place
+        other = first.setdefault(place, layer)
         if other is not layer:
             raise RuntimeError(
                 f"{other._in_words()} and {layer._in_words()} share one weight, which can hold the "
