@@ -76,7 +76,7 @@ class KeepsWeight(nn.Module):
         if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
-                "broken; safe_merge allows only finite values, and nothing was changed"
+                "broken; safe_merge allows only finite values, and this layer was not changed"
             )
         write = self._writer(total)
         if not self.merged:

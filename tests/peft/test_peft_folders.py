@@ -1,25 +1,40 @@
-"""One format: what `save_adapter` writes PEFT opens, and what PEFT writes `load_adapter` opens."""
+"""A saved adapter comes back bit for bit: of every layer, dtype and parameter; what files hold."""
 
 import warnings
 
 import pytest
 import torch
-from expert_models import EXPERTS, MODELS, logits, make, with_scales
+from expert_models import EXPERTS, FAMILIES, logits, make, with_scales
 from language_models import llama
-from peft_helpers import Deep, accelerated, adapted, opened, peft, randomize
+from layer_helpers import uneven
+from peft.tuners.randlora.model import RandLoraModel
+from peft_experts import moe
+from peft_helpers import (
+    PEFT,
+    Deep,
+    Headed,
+    accelerated,
+    adapted,
+    assert_close,
+    deltas,
+    dense_of,
+    layers,
+    made,
+    opened,
+    peft,
+    randomize,
+    shake,
+    stock_made,
+)
 from safetensors.torch import load_file
-from same_adapters import assert_same, parameters
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from randlora_ext import apply_randlora, calibrate, load_adapter, save_adapter
+from randlora_ext import calibrate
 
-pytestmark = [
-    pytest.mark.usefixtures("stock_peft"),
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out"),
-]
-WEIGHTS = "adapter_model.safetensors"
+pytestmark = pytest.mark.filterwarnings("ignore:(fan_in_fan_out|randlora_alpha)")
+TENSORS = "adapter_model.safetensors"
 
 
 class Columns(Deep):
@@ -31,95 +46,141 @@ class Columns(Deep):
         self.c = nn.Linear(40, 24)
 
 
-def calibrated(model):
-    rows = torch.randn(64, 24) * torch.linspace(0.1, 3, 24)
-    calibrate(randomize(model, size=0), [rows.to(next(model.parameters()).dtype)])
-    return randomize(model)
-
-
 NETS = {
-    "hadamard": (Deep, "abc", {"basis": "hadamard"}),
-    "independent": (Deep, "abc", {"basis": "independent", "density": 0.3}),
-    "one layer": (Deep, "b", {"basis": "hadamard"}),
-    "Conv1D": (Columns, "abc", {"basis": "hadamard"}),
-    "dropout": (Deep, "abc", {"basis": "hadamard", "randlora_dropout": 0.25}),
-    "bfloat16": (lambda: Deep().bfloat16(), "abc", {"basis": "hadamard"}),
-    "float64": (lambda: Deep().double(), "abc", {"basis": "independent"}),
+    "hadamard": (Deep, {"basis": "hadamard"}),
+    "independent": (Deep, {"basis": "independent", "density": 0.3}),
+    "one layer": (Deep, {"basis": "hadamard", "targets": "b"}),
+    "Conv1D": (Columns, {"basis": "hadamard"}),
+    "dropout": (Deep, {"basis": "hadamard", "randlora_dropout": 0.25}),
+    "bfloat16": (lambda: Deep().bfloat16(), {"basis": "hadamard"}),
+    "float64": (lambda: Deep().double(), {"basis": "independent"}),
+    "sparse": (Deep, {"sparse": True}),
+    "uniform": (Deep, {}),
 }
 
 
-def applied(net):
-    base, targets, options = NETS[net]
-    model = apply_randlora(base(), [*targets], r=5, randlora_alpha=7.3, seed=11, **options)
-    return calibrated(model) if options["basis"] == "hadamard" else randomize(model)
+def trained(net):
+    """With a calibrated adapter, if it can be."""
+    base, options = NETS[net]
+    options = {"targets": "abc", "randlora_alpha": 7, "projection_prng_key": 11} | options
+    model = adapted(base(), **options)
+    if options.get("basis") == "hadamard":
+        rows = uneven(64).to(next(model.parameters()).dtype)
+        calibrate(randomize(model, size=0), [rows])
+    return randomize(model).eval()
 
 
-@pytest.mark.parametrize("net", NETS)
-def test_trained_without_peft_and_served_with_it(tmp_path, net):
-    model = applied(net)
-    save_adapter(model, tmp_path)
-    accelerated.enable()
+def fitting(folder, base):
+    """The model that is opened; a warning of tensors that do not fit is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*(only in part|not used|missing)")
-        served = opened(tmp_path, NETS[net][0])
-    assert_same(served, model)
+        return opened(folder, base).eval()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("net", NETS)
-def test_trained_with_peft_and_served_without(tmp_path, net):
-    base, targets, options = NETS[net]
-    model = adapted(base(), targets, randlora_alpha=7, projection_prng_key=11, **options)
-    if net == "hadamard":
-        calibrated(model)
+def test_an_adapter_comes_back(tmp_path, net):
+    model, base = trained(net), NETS[net][0]
     model.save_pretrained(tmp_path)
-    accelerated.disable()
-    assert_same(load_adapter(base(), tmp_path), model)
+    again = fitting(tmp_path, base)
+    x = uneven(6, seed=3).to(next(model.parameters()).dtype)
+    assert torch.equal(again(x), model(x))
+    own, theirs = model.state_dict(), again.state_dict()
+    assert own.keys() == theirs.keys()
+    assert all(torch.equal(theirs[name], own[name]) for name in own)
+    assert all(theirs[name].dtype == own[name].dtype for name in own)
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_peft_writes_the_tensors_that_it_has_read(tmp_path, net):
-    save_adapter(applied(net), tmp_path)
-    accelerated.enable()
+def test_the_tensors_that_were_read_are_written_again(tmp_path, net):
+    trained(net).save_pretrained(tmp_path)
     opened(tmp_path, NETS[net][0]).save_pretrained(tmp_path / "again")
-    first, again = (load_file(folder / WEIGHTS) for folder in (tmp_path, tmp_path / "again"))
+    first, again = (load_file(folder / TENSORS) for folder in (tmp_path, tmp_path / "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize("net", NETS)
-def test_back_again_without_peft(tmp_path, net):
-    model, base = applied(net), NETS[net][0]
-    save_adapter(model, tmp_path)
-    accelerated.enable()
-    opened(tmp_path, base).save_pretrained(tmp_path / "again")
-    assert_same(load_adapter(base(), tmp_path / "again"), model)
-
-
 # ---- experts -------------------------------------------------------------------------------------
 
-
-def assert_same_experts(served, model):
-    assert torch.equal(logits(served), logits(model))
-    first, second = parameters(model), parameters(served)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+IN_EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_experts_from_ours(tmp_path, name):
-    """Beside linear layers, calibrated, each expert on its own."""
-    model = apply_randlora(make(name), ["o_proj"], target_parameters=EXPERTS, r=4)
-    save_adapter(with_scales(randomize(model)), tmp_path)
-    accelerated.enable()
-    assert_same_experts(opened(tmp_path, lambda: make(name)), model)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_experts_from_peft(tmp_path, name):
-    options = {"basis": "hadamard", "target_parameters": EXPERTS[::-1]}
-    model = with_scales(adapted(make(name), ["o_proj"], 4, **options))
+@IN_EVERY_FAMILY
+def test_experts_come_back(tmp_path, name):
+    """Beside linear layers, with input scales, by parameters in another order."""
+    model = with_scales(moe(name, targets=["o_proj"], target_parameters=EXPERTS[::-1]))
     model.save_pretrained(tmp_path)
-    assert_same_experts(load_adapter(make(name), tmp_path), model)
+    again = fitting(tmp_path, lambda: make(name))
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_experts_are_opened_by_peft_s_auto_class(tmp_path, of_experts, low):
+    by_class = peft.AutoPeftModelForCausalLM.from_pretrained
+    opened = by_class(tmp_path / "adapter", low_cpu_mem_usage=low)
+    assert torch.equal(logits(opened), logits(of_experts))
+
+
+@pytest.fixture
+def of_experts(tmp_path):
+    """An adapter of experts and linear layers, saved beside its base model."""
+    model = with_scales(moe("Qwen3Moe", targets=["q_proj"], task_type="CAUSAL_LM"))
+    make("Qwen3Moe").save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    return model
+
+
+def by_auto_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "adapter")
+
+
+def by_load_adapter(folder):
+    model = make("Qwen3Moe")
+    model.load_adapter(str(folder / "adapter"))
+    return model
+
+
+@pytest.mark.parametrize("open_by", [by_auto_model, by_load_adapter])
+def test_experts_are_opened_by_transformers(tmp_path, of_experts, open_by, caplog):
+    assert torch.equal(logits(open_by(tmp_path)), logits(of_experts))
+    assert "UNEXPECTED" not in caplog.text and "MISSING" not in caplog.text
+
+
+def test_names_and_shapes_in_a_file(tmp_path, of_experts):
+    saved = load_file(tmp_path / "adapter" / TENSORS)
+    shapes = {key.split("mlp.")[1]: value.shape for key, value in saved.items() if "0.mlp" in key}
+    records = [shapes.pop(key) for key in list(shapes) if "randlora_record" in key]
+    assert len(records) == 2
+    assert shapes == {
+        "experts.adapted_parameters.gate_up_proj.randlora_lambda": (4, 4, 8),
+        "experts.adapted_parameters.gate_up_proj.randlora_gamma": (4, 8, 32),
+        "experts.adapted_parameters.gate_up_proj.randlora_input_scale": (4, 32),
+        "experts.adapted_parameters.down_proj.randlora_lambda": (4, 4, 6),
+        "experts.adapted_parameters.down_proj.randlora_gamma": (4, 6, 24),
+        "experts.adapted_parameters.down_proj.randlora_input_scale": (4, 24),
+    }
+
+
+def load_over(model, folder):
+    model.load_adapter(folder, "default")
+    model.set_adapter("default")
+
+
+def load_anew(model, folder):
+    model.load_adapter(folder, "three")
+    model.set_adapter("three")
+
+
+@pytest.mark.parametrize("load", [load_over, load_anew])
+def test_experts_are_loaded_beside_another_adapter(tmp_path, load):
+    saved, model = moe(seed=3), moe(seed=1)
+    saved.save_pretrained(tmp_path)
+    options = {"basis": "hadamard", "target_parameters": EXPERTS[:1], "target_modules": []}
+    model.add_adapter("two", accelerated.RandLoraConfig(r=8, projection_prng_key=7, **options))
+    model.set_adapter("two")
+    load(randomize(model, 2), tmp_path)
+    assert torch.equal(logits(model), logits(saved))
 
 
 class Mixture(nn.Module):
@@ -151,80 +212,113 @@ def mixtures():
     return nn.Sequential(Mixture(), Mixture())
 
 
-# Experts of several parameters, whose layers are nested, around a linear layer.
 @pytest.mark.parametrize("parameters, linear", STACKS, ids=str)
-def test_layers_around_layers_from_ours(tmp_path, parameters, linear):
-    model = randomize(apply_randlora(mixtures(), linear, target_parameters=parameters, r=4))
-    save_adapter(with_scales(model), tmp_path)
-    accelerated.enable()
-    assert_same(opened(tmp_path, mixtures), model)
-
-
-@pytest.mark.parametrize("parameters, linear", STACKS, ids=str)
-def test_layers_around_layers_from_peft(tmp_path, parameters, linear):
+def test_linear_layers_inside_modules_with_adapted_parameters(tmp_path, parameters, linear, x):
     options = {"basis": "hadamard", "target_parameters": parameters}
     model = with_scales(adapted(mixtures(), linear, 4, **options))
     model.save_pretrained(tmp_path)
-    assert_same(load_adapter(mixtures(), tmp_path), model)
+    assert torch.equal(fitting(tmp_path, mixtures)(x), model(x))
 
 
-@pytest.mark.parametrize("parameters, linear", STACKS, ids=str)
-def test_layers_around_layers_and_back_again(tmp_path, parameters, linear):
-    model = randomize(apply_randlora(mixtures(), linear, target_parameters=parameters, r=4))
-    save_adapter(with_scales(model), tmp_path)
-    accelerated.enable()
-    opened(tmp_path, mixtures).save_pretrained(tmp_path / "again")
-    assert_same(load_adapter(mixtures(), tmp_path / "again"), model)
+# ---- what is trained whole beside the adapter ----------------------------------------------------
 
 
-# ---- who opens a folder --------------------------------------------------------------------------
+class Normed(Headed):
+    """With a head that has buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Sequential(nn.BatchNorm1d(40), nn.Linear(40, 3))
 
 
-@pytest.mark.parametrize(
-    "by",
-    [
-        AutoModelForCausalLM.from_pretrained,
-        peft.AutoPeftModel.from_pretrained,
-        peft.AutoPeftModelForCausalLM.from_pretrained,
-    ],
-    ids=["transformers", "AutoPeftModel", "AutoPeftModelForCausalLM"],
-)
-def test_a_folder_of_ours_names_the_base_model(tmp_path, by):
-    llama().save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = randomize(apply_randlora(base, ["q_proj", "down_proj"], r=4)).eval()
-    save_adapter(model, tmp_path / "adapter")
-    accelerated.enable()
-    tokens = torch.arange(8).view(1, 8)
-    with torch.no_grad():
-        assert torch.equal(by(tmp_path / "adapter").eval()(tokens).logits, model(tokens).logits)
-
-
-# ---- what is refused -----------------------------------------------------------------------------
-
-
-def test_bases_of_peft_are_refused(tmp_path):
-    adapted(Deep(), "abc", sparse=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"^{tmp_path}: PEFT draws the bases of this adapter; pef"):
-        load_adapter(Deep(), tmp_path)
-
-
-def test_save_adapter_refuses_a_model_of_peft(tmp_path):
-    model = adapted(Deep(), "abc", basis="hadamard")
-    with pytest.raises(TypeError, match=r"model has layers of PEFT, which has save_pretrained"):
-        save_adapter(model, tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
-
-
-def test_save_adapter_refuses_a_stock_model(tmp_path):
-    stock = peft.get_peft_model(Deep(), peft.RandLoraConfig(r=4, target_modules=["a"]))
-    with pytest.raises(ValueError, match="model has no adapter.*a model of PEFT has save_pret"):
-        save_adapter(stock, tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
-
-
-def test_load_adapter_refuses_a_model_of_peft(tmp_path):
-    model = adapted(Deep(), "abc", basis="hadamard")
+@torch.no_grad()
+def test_modules_to_save_come_back(tmp_path, x):
+    model = adapted(Normed(), "ab", basis="hadamard", modules_to_save=["head"])
+    shake(model)
+    model.train()(torch.randn(50, 24))
     model.save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match=r"PeftModel.from_pretrained\(model, folder\)"):
-        load_adapter(model, tmp_path, "two")
+    assert torch.equal(opened(tmp_path, Normed).eval()(x), model.eval()(x))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(PEFT < (0, 21), reason="PEFT 0.20 saves no biases")
+@pytest.mark.parametrize("bias", ["all", "randlora_only"])
+def test_biases_come_back(tmp_path, bias, x):
+    model = adapted(Deep(), "ab", basis="hadamard", bias=bias)
+    shake(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(opened(tmp_path)(x), model(x))
+
+
+@torch.no_grad()
+def test_an_adapted_head_comes_back_with_its_base_weight(tmp_path):
+    """PEFT saves it, too, if it has the name of an embedding layer."""
+    model = adapted(llama(), ["lm_head", "q_proj"], basis="hadamard").eval()
+    model.get_submodule("base_model.model.lm_head").base_layer.weight.add_(1)
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        model.save_pretrained(tmp_path)
+    tokens = torch.arange(8).view(1, 8)
+    assert torch.equal(opened(tmp_path, llama)(tokens).logits, model(tokens).logits)
+
+
+# ---- dtypes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [{"sparse": True}, {}], ids=["packed", "uniform"])
+def test_a_file_in_float32_is_not_rounded_on_a_bf16_base(tmp_path, kind):
+    stock = stock_made(**kind)
+    stock.save_pretrained(tmp_path / "float32")
+    accelerated.enable()
+    loaded = opened(tmp_path / "float32", lambda: Deep().bfloat16())
+    assert_close(deltas(loaded), deltas(stock), 1e-6)
+    for mine, theirs in zip(layers(loaded), layers(stock), strict=True):
+        assert all(map(torch.equal, dense_of(mine), dense_of(theirs)))
+    loaded.save_pretrained(tmp_path / "again")
+    first, again = (load_file(tmp_path / each / TENSORS) for each in ("float32", "again"))
+    assert all(torch.equal(again[name], first[name]) for name in again)
+
+
+@pytest.mark.skipif(
+    not hasattr(RandLoraModel, "_get_adapter_state_dict"), reason="PEFT 0.20 has no such hook"
+)
+def test_a_state_of_parameters_and_buffers_is_saved_with_records(tmp_path):
+    """DeepSpeed's ZeRO-3 gathers these alone."""
+    model = made(basis="hadamard")
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    model.save_pretrained(tmp_path / "gathered", state_dict=state)
+    model.save_pretrained(tmp_path / "usual")
+    gathered, usual = (load_file(tmp_path / name / TENSORS) for name in ("gathered", "usual"))
+    assert gathered.keys() == usual.keys()
+    assert all(torch.equal(gathered[key], usual[key]) for key in usual)
+
+
+CASTS = [  # each pair of values once
+    ({"sparse": True}, True, torch.bfloat16, torch.bfloat16),
+    ({"sparse": True}, False, torch.float16, torch.float16),
+    ({"very_sparse": True}, True, torch.float16, torch.float32),
+    ({"density": 0.2}, False, torch.bfloat16, torch.float32),
+]
+
+
+def open_cast(folder, dtype, **options):
+    return opened(folder, lambda: Deep().to(dtype))
+
+
+def load_over_cast(folder, dtype, **options):
+    model = made(**options).to(dtype)
+    model.load_adapter(folder, "default")
+    return model
+
+
+@pytest.mark.parametrize("load", [open_cast, load_over_cast])
+@pytest.mark.parametrize("options,save_projection,dtype,back", CASTS, ids=str)
+def test_a_round_trip_after_a_cast(tmp_path, options, save_projection, dtype, back, load):
+    """The value of 16-bit bases is rounded where PEFT rounds it."""
+    options = options | {"save_projection": save_projection}
+    model = made(**options).to(dtype).to(back)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, back, **options)
+    assert_close(deltas(loaded), deltas(model), 1e-6)
+    for ours, theirs in zip(layers(loaded), layers(model), strict=True):
+        bases = [one.basis_of("default", one.weight.device).dense() for one in (ours, theirs)]
+        assert_close(*bases, 1e-6)

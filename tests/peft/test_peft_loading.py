@@ -21,7 +21,7 @@ from peft_helpers import (
 from safetensors.torch import load_file
 from torch import nn
 
-import randlora_ext
+from randlora_ext import RandLoraLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore:RandLoRA layers multiply by dense")
 
@@ -48,7 +48,6 @@ MISFIT = r"(?s)projection_prng_key of the tensors.*randlora_alpha of the tensors
 
 @pytest.mark.parametrize("own,other", OTHER_BASES.values(), ids=OTHER_BASES)
 def test_other_bases_are_refused_and_nothing_changes(tmp_path, own, other):
-    """test_peft_hotswap.py has the same for `hotswap_adapter`."""
     made(seed=3, randlora_alpha=99, **other).save_pretrained(tmp_path)
     model = made(**own)
     before = numbers(model)
@@ -74,32 +73,25 @@ SAME = {
 }
 
 
-REPLACE = {"load_adapter": load, "hotswap_adapter": accelerated.hotswap_adapter}
 HEAD = {"modules_to_save": ["head"], "base": Headed}
 
 
 class Replaced:
     """A model before and after its adapter was replaced by that of another, which was saved."""
 
-    def __init__(self, own, other, replace, folder):
+    def __init__(self, own, other, folder):
         self.theirs = made(seed=3, randlora_alpha=99, **HEAD, **other).eval()
         shake(self.theirs)
         self.theirs.save_pretrained(folder)
-        alpha = 99 if replace is load else 640  # load_adapter keeps it
-        self.model = made(randlora_alpha=alpha, **HEAD, **own).eval()
+        self.model = made(randlora_alpha=99, **HEAD, **own).eval()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.places = [parameter.data_ptr() for parameter in self.model.parameters()]
-        replace(self.model, folder)
+        load(self.model, folder)
 
 
 @pytest.fixture(params=SAME)
-def same(request):
-    return SAME[request.param]
-
-
-@pytest.fixture(params=REPLACE)
-def replaced(request, same, tmp_path):
-    return Replaced(*same, REPLACE[request.param], tmp_path)
+def replaced(request, tmp_path):
+    return Replaced(*SAME[request.param], tmp_path)
 
 
 def test_a_replaced_adapter_computes_what_the_saved_one_did(replaced, x):
@@ -159,7 +151,6 @@ def test_tensors_of_other_bases_are_refused_without_a_configuration(without_conf
 
 DOORS = {
     "load_adapter": load,
-    "hotswap_adapter": accelerated.hotswap_adapter,
     "set_peft_model_state_dict": lambda model, folder: peft.set_peft_model_state_dict(
         model.base_model.model, load_file(folder / TENSORS)
     ),
@@ -229,16 +220,11 @@ def test_configurations_of_lora_are_read_as_ever(tmp_path, lora, config_class):
     assert config_class.from_pretrained(pretrained_model_name_or_path=str(tmp_path)).r == 3
 
 
-@pytest.mark.parametrize("beside_ours", [False, True])
-def test_an_injected_model_is_loaded_as_a_whole_or_not_at_all(beside_ours):
-    """No PeftModel checks all layers first; unload() takes off our own layers, not that guard."""
+def test_an_injected_model_is_loaded_as_a_whole_or_not_at_all():
+    """There is no PeftModel."""
     accelerated.enable()
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
-    if beside_ours:
-        randlora_ext.apply_randlora(model, ["0"], r=2)
     peft.inject_adapter_in_model(config(4, targets=["1", "2"], sparse=True), model)
-    if beside_ours:
-        randlora_ext.unload(model)
     saved = {key: value + 5 for key, value in peft.get_peft_model_state_dict(model).items()}
     saved["2.randlora_gamma"] = torch.zeros(3, 3)
     with pytest.raises(RuntimeError, match=r"2\.randlora_gamma\.default is \(3, 3\)"):
@@ -248,8 +234,10 @@ def test_an_injected_model_is_loaded_as_a_whole_or_not_at_all(beside_ours):
 
 def test_adapters_of_peft_cannot_be_nested_in_ours():
     accelerated.enable()
-    model = randlora_ext.apply_randlora(nn.Sequential(nn.Linear(24, 24)), ["0"], r=4)
-    with pytest.raises(ValueError, match=r"target '0\.base_layer' lies inside '0'.*be nested"):
+    model = nn.Sequential(RandLoraLinear(nn.Linear(24, 24), r=4))
+    with pytest.raises(
+        ValueError, match=r"'0\.base_layer' lies inside a RandLoraLin.*be nested"
+    ):
         peft.get_peft_model(model, config(4, targets=["base_layer"], sparse=True))
     assert type(model[0].base_layer) is nn.Linear
 
