@@ -54,10 +54,13 @@ struct TernaryTile {
   __device__ __forceinline__ void step(const uint32_t* codes, const S* operand, int stride) {
     codes += warp_m() * MI * 16;
     operand += warp_n() * NI * 8 * stride;
-    if constexpr (sizeof(S) > 2)
+    if constexpr (sizeof(S) > 2) {
       fma_step(codes, operand, stride);
-    else
-      mma_step(codes, operand, stride);
+    } else {
+      uint32_t word[MI][2];
+      load_codes(word, codes + threadIdx.x % 4 * kCodePitch);
+      mma_step(word, operand, stride);
+    }
   }
 
  private:
@@ -79,9 +82,8 @@ struct TernaryTile {
     for (int h = 0; h < 4; ++h) left_part[h] = decode_pair(word[h % 2], 2 * k + h / 2);
   }
 
-  __device__ __forceinline__ void mma_step(const uint32_t* codes, const S* operand, int stride) {
-    uint32_t word[MI][2];
-    load_codes(word, codes + q() * kCodePitch);
+  __device__ __forceinline__ void mma_step(const uint32_t (&word)[MI][2], const S* operand,
+                                           int stride) {
     operand += g() * stride + q() * 16;
 #pragma unroll
     for (int k = 0; k < 4; k += 2) {
