@@ -106,18 +106,24 @@ void planes_to_dense(const PlanesToDense& p, Runtime& rt) {
   with_dtype(p.dtype, [&](auto tag) {
     using S = decltype(tag);
     using C = ComputeOf<S>;
-    S element[3];
-    for (int s = 0; s < 3; ++s) narrow(C((s - 1) * p.value), element + s);
-    element[1] = S{};
-    S* to = static_cast<S*>(p.out);
+    S plus, minus;
+    narrow(C(p.value), &plus);
+    narrow(C(-p.value), &minus);
+    const uint64_t inside = ~uint64_t{0} >> (p.planes.words * 64 - p.cols);  // of a row's last word
     rt.split(p.rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        for (int64_t col = 0; col < p.cols; ++col) {
-          const int64_t word = row * p.planes.words + (col >> 6);
-          const int bit = int(col & 63), plus = int(p.planes.plus[word] >> bit & 1);
-          const int minus = int(p.planes.minus[word] >> bit & 1);
-          to[row * p.cols + col] = element[1 + plus - minus];
-        }
+      for (int64_t row = begin; row < end; ++row) {
+        S* to = static_cast<S*>(p.out) + row * p.cols;
+        std::fill(to, to + p.cols, S{});
+        const auto set = [&](const uint64_t* words, S value) {
+          for (int64_t w = 0; w < p.planes.words; ++w) {
+            uint64_t m = words[row * p.planes.words + w];
+            if (w + 1 == p.planes.words) m &= inside;
+            for (; m; m &= m - 1) to[w * 64 + __builtin_ctzll(m)] = value;
+          }
+        };
+        set(p.planes.plus, plus);
+        set(p.planes.minus, minus);
+      }
     });
   });
 }

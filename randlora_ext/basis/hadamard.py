@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .. import _C
 from .description import BasisDescription, Shape
 from .matrices import Matrices
 from .packed import PackedSigns
@@ -11,7 +10,7 @@ from .ternary import generate_planes
 
 # Of the specification: for a_signs, row_signs and col_signs.
 ROLE_FEATURES, ROLE_ROWS, ROLE_COLUMNS = 3, 4, 5
-_NO_ZEROS = _C.threshold(1.0)
+_NO_ZEROS = 2**31  # the threshold of density 1
 
 
 def signs(seed: int, role: int, count: int, device: torch.device) -> Tensor:
