@@ -96,7 +96,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     tensor or mapping or holds something else; ValueError if no active adapter is on Hadamard bases,
     one has trained (its lambda is not zero) or is merged, no batch comes, or inputs or outputs hold
     NaN or infinity. Warns, once, of layers that see no token or only zeros, which stay as they are,
-    and of an "attention_mask" of another form, whose padding counts. Experts must multiply by their
+    of gradients that are not finite, and of an "attention_mask" of another form, whose padding
+    counts. Experts must multiply by their
     parameter or a part of it, by torch's functions for products (not einsum), as those of
     transformers do unless ``experts_implementation`` is "batched_mm".
 
@@ -106,10 +107,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     check_model(model)
     _check_batches(batches)
     layers = layers_to_calibrate(model)
-    task, has_labels = _measured(model, batches, layers)
+    writer = writer_of(model)
+    task, has_gradients = _measured(model, batches, layers, writer is not None)
     scales = _scales(task)
     strengths = None
-    if has_labels and (writer := writer_of(model)) is not None:
+    if writer is not None and has_gradients:
         own, _ = _measured(model, own_text(writer), layers)
         strengths = _strengths(scales, task, own)
     if strengths is None:
@@ -145,16 +147,19 @@ def _median(values: Tensor) -> Tensor:
 
 
 def _measured(
-    model: nn.Module, batches: Iterable[Any], layers: Mapping[AdaptedLayer, tuple[str, list[str]]]
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Mapping[AdaptedLayer, tuple[str, list[str]]],
+    gradients: bool = True,
 ) -> tuple[dict[str, Sums], bool]:
-    """What the layers have seen on all ranks, by their names, and whether every batch had labels of
-    which the model gives a loss. ValueError if there is no batch."""
+    """What the layers have seen on all ranks, by their names, and whether `gradients` were wanted
+    and every batch had labels of which the model gives a loss. ValueError if there is no batch."""
     sums = {layer: Sums.of(layer) for layer in layers}
     count, with_labels = torch.zeros(2, dtype=torch.float64)
     for batch in batches:  # which may be made by other models, or by this one
         _check_batch(batch)
         observe(model, batch, sums)
-        with_labels += differentiate(model, batch, sums)
+        with_labels += gradients and differentiate(model, batch, sums)
         count += 1
     _add_up_ranks([count, with_labels, *(each for of in sums.values() for each in of.all())])
     if not count:
@@ -209,14 +214,21 @@ def _response(sums: Sums, scales: Tensor) -> float:
 def _strengths(
     scales: Mapping[str, Tensor], task: Mapping[str, Sums], own: Mapping[str, Sums]
 ) -> dict[str, float] | None:
-    """One for each layer, by gain and cost as `calibrate` says; None if no layer has both.
+    """One for each layer, by gain and cost as `calibrate` says; None if no layer has both, or, with
+    a warning, if gradients are not finite.
 
     A layer of which one is missing, as those for images are in a text, has the median strength.
     """
+    for name in scales:
+        if not all(bool(sums[name].gradients.isfinite().all()) for sums in (task, own)):
+            warn_user(
+                f"the gradients to the outputs of layer {name!r} hold NaN or infinity, so all "
+                "layers get the same strength"
+            )
+            return None
     gains = {name: _gain(task[name], scale) for name, scale in scales.items()}
     costs = {name: _cost(own[name], scale) for name, scale in scales.items()}
     ratios = {n: gains[n] / costs[n] for n in scales if gains[n] > 0 and costs[n] > 0}
-    ratios = {name: ratio for name, ratio in ratios.items() if math.isfinite(ratio)}
     if not ratios:
         return None
     unit = math.sqrt(COST / sum(ratio**2 * costs[name] for name, ratio in ratios.items()))

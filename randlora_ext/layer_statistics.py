@@ -79,14 +79,7 @@ def observe(model: nn.Module, batch: Any, sums: SumsOfLayers) -> None:
     def add_of_expert(layer, x, y, expert) -> None:
         sums[layer].add(x, y, expert)
 
-    experts = [layer for layer in sums if isinstance(layer, AdaptedParameter)]
-    with ExitStack() as held:
-        held.enter_context(_plain(model, sums))
-        if experts:  # a mode slows every call of torch
-            held.enter_context(ExpertProducts(experts, add_of_expert))
-        for layer in sums:
-            if not isinstance(layer, AdaptedParameter):
-                held.enter_context(layer.register_forward_hook(add, with_kwargs=True))
+    with _plain(model, sums), _hooked(sums, add, add_of_expert):
         _call(model, batch)
 
 
@@ -108,7 +101,9 @@ def differentiate(model: nn.Module, batch: Any, sums: SumsOfLayers) -> bool:
         loss = getattr(_call(inner, batch), "loss", None)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return False
-        (loss * (labels != NO_LABEL).sum().to(loss.device)).backward()
+        counted = int((labels != NO_LABEL).sum())
+        # A mean over no labels is NaN, and its gradients are zero.
+        (loss * counted if counted else loss.nan_to_num()).backward()
     return True
 
 
@@ -124,7 +119,7 @@ def _gradients_added(sums: SumsOfLayers) -> Iterator[None]:
         y.register_hook(keep)
         return y
 
-    def watch(layer, args, y) -> Tensor:
+    def watch(layer, args, kwargs, y) -> Tensor:
         def keep(gradient: Tensor) -> None:
             sums[layer].add_gradient(gradient.reshape(-1, gradient.shape[-1]))
 
@@ -133,13 +128,20 @@ def _gradients_added(sums: SumsOfLayers) -> Iterator[None]:
     def add_of_expert(layer, _, gradient, expert) -> None:
         sums[layer].add_gradient(gradient, expert)
 
-    experts = [layer for layer in sums if isinstance(layer, AdaptedParameter)]
+    with _hooked(sums, watch, add_of_expert, watched):
+        yield
+
+
+@contextmanager
+def _hooked(layers: SumsOfLayers, hook: Any, *of_experts: Any) -> Iterator[None]:
+    """Layers call the forward hook, and products of experts what `ExpertProducts` is given."""
+    experts = [layer for layer in layers if isinstance(layer, AdaptedParameter)]
     with ExitStack() as held:
-        if experts:
-            held.enter_context(ExpertProducts(experts, add_of_expert, watched))
-        for layer in sums:
+        if experts:  # a mode slows every call of torch
+            held.enter_context(ExpertProducts(experts, *of_experts))
+        for layer in layers:
             if not isinstance(layer, AdaptedParameter):
-                held.enter_context(layer.register_forward_hook(watch))
+                held.enter_context(layer.register_forward_hook(hook, with_kwargs=True))
         yield
 
 
@@ -154,8 +156,14 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def _plain(model: nn.Module, layers: SumsOfLayers) -> Iterator[None]:
-    """The model not compiled and in eval mode, its experts with their own weights."""
+    """The model not compiled and in eval mode, its experts with their own weights; without a cache,
+    beside which transformers does not tell packed texts apart by their positions."""
     with ExitStack() as held:
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "use_cache", False):
+                held.callback(setattr, config, "use_cache", config.use_cache)
+                config.use_cache = False
         held.enter_context(torch.compiler.set_stance("force_eager"))
         held.enter_context(in_eval_mode(model))
         for layer in layers:

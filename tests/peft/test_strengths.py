@@ -12,7 +12,7 @@ from layer_helpers import input_scale_of
 
 import randlora_ext
 import randlora_ext.peft
-from randlora_ext.calibration import COST
+from randlora_ext.calibration import COST, _measured, layers_to_calibrate
 from randlora_ext.own_text import own_text
 
 TARGETS = ["q_proj", "o_proj", "gate_proj", "down_proj"]
@@ -128,6 +128,18 @@ def test_gradients_and_modes_stay_as_they_are():
     assert all(torch.equal(t, states[1][name]) for name, t in model.named_parameters())
 
 
+def test_packed_texts_are_told_apart_by_their_positions():
+    base = spread_out(llama())
+    ids = task()[0]["input_ids"]
+    rows = [{"input_ids": row[None], "labels": row[None]} for row in ids]
+    positions = torch.arange(ids.shape[1]).repeat(len(ids))[None]
+    labels = ids.clone()
+    labels[:, 0] = -100
+    packed = {"input_ids": ids.view(1, -1), "labels": labels.view(1, -1), "position_ids": positions}
+    found = [randlora_ext.calibrate(adapted(copy.deepcopy(base)), b) for b in (rows, [packed])]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_saves_memory_and_changes_nothing(reentrant, monkeypatch):
     base = spread_out(llama())
@@ -178,6 +190,27 @@ def test_without_labels_all_layers_are_as_strong():
     equal = randlora_ext.calibrate(without, bare)
     assert len(set(equal.values())) == 1 < len(set(strengths.values()))
     assert randlora_ext.calibrate(without, [*task(), bare[0]]) != strengths
+
+
+def test_gradients_that_are_not_finite_are_told():
+    model = adapted(llama())
+    head = model.get_base_model().lm_head
+    with torch.no_grad():
+        head.weight[7] = torch.inf  # of a token that the model will not stop to write
+    with pytest.warns(UserWarning, match="the gradients .* hold NaN or infinity"):
+        strengths = randlora_ext.calibrate(model, task())
+    assert len({*strengths.values()}) == 1
+
+
+def test_a_batch_whose_labels_are_all_left_out_adds_nothing():
+    without = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in task(seed=5)]
+    alone, beside = adapted(llama()), adapted(llama())
+    gradients = []
+    for model, batches in ((alone, task()), (beside, [*task(), *without])):
+        layers = layers_to_calibrate(model)
+        found, _ = _measured(model, batches, layers)
+        gradients.append([sums.gradients for sums in found.values()])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_a_layer_that_own_text_does_not_reach_has_the_median_strength():
