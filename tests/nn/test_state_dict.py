@@ -204,11 +204,10 @@ def test_a_merged_layer_loads_nothing_but_its_record(layer, key, strict):
     layer.load_state_dict(state)
 
 
-def test_a_missing_record_is_missing(layer):
-    state = layer.state_dict()
-    del state[RECORD]
-    with pytest.raises(RuntimeError, match=f"Missing key.*{RECORD}"):
-        layer.load_state_dict(state)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_missing_record_is_refused(layer, strict):
+    state = {key: value + 1 for key, value in layer.state_dict().items() if key != RECORD}
+    assert_refused(layer, state, f"{RECORD} is missing, which says what the", strict=strict)
 
 
 def test_the_layer_of_a_model_is_named():
