@@ -12,7 +12,7 @@ from peft_helpers import relative, scales
 from torch import nn
 
 import randlora_ext.peft as accelerated
-from randlora_ext import apply_randlora, calibrate
+from randlora_ext import RandLoraLinear, calibrate
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 4,
@@ -25,7 +25,9 @@ CONFIG = {
 
 
 def plain(model):
-    return apply_randlora(model, ["0", "2"], r=5, randlora_alpha=10, basis="independent")
+    for i in (0, 2):
+        model[i] = RandLoraLinear(model[i], r=5, randlora_alpha=10, basis="independent")
+    return model
 
 
 def in_peft(model):

@@ -1,8 +1,9 @@
 """Checks of DDP and FSDP2, and of what they refuse, run by test_distributed.py."""
 
+import copy
+
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_ranks import (
     Place,
@@ -15,14 +16,20 @@ from distributed_ranks import (
     worlds,
 )
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from randlora_ext import apply_randlora, delta_weight, load_adapter, save_adapter
+from randlora_ext import RandLoraLinear, delta_weight
 
 ROWS, SIZES = 8, (24, 40)
 
@@ -32,19 +39,19 @@ def base():
     return nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*reversed(SIZES)))
 
 
-def make(dtype=torch.float64, alike=False):
+def make(dtype=torch.float64, seed=0):
+    """A layer on independent and one on Hadamard bases."""
     model = base().to(dtype)
-    first = {} if alike else {"basis": "independent", "density": 1 / 3}
-    apply_randlora(model, ["0"], r=5, randlora_alpha=10, **first)
-    apply_randlora(model, ["2"], r=5, randlora_alpha=10)
-    model[2].base_layer.bias.requires_grad_(alike)
+    options = {"r": 5, "randlora_alpha": 10, "seed": seed}
+    model[0] = RandLoraLinear(model[0], basis="independent", density=1 / 3, **options)
+    model[2] = RandLoraLinear(model[2], basis="hadamard", **options)
     for parameter in trained(model):
         nn.init.normal_(parameter)
     return model
 
 
-def sharded(dtype=torch.float64, alike=False, **options):
-    model = make(dtype, alike)
+def sharded(dtype=torch.float64, **options):
+    model = make(dtype)
     for layer in (model[0], model[2]):
         fully_shard(layer, **options)
     return fully_shard(model, **options)
@@ -122,24 +129,22 @@ def check_fsdp_16_bit(place: Place):
 
 
 @worlds(2)
-def check_adapter_file(place: Place):
-    """The files of a sharded model are those of one process, bit for bit, and open in one.
-
-    A parameter of the base is trained along.
-    """
-    reference, model = make(alike=True), sharded(alike=True)
-    folder, alone = place.folder / "fsdp", place.folder / f"alone-{place.rank}"
-    save_adapter(model, folder)
-    dist.barrier()
-    for one in (reference, DistributedDataParallel(reference)):
-        save_adapter(one, alone)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (folder / name).read_bytes() == (alone / name).read_bytes()
-    with pytest.raises(ValueError, match="not whole here .fully_shard"):
-        load_adapter(model, folder, "two")
-    opened = load_adapter(base().double(), folder)
-    for ours, theirs in zip(trained(opened), trained(reference), strict=True):
-        assert torch.equal(ours, theirs)
+def check_state_dict(place: Place):
+    """That of a sharded model is that of one process, bit for bit; another's is refused."""
+    reference, model = make(), sharded()
+    full = StateDictOptions(full_state_dict=True)
+    state = get_model_state_dict(model, options=full)
+    if place.rank == 0:
+        own = reference.state_dict()
+        assert state.keys() == own.keys()
+        assert all(torch.equal(state[name], own[name]) for name in own)
+    other = make(seed=1).state_dict()
+    before = copy.deepcopy(get_model_state_dict(model))
+    with pytest.raises(RuntimeError, match="(?s)state dict of 0 does not fit.*seed=1', not .*=0'"):
+        set_model_state_dict(model, other, options=full)
+    after = get_model_state_dict(model)
+    for name, tensor in before.items():
+        assert torch.equal(full_tensor(after[name]), full_tensor(tensor))
 
 
 @worlds(2)
@@ -173,32 +178,15 @@ def check_fsdp_outside_forward(place: Place):
 
 
 @worlds(2)
-def check_a_file_that_one_rank_lacks(place: Place):
-    """Every rank raises, and all can go on."""
-    model, folder = sharded(alike=True), place.folder / "one-rank"
-    taken = place.folder / "taken"
-    taken.touch()
-    here = folder if place.rank else taken / "below"
-    with pytest.raises(
-        OSError, match="first rank: .*cannot be" if place.rank else "cannot be written"
-    ):
-        save_adapter(model, here)
-    assert not folder.exists()
-    dist.barrier()
-    save_adapter(model, folder)
-    assert folder.exists()
-
-
-@worlds(2)
 def check_tensor_parallelism_is_refused(place: Place):
     """Before an adapter is added and afterwards; FSDP2 cuts base layers alone, too."""
     mesh, x = init_device_mesh("cpu", (place.world,)), batch(0)
     cut = nn.Sequential(nn.Linear(*SIZES), nn.Tanh(), nn.Linear(*SIZES)).double()
     parallelize_module(cut, mesh, {"2": ColwiseParallel()})
     refused = r"has a weight placed \(Shard\(dim=0\),\).*: tensor parallelism is not supported"
-    with pytest.raises(ValueError, match=f"module '2'.* {refused}"):
-        apply_randlora(cut, ["0", "2"], r=4)
-    assert type(cut[0]) is nn.Linear and cut[0].weight.requires_grad
+    with pytest.raises(ValueError, match=f"base_layer {refused}"):
+        RandLoraLinear(cut[2], r=4)
+    assert cut[2].weight.requires_grad
     model = make()
     parallelize_module(model, mesh, {"0.base_layer": ColwiseParallel()})
     with pytest.raises(RuntimeError, match=f"base_layer .*24.* {refused}"):

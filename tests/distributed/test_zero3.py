@@ -12,7 +12,7 @@ import torch
 from layer_helpers import make_base
 from torch import nn
 
-from randlora_ext import RandLoraLinear, apply_randlora, calibrate
+from randlora_ext import RandLoraLinear, calibrate
 
 SIZES = 24, 40
 
@@ -62,13 +62,18 @@ def test_merging_wants_the_weight():
     torch.testing.assert_close(made(x), want)
 
 
+@pytest.mark.usefixtures("stock_peft")
 def test_experts_wait_for_their_weight():
     """Bilinear's is (3, 16, 24), like that of three experts."""
+    peft_helpers = pytest.importorskip("peft_helpers")
     model, x = nn.ModuleList([nn.Bilinear(16, 24, 3)]), (torch.randn(2, 16), torch.randn(2, 24))
     want = model[0](*x)
     held = {model[0].weight: partition(model[0].weight)}
-    apply_randlora(model, target_parameters=["0.weight"], r=5)
-    assert model[0].randlora_lambda["default"].shape == (3, 5, 4)
+    chosen = {"basis": "hadamard", "target_parameters": ["0.weight"]}
+    peft_helpers.adapted(model, [], r=5, **chosen)
+    (layer,) = model[0].adapters.values()
+    assert layer.randlora_lambda["default"].shape == (3, 5, 4)
+    nn.init.zeros_(layer.randlora_lambda["default"])
     with pytest.raises(RuntimeError, match="weight is not whole here .* DeepSpeed ZeRO-3"):
         model[0](*x)
     gather(held)

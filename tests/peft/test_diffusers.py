@@ -1,7 +1,5 @@
 """diffusers on our layers: what docs/peft.md says, with a transformer of a few thousand weights."""
 
-import copy
-
 import pytest
 import torch
 from peft_helpers import accelerated, config, layers, peft, randomize, relative, runs_on_kernels
@@ -61,15 +59,3 @@ def test_as_lora(model, tmp_path):
     loaded = transformer()
     loaded.load_lora_adapter(tmp_path, prefix=None, weight_name="adapter_model.safetensors")
     assert relative(image(loaded), image(model)) < 1e-5
-
-
-def test_save_lora_adapter_is_refused(model, tmp_path):
-    for each in (model, copy.deepcopy(model)):
-        with pytest.raises(ValueError, match=r"'default' is RandLoRA.* peft\.save_as_lora\("):
-            each.save_lora_adapter(tmp_path)
-    assert not list(tmp_path.iterdir())
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_k"]), "lora")
-    model.save_lora_adapter(tmp_path, adapter_name="lora")
-    loaded = transformer()
-    loaded.load_lora_adapter(tmp_path, prefix=None, weight_name=next(tmp_path.iterdir()).name)
-    assert type(loaded.transformer_blocks[0].attn.to_k) is peft.tuners.lora.Linear

@@ -227,10 +227,22 @@ def test_a_model_refuses_a_mistyped_number_of_stock_configuration(field):
     assert type(model[0]) is nn.Linear
 
 
-def test_an_r_larger_than_the_layer_is_told():
+@pytest.mark.filterwarnings("ignore:randlora_alpha")
+@pytest.mark.parametrize("r", [65, 100, 161])
+def test_an_r_larger_than_a_layer_is_told(r):
+    """By the smaller side of the smallest layer."""
     accelerated.enable()
-    with pytest.warns(UserWarning, match=r"r = 50 is more than min\(in_.*\) = 40, with which"):
-        peft.get_peft_model(nn.Sequential(nn.Linear(40, 60)), config(50, targets=["0"]))
+    net = nn.Sequential(nn.Linear(64, 160), nn.Linear(160, 64))
+    with pytest.warns(UserWarning, match=rf"r = {r} is more than min\(in_.*\) = 64, with which"):
+        peft.get_peft_model(net, config(r, targets=["0", "1"]))
+
+
+def test_an_r_as_large_as_the_smallest_side_is_not_told():
+    accelerated.enable()
+    net = nn.Sequential(nn.Linear(64, 160), nn.Linear(160, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft.get_peft_model(net, config(64, targets=["0", "1"], randlora_alpha=64))
 
 
 @pytest.mark.parametrize("r, alpha", [(4, 640), (4, -81)])

@@ -3,13 +3,18 @@
 import pytest
 import torch
 from layer_cases import delta_by_reference
+from peft.tuners.tuners_utils import BaseTuner
 from peft_helpers import (
     accelerated,
     adapted,
+    assert_close,
     config,
     layers,
+    made,
+    opened,
     randomize,
     relative,
+    run,
 )
 from torch import nn
 
@@ -91,6 +96,35 @@ def test_a_change_shows_in_the_next_call(change):
     expected.assert_right()
     change(expected)
     expected.assert_right()
+
+
+def replace_parameters(model, adapter_name="default", **_):
+    """New objects with the same numbers, as PEFT's `cast_adapter_dtype` makes of 16-bit ones."""
+    for layer in layers(model):
+        for dictionary in (layer.randlora_lambda, layer.randlora_gamma):
+            if adapter_name in dictionary:
+                old = dictionary[adapter_name]
+                dictionary[adapter_name] = nn.Parameter(old.detach().clone(), old.requires_grad)
+                with torch.no_grad():
+                    old.fill_(torch.nan)  # whoever holds it computes nonsense
+
+
+def test_parameters_that_are_replaced(monkeypatch, tmp_path, x):
+    """When an adapter is made, and later, also in a compiled model: nobody holds the old ones."""
+    dy = torch.ones(6, 40)
+    want = run(made(sparse=True), x, dy)
+    monkeypatch.setattr(BaseTuner, "_cast_adapter_dtype", replace_parameters)
+    model = made(sparse=True)
+    for each in (model, torch.compile(model, backend="eager")):
+        assert_close(run(each, x, dy), want, 1e-6)
+        replace_parameters(model)
+        assert_close(run(each, x, dy), want, 1e-6)
+    model.save_pretrained(tmp_path)
+    loaded = opened(tmp_path)
+    loaded.load_adapter(tmp_path, "two")
+    for name in ("default", "two"):
+        loaded.set_adapter(name)
+        assert torch.equal(loaded(x), model(x))
 
 
 def test_every_change_on_top_of_the_others_shows_in_the_next_call():

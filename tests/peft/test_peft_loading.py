@@ -235,9 +235,7 @@ def test_an_injected_model_is_loaded_as_a_whole_or_not_at_all():
 def test_adapters_of_peft_cannot_be_nested_in_ours():
     accelerated.enable()
     model = nn.Sequential(RandLoraLinear(nn.Linear(24, 24), r=4))
-    with pytest.raises(
-        ValueError, match=r"'0\.base_layer' lies inside a RandLoraLin.*be nested"
-    ):
+    with pytest.raises(ValueError, match=r"'0\.base_layer' lies inside a RandLoraLin.*be nested"):
         peft.get_peft_model(model, config(4, targets=["base_layer"], sparse=True))
     assert type(model[0].base_layer) is nn.Linear
 
