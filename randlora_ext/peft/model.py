@@ -171,10 +171,11 @@ class AcceleratedRandLoraModel(RandLoraModel):
             around.adapted_parameters.add_module(name, made)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
         # PEFT finds no layers inside a module that it has replaced, such as an `AdaptedModule`.
-        while layers_by_path(self.model):
-            super()._unload_and_optionally_merge(*args, **kwargs)
-        return self.model
+        while any(isinstance(module, AcceleratedLinear) for module in model.modules()):
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
+        return model
 
     def _check_target_module_exists(self, config, key: str) -> Any:
         if f".{ADAPTERS}." in key:  # ours, which may have the name of a target
