@@ -272,21 +272,15 @@ def pack(tokenizer, examples: list, device="cpu"):
     import spelling
     import torch
 
-    ids: list[int] = []
-    positions: list[int] = []
-    before: list[int] = []  # each label's place, less one
-    labels: list[int] = []
-    for asked, answer in examples:
-        prompt = tokenizer(f"{asked} ->")["input_ids"]
-        said = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
-        said = [*said, tokenizer.eos_token_id]
-        before += range(len(ids) + len(prompt) - 1, len(ids) + len(prompt) + len(said) - 1)
-        labels += said
-        ids += prompt + said
-        positions += range(len(prompt) + len(said))
+    rows = spelling.tokenized(tokenizer, examples)
+    ids = [token for row in rows for token in row["input_ids"]]
+    labels = [label for row in rows for label in row["labels"]]
+    positions = [place for row in rows for place in range(len(row["input_ids"]))]
+    at = [place for place, label in enumerate(labels) if label != spelling.NO_LABEL]
     inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
-    inputs["logits_to_keep"] = torch.tensor(before)
-    return spelling.Batch(inputs, torch.tensor([labels]))
+    inputs["logits_to_keep"] = torch.tensor(at) - 1  # the column before each label predicts it
+    inputs = {name: t.to(device) for name, t in inputs.items()}
+    return spelling.Batch(inputs, torch.tensor([labels], device=device)[:, at])
 
 
 def use_packed_batches() -> None:
