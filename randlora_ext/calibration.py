@@ -1,4 +1,4 @@
-"""`calibrate`: adapters that learn as much and forget a fraction, by the scale of their inputs."""
+"""`calibrate`: adapters that learn as much and forget less, by the scale of their inputs."""
 
 import math
 import statistics
@@ -97,9 +97,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     one has trained (its lambda is not zero) or is merged, no batch comes, or inputs or outputs hold
     NaN or infinity. Warns, once, of layers that see no token or only zeros, which stay as they are,
     of gradients that are not finite, and of an "attention_mask" of another form, whose padding
-    counts. Experts must multiply by their
-    parameter or a part of it, by torch's functions for products (not einsum), as those of
-    transformers do unless ``experts_implementation`` is "batched_mm".
+    counts. Experts must multiply by their parameter or a part of it, by torch's functions for
+    products (not einsum), as those of transformers do unless ``experts_implementation`` is
+    "batched_mm".
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.

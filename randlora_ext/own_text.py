@@ -70,7 +70,7 @@ def own_text(
 def writes(model: Any) -> bool:
     """Whether `own_text` takes the model."""
     can = callable(getattr(model, "generate", None)) and hasattr(model, "generation_config")
-    return can and not model.config.is_encoder_decoder
+    return can and not getattr(model.config, "is_encoder_decoder", False)
 
 
 @contextmanager
