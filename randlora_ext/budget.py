@@ -1,5 +1,4 @@
-"""`ForgettingBudget`: transformers' Trainer, and all that is built on it, forgets no more than it
-may."""
+"""`ForgettingBudget`: a callback by which transformers' Trainer forgets no more than it may."""
 
 import inspect
 import logging
@@ -8,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 CALIBRATION_BATCHES = 4  # of the training's size, on each rank
 HALVINGS = 6  # of the factors from 0 to 1, so the dial is exact to 1/64
-
-T = TypeVar("T")
 
 
 class ForgettingBudget(TrainerCallback):
@@ -108,9 +105,9 @@ class ForgettingBudget(TrainerCallback):
         else:
             self._do("the budget is not kept", self._keep_budget)
 
-    def _do(self, otherwise: str, act: Callable[[], None]) -> bool:
+    def _do(self, otherwise: str, act: Callable[[], Any]) -> bool:
         """Whether it could be done; else it is told why not."""
-        _, error = _attempt(act)
+        error = _raised_by(act)
         if error is None:
             return True
         if not isinstance(error, _Cannot):
@@ -134,13 +131,14 @@ class ForgettingBudget(TrainerCallback):
         except ValueError as error:
             raise _Cannot(str(error)) from None
         size = self.trainer.args.train_batch_size
-        batches, error = _attempt(lambda: _sample(model, loader, size))
+        batches: list[dict[str, Any]] = []
+        raised = _raised_by(lambda: batches.extend(_sample(model, loader, size)))
         # The other ranks wait for this one, whatever has befallen it.
-        whys = of_all_ranks(_in_words(error))
+        whys = of_all_ranks(_in_words(raised))
         if why := next(filter(None, whys), ""):
             raise _Cannot(
                 f"{why}; call randlora_ext.calibrate(model, batches) before training"
-            ) from error
+            ) from raised
         # FSDP2 gathers weights in each forward, in which all ranks must take part.
         calibrate(model, batches[: min(of_all_ranks(len(batches)))])
 
@@ -211,16 +209,17 @@ def _in_words(error: Exception | None) -> str:
     return f"the trainer's data could not be read apart from training, {error!r}"
 
 
-def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """What it returns, or what it raised. The training draws the random numbers that it would have
-    drawn without it."""
+def _raised_by(act: Callable[[], Any]) -> Exception | None:
+    """What it raised, if it did. The training draws the random numbers that it would have drawn
+    without it."""
     try:
         with _random_states_kept():
-            return act(), None
+            act()
     # Data sets, collators, models and trainers are the user's and may raise anything; the training
     # runs without what the callback does beside it.
     except Exception as error:
-        return None, error
+        return error
+    return None
 
 
 def _why_needless(model: nn.Module, step: int) -> str:
