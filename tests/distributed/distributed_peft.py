@@ -173,6 +173,29 @@ def check_states_of_calibrated_models(place: Place):
 
 
 @worlds(2)
+def check_a_state_of_another_adapter_is_refused(place: Place):
+    """By its records, also where torch has written its numbers already: nobody says otherwise."""
+    path = place.folder / "another"
+    full = StateDictOptions(full_state_dict=True)
+    from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    refused = "(?s)does not fit:.*seed=1', not .*seed=0'"
+    for shard in (False, True):
+        other, model = make(basis="hadamard", projection_prng_key=1), make(basis="hadamard")
+        state = get_model_state_dict(other, options=full)
+        for each in (other, model) if shard else ():
+            fully_shard(each.base_model.model[0])
+            fully_shard(each)
+        dcp.save(get_model_state_dict(other), checkpoint_id=path)
+        loaded = get_model_state_dict(model)
+        dcp.load(loaded, checkpoint_id=path)  # into the model's own tensors
+        for given, options in ((loaded, None), (state, full), (state, from_first)):
+            with pytest.raises(RuntimeError, match=refused) as caught:
+                set_model_state_dict(model, dict(given), options=options)
+            assert "changed" not in str(caught.value)
+        dist.barrier()
+
+
+@worlds(2)
 def check_a_calibrated_model_from_the_meta_device(place: Place):
     """Only the first rank has the numbers, as in torch's recipe for large models."""
     reference, model, x = make(basis="hadamard"), untrained().to("meta"), batch(9, torch.float32)
@@ -260,6 +283,6 @@ def check_experts(place: Place):
     after = get_model_state_dict(model, options=full)
     assert place.rank or all(torch.equal(after[name], before[name]) for name in before)
     cut = adapted(expert_models.make("Mixtral"), r=4, **chosen)
-    fully_shard(cut.base_model.model.model.layers[0].mlp.experts.get_base_layer())
+    fully_shard(cut.base_model.model.model.layers[0].mlp.experts.base_layer)
     with pytest.raises(RuntimeError, match="let fully_shard take a module around this one"):
         cut(**data)
