@@ -60,7 +60,8 @@ class ForgettingBudget(TrainerCallback):
     Args:
         trainer: the one that it is added to.
         max_rise: the budget, in nats per token; None measures only.
-        prompts, batches: the text to measure on, as for `forgetting`; by default the model's own.
+        prompts: the text to measure on, as for `forgetting`; by default the model's own.
+        batches: likewise.
 
     Raises TypeError or ValueError: trainer is no Trainer, max_rise no positive finite number, or
     both prompts and batches are given.
