@@ -45,8 +45,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
     Attributes have the names that they have under PEFT, which knows several adapters; the one here
     is called "default": ``randlora_lambda["default"]`` (r, n), initially zero, so a new adapter
     changes nothing; ``randlora_gamma["default"]`` (n, d), initially 1 / max(n, d);
-    ``scaling["default"]``; ``bases["default"]`` (`Basis`). While ``disabled`` is True, the layer
-    computes what its base layer computes.
+    ``scaling["default"]``; ``bases["default"]`` (`Basis`). While ``disabled`` is True, a layer that
+    is not merged computes what its base layer computes.
 
     Dtypes: lambda and gamma start as float32 (float64 on a float64 base), and ``.to(dtype)`` casts
     them with the base: to train float32 adapters on a 16-bit base, cast it first, then wrap it.
