@@ -72,7 +72,7 @@ def test_a_trained_adapter_is_refused(name):
 
 def up(model):
     """The adapters of the mixture's parameter."""
-    return model.base_model.model[0].adapted_parameters["up"]
+    return model.base_model.model[0].adapters["up"]
 
 
 def inputs_of_experts(model, x):

@@ -274,7 +274,7 @@ def test_all_experts_of_a_parameter_have_one_strength(way, monkeypatch):
     texts, base, ratios = own_text(base), base.double(), {}
     for name in names:
         module, _, parameter = f"base_model.model.{name}".rpartition(".")
-        layer = model.get_submodule(module).adapted_parameters[parameter]
+        layer = model.get_submodule(module).adapters[parameter]
         scales = layer.randlora_input_scale["default"].double()
         scales = scales / scales.square().mean(1, keepdim=True).sqrt()
         gain = cost = total = 0.0
