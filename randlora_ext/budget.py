@@ -101,10 +101,10 @@ class ForgettingBudget(TrainerCallback):
             self.can_measure = self._do("forgetting is not shown", lambda: self._show(metrics))
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        if self.max_rise is None:
-            self.on_evaluate(args, state, control)
-        else:
+        if self.max_rise is not None:
             self._do("the budget is not kept", self._keep_budget)
+        elif self.can_measure:
+            self._do("forgetting is not shown", lambda: self._say(_told(self._show())))
 
     def _do(self, otherwise: str, act: Callable[[], Any]) -> bool:
         """Whether it could be done; else it is told why not."""
@@ -157,10 +157,12 @@ class ForgettingBudget(TrainerCallback):
         return nats
 
     def _keep_budget(self) -> None:
+        assert self.max_rise is not None
         rise = self._show()
-        if self.max_rise is None or rise <= self.max_rise:
+        if rise <= self.max_rise:
+            self._say(f"{_told(rise)}, within the budget of {self.max_rise:g}")
             return
-        over = f"{rise:.3g} nats a token were forgotten, over the budget of {self.max_rise:g}"
+        over = f"{_told(rise)}, over the budget of {self.max_rise:g}"
         layers, adapters = _trained(self.trainer.model)
         if not adapters:
             raise _Cannot(f"{over}, and only RandLoRA adapters on our layers have a dial")
@@ -202,6 +204,10 @@ class _Needless(_Cannot):
     """The user need not do anything about it."""
 
     level = logging.INFO
+
+
+def _told(nats: float) -> str:
+    return f"{nats:.3g} nats a token were forgotten"
 
 
 def _in_words(error: Exception | None) -> str:

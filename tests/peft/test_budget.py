@@ -376,10 +376,12 @@ def test_without_an_evaluation_set_the_budget_is_kept(free, tmp_path):
     assert logged(run, "dial") and not logged(run, "eval_loss")
 
 
-def test_within_the_budget_nothing_is_turned(free, tmp_path):
-    run = trained(tmp_path, 2 * logged(free, "eval_forgetting")[-1])
+def test_within_the_budget_nothing_is_turned(free, tmp_path, capsys):
+    rise = logged(free, "eval_forgetting")[-1]
+    run = trained(tmp_path, 2 * rise)
     assert not logged(run, "dial")
     assert all(map(torch.equal, deltas(run.model), deltas(free.model)))
+    assert f"{rise:.3g} nats a token were forgotten, within the" in capsys.readouterr().out
 
 
 def test_the_best_model_is_turned(tmp_path):
