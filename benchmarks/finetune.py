@@ -51,7 +51,6 @@ TARGETS = {
     "experts": ["experts.gate_up_proj", "experts.down_proj"],
 }
 SCALING = 20.0
-COST = 100.0  # the sum of c^2 F, as `calibrate` sets it
 JUMP = 0.5  # a rise of the training loss over the mean of the five steps before
 FACTORS = (0.7, 0.4)  # of dW after training
 KL_EXAMPLES = 32
@@ -129,13 +128,15 @@ def scale_inputs(tuned, model: str, method: str, on: str, batches: list, targets
 
 def other_vectors(
     tuned, batches, model: str,
-    p: str = "2", unit: str = "1.5", first: str = "1", strength: str = "one",
+    p: str = "2", unit: str = "1.5", first: str = "1", strength: str = "one", gain: str = "5e4",
+    cap: str = "inf",
 ) -> dict:  # fmt: skip
     """What was tried beside `calibrate`'s formula.
 
     p: the power of the share of energy that varies. unit: what the model's median layer responds
     to a random dW; 0: each vector has a root mean square of 1. first: 0 leaves out the first token
-    of every row. strength: "one" for all layers, by unit; or one each, "g/F" or "F-1/2".
+    of every row. strength: "one" for all layers, by unit; or one each, "g/F" or "F-1/2", of which
+    gain is the sum over layers of strength times g, and cap the most, in medians.
     """
     import torch
 
@@ -155,7 +156,7 @@ def other_vectors(
         hooks = [layer.register_forward_hook(partial(watch, mask=mask)) for layer in layers]
         tuned.eval()
         with torch.no_grad():
-            tuned(**batch)
+            tuned(**batch, use_cache=False)  # beside a cache packed texts see each other
         for hook in hooks:
             hook.remove()
     vectors, responses = {}, []
@@ -168,13 +169,15 @@ def other_vectors(
         vectors[layer] = vector / vector.square().mean().sqrt()
         responses.append(float((x * vectors[layer]).square().sum() / energies[layer]) ** 0.5)
     if strength != "one":
-        factors = strengths(tuned, batches, vectors, strength, model)
+        factors = strengths(tuned, batches, vectors, strength, float(gain), float(cap), model)
         return {layer: (factors[layer] * vector).float() for layer, vector in vectors.items()}
     factor = float(unit) / statistics.median(responses) if float(unit) else 1.0
     return {layer: (factor * vector).float() for layer, vector in vectors.items()}
 
 
-def strengths(tuned, batches, vectors: dict, formula: str, model: str) -> dict:
+def strengths(
+    tuned, batches, vectors: dict, formula: str, gain: float, cap: float, model: str
+) -> dict:
     """Of each layer c, from gains and costs."""
     gains, costs = gains_and_costs(tuned, batches, vectors, model)
     c = {layer: gains[layer] / costs[layer] for layer in vectors}
@@ -182,7 +185,9 @@ def strengths(tuned, batches, vectors: dict, formula: str, model: str) -> dict:
         c = {layer: costs[layer] ** -0.5 for layer in vectors}
     elif formula != "g/F":
         raise ValueError(f"strength must be one, g/F or F-1/2, got {formula!r}")
-    factor = (COST / sum(c[layer] ** 2 * costs[layer] for layer in vectors)) ** 0.5
+    most = cap * statistics.median(c.values())
+    c = {layer: min(value, most) for layer, value in c.items()}
+    factor = gain / sum(c[layer] * gains[layer] for layer in vectors)
     return {layer: factor * c[layer] for layer in vectors}
 
 

@@ -1,6 +1,6 @@
 """Tables of docs/evidence.md from the rows of finetune.py.
 
-    python benchmarks/forgetting.py zen5 xeon-spr     reads results/forgetting-{zen5,xeon-spr}.jsonl
+    python benchmarks/forgetting.py zen5 zen4-2     reads results/forgetting-{zen5,zen4-2}.jsonl
 
 At equal forgetting means: the held-out loss is interpolated over the logarithm of what was
 forgotten, for each seed, between factors of dW at each rate; the lowest counts, or that of a run
@@ -13,6 +13,7 @@ which the last column tells the number.
 import argparse
 import json
 import math
+import re
 import statistics
 from itertools import pairwise
 from pathlib import Path
@@ -32,9 +33,10 @@ EQUAL = {  # held-out losses that most methods reach
 }
 MODELS = {"fp32": "SmolLM2", "gemma": "Gemma"}
 RISES = 0.03, 0.1, 0.3  # of the loss on another text
+ONE = "hadamard scaled:strength=one"  # for all layers of a model
 METHODS = {  # method and layers
-    "ours, all linear": ("hadamard scaled", "all"),
-    "ours, MLP": ("hadamard scaled", "mlp"),
+    "ours, all linear": (ONE, "all"),
+    "ours, MLP": (ONE, "mlp"),
     "SHiRA, MLP": ("shira", "mlp"),
     "OFT, MLP": ("oft", "mlp"),
     "LoRA, MLP": ("lora", "mlp"),
@@ -45,10 +47,11 @@ OTHERS = {
     "OFT, all linear": ("oft", "all"),
     "LoRA, all linear": ("lora", "all"),
 }
+STRENGTHS = re.compile(r"hadamard scaled:strength=(.*)")  # one, or one for each layer
 POWERS = {  # of the share that varies, in the formula of `calibrate`
     "p = 0": "hadamard scaled:p=0",
     "p = 1": "hadamard scaled:p=1",
-    "p = 2, which calibrate takes": "hadamard scaled",
+    "p = 2, which calibrate takes": ONE,
     "p = 4": "hadamard scaled:p=4",
 }
 SIZES = {  # layers and r
@@ -74,12 +77,8 @@ def selected(rows: list[dict], **values) -> list[dict]:
 
 
 def curves(rows: list[dict], text: str = "manual") -> list[list[tuple[float, float]]]:
-    """Loss and forgetting of one method and seed: by factors of dW for each rate, and by rates.
-
-    Older rows have the manual alone at factors, so other texts leave them out.
-    """
+    """Loss and forgetting of one method and seed: by factors of dW for each rate, and by rates."""
     names = [f"x {factor}" for factor in FACTORS]
-    rows = [row for row in rows if all(text in row[name] for name in names if name in row)]
     by_rate = [(row["held_out_loss"], row["forgetting"][text]) for row in rows]
     found = [by_rate]
     for row, trained in zip(rows, by_rate, strict=True):
@@ -203,8 +202,10 @@ def at_equal_forgetting(rows: list[dict], rise: float, methods: dict, text: str 
 
 
 def at_equal_loss(rows: list[dict], methods: dict, text: str = "manual") -> str:
+    """Some rows have the manual alone at factors, so other texts leave them out."""
+    names = [f"x {factor}" for factor in FACTORS]
     return of_methods(
-        rows,
+        [row for row in rows if all(text in row[name] for name in names if name in row)],
         methods,
         lambda these, *key: by_seed(these, EQUAL[key], text),
         lambda *key: f", {EQUAL[key]}",
@@ -232,7 +233,7 @@ def by_size(rows: list[dict]) -> str:
         f"{name}, parameters | at {EQUAL[model, 'spelling']} | as trained"
         for model, name in MODELS.items()
     ) + " |", "|" + "---|" * (1 + 3 * len(MODELS))]  # fmt: skip
-    usual = {"method": "hadamard scaled", "task": "spelling", "seed": 0, "lr": RATE}
+    usual = {"method": ONE, "task": "spelling", "seed": 0, "lr": RATE}
     for name, (targets, r) in SIZES.items():
         cells = []
         for model in MODELS:
@@ -251,9 +252,7 @@ def dial_and_rate(rows: list[dict]) -> str:
     lines = ["| | seed | rate | loss | forgot | a higher rate, scaled, forgot |", "|---" * 6 + "|"]
     for model, name in MODELS.items():
         for targets, layers in (("mlp", "MLP"), ("four", "four kinds")):
-            mine = selected(
-                rows, model=model, task="spelling", method="hadamard scaled", targets=targets, r=32
-            )
+            mine = selected(rows, model=model, task="spelling", method=ONE, targets=targets, r=32)
             for seed in sorted({row["seed"] for row in mine}):
                 of_seed = sorted(selected(mine, seed=seed), key=lambda row: row["lr"])
                 for low, high in pairwise(of_seed):
@@ -274,18 +273,47 @@ def ranks(values: list[float]) -> list[float]:
 
 
 def correlations(rows: list[dict]) -> str:
-    """Spearman's rank correlation of KL on the task with forgetting, by model and task."""
-    lines = []
-    for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows if "kl" in row):
-        mine = [r for r in rows if (r["model"], r["task"]) == (model, task) and "kl" in r]
-        trained = [(row["kl"], row["forgetting"]["manual"]) for row in mine]
-        scaled = [(row[f"x {f}"]["kl"], row[f"x {f}"]["manual"]) for row in mine for f in FACTORS]
-        for name, pairs in (("as trained", trained), ("and scaled", trained + scaled)):
-            if len(pairs) > 3:
-                kl, forgot = (ranks(list(values)) for values in zip(*pairs, strict=True))
-                value = statistics.correlation(kl, forgot)
-                lines.append(f"{model}, {task}, {name}: {value:.2f} over {len(pairs)}")
-    return "\n".join(lines)
+    """Spearman's rank correlation of the meter, KL(base, tuned) on what the base model wrote, with
+    the rise of the loss on every text, by model and task; and of all tasks."""
+    measured = [row for row in rows if "meter" in row]
+    texts = "own", "manual", "code", "prose"
+    lines = [f"| | runs | {' | '.join(texts)} |", "|---" * (2 + len(texts)) + "|"]
+    for model in MODELS:
+        of_model = selected(measured, model=model)
+        tasks = dict.fromkeys(row["task"] for row in of_model)
+        for task in (*tasks, "all"):
+            mine = of_model if task == "all" else selected(of_model, task=task)
+            if len(mine) > 3:
+                meter = ranks([row["meter"] for row in mine])
+                rises = [ranks([row["forgetting"][text] for row in mine]) for text in texts]
+                cells = [f"{statistics.correlation(meter, rise):.2f}" for rise in rises]
+                lines.append(f"| {MODELS[model]}, {task} | {len(mine)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def strengths(rows: list[dict]) -> str:
+    """Runs with one strength for each layer, and those with one for all of the same model, task,
+    layers and seed: loss and forgetting as trained and scaled, and the meter."""
+    names = ["as trained", *(f"x {factor}" for factor in FACTORS)]
+    lines = [f"| | seed | strength | rate | {' | '.join(names)} | meter |", "|---" * 8 + "|"]
+    runs = [row for row in rows if STRENGTHS.match(row["method"]) and row["r"] == 32]
+    same = "model", "task", "targets", "seed"
+    several = {tuple(row[k] for k in same) for row in runs if row["method"] != ONE}
+    for case in sorted(several):
+        for row in sorted(selected(runs, **dict(zip(same, case, strict=True))), key=_formula):
+            model, task, targets, seed = case
+            head = f"{MODELS[model]}, {task}, {'all linear' if targets == 'all' else 'MLP'}"
+            cells = [told([(row["held_out_loss"], row["forgetting"]["manual"])])]
+            scaled = [row[name] for name in names[1:]]
+            cells += [told([(each["held_out_loss"], each["manual"])]) for each in scaled]
+            cells.append(f"{row['meter']:.3f}" if "meter" in row else "")
+            strength, rate = _formula(row)
+            lines.append(f"| {head} | {seed} | {strength} | {rate:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _formula(row: dict) -> tuple[str, float]:
+    return STRENGTHS.match(row["method"])[1], row["lr"]  # type: ignore[index]
 
 
 def main() -> None:
@@ -299,6 +327,8 @@ def main() -> None:
         for text in ("manual", "code", "prose"):
             print(f"what was forgotten of the {text} at equal loss\n")
             print(at_equal_loss(rows, methods, text))
+    print("one strength for each layer, and one for all\n")
+    print(strengths(rows))
     print("by the power p\n")
     print(by_power(rows))
     print("by layers and r\n")
@@ -307,7 +337,7 @@ def main() -> None:
     print(dial_and_rate(rows))
     for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
         print(table(rows, model, task))
-    print("rank correlation of KL(base, tuned) on the task with forgetting")
+    print("rank correlation of the meter with the rise of the loss on a text\n")
     print(correlations(rows))
 
 

@@ -109,8 +109,8 @@ def by_density(result: dict):
 
 
 FRONTS = {  # method and layers; solid lines are those that each method is recommended with
-    ("hadamard scaled", "all"): ("tab:red", "-", "ours, all linear layers"),
-    ("hadamard scaled", "mlp"): ("tab:red", "--", "ours, MLP"),
+    ("hadamard scaled:strength=one", "all"): ("tab:red", "-", "ours, all linear layers"),
+    ("hadamard scaled:strength=one", "mlp"): ("tab:red", "--", "ours, MLP"),
     ("shira", "mlp"): ("tab:green", "-", "SHiRA, MLP"),
     ("oft", "mlp"): ("tab:purple", "-", "OFT, MLP"),
     ("lora", "mlp"): ("k", "-", "LoRA, MLP"),
@@ -175,7 +175,7 @@ def of_spelling(rows: list[dict]):
 
 
 # Whose dW `by_inputs` looks at: not calibrated, by size alone, and as `calibrate` does.
-SCALED_INPUTS = ("hadamard", "hadamard scaled:p=0", "hadamard scaled")
+SCALED_INPUTS = ("hadamard", "hadamard scaled:p=0", "hadamard scaled:strength=one")
 USUAL = {"model": "fp32", "task": "spelling", "targets": "four", "steps": 40, "r": 32}
 
 

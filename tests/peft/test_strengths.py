@@ -12,7 +12,7 @@ from layer_helpers import input_scale_of
 
 import randlora_ext
 import randlora_ext.peft
-from randlora_ext.calibration import COST, _measured, layers_to_calibrate
+from randlora_ext.calibration import GAIN, _measured, layers_to_calibrate
 from randlora_ext.own_text import own_text
 
 TARGETS = ["q_proj", "o_proj", "gate_proj", "down_proj"]
@@ -85,20 +85,19 @@ def statistics_of(model, batches, names):
 
 
 def wanted(model, batches) -> dict[str, float]:
-    """g / F, in a unit that makes the sum of their squares times F the same for all models."""
+    """g / F, in a unit that makes the sum of strength times gain the same for all models."""
     names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in TARGETS]
     x, gradients = statistics_of(model, batches, names)
     own_x, own_gradients = statistics_of(model, own_text(model), names)
-    ratios, costs = {}, {}
+    gains, ratios = {}, {}
     for name in names:
         scale = input_scale_of(x[name]).double()
         scale /= scale.square().mean().sqrt()
         slope = gradients[name].square().mean(0).sqrt().sum()
-        gain = slope * (scale * x[name].std(0, correction=0)).sum()
+        gains[name] = slope * (scale * x[name].std(0, correction=0)).sum()
         energy = (own_x[name] * scale).square().mean(0).sum()
-        costs[name] = own_gradients[name].square().mean(0).sum() * energy
-        ratios[name] = gain / costs[name]
-    unit = (COST / sum(ratios[name] ** 2 * costs[name] for name in names)).sqrt()
+        ratios[name] = gains[name] / (own_gradients[name].square().mean(0).sum() * energy)
+    unit = GAIN / sum(gains[name] * ratios[name] for name in names)
     return {name: float(unit * ratio) for name, ratio in ratios.items()}
 
 
