@@ -1,6 +1,7 @@
 """`RandLoraLinear`: a frozen linear layer with a RandLoRA adapter, in plain torch."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,10 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         if self.merged:
             raise ValueError("the adapter is merged already; call unmerge() first")
         self._merge([NAME], safe_merge)
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """What PEFT leaves here when it unloads its own adapters, which this one is not."""
+        return self
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         if self.merged:

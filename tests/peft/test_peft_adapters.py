@@ -1,5 +1,6 @@
 """randlora_ext.peft: several adapters, and merging them."""
 
+import copy
 import pickle
 
 import peft
@@ -17,6 +18,8 @@ from peft_helpers import (
     relative,
 )
 from torch import nn
+
+from randlora_ext import RandLoraLinear
 
 OTHERS = [
     (3, {"sparse": True}),
@@ -215,6 +218,24 @@ def test_nothing_is_planted_on_the_user_s_model(net):
     model.add_adapter("two", good)
     assert model.unload() is net and set(vars(net)) == before
     assert not net._load_state_dict_pre_hooks and not net._state_dict_hooks
+
+
+@pytest.mark.parametrize("method", ["LoRA", "RandLoRA"])
+def test_a_layer_of_the_user_s_own_stays_when_adapters_are_unloaded(method):
+    accelerated.enable()
+    own = RandLoraLinear(nn.Linear(24, 24), r=5)
+    nn.init.normal_(own.randlora_lambda["default"])
+    net = nn.Sequential(nn.Linear(24, 24), own)
+    lora = peft.LoraConfig(r=3, target_modules=["0"], init_lora_weights=False)
+    ours = config(5, accelerated.RandLoraConfig, ["0"], basis="hadamard", init_weights=False)
+    model = peft.get_peft_model(net, lora if method == "LoRA" else ours).eval()
+    x = torch.randn(7, 24)
+    want = model(x)
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert type(merged[1]) is RandLoraLinear and not merged[1].merged
+    assert relative(merged(x), want) < 1e-5
+    unloaded = model.unload()
+    assert type(unloaded[0]) is nn.Linear and unloaded[1] is own
 
 
 def test_adapters_beside_a_layer_are_summed_in_float32():
