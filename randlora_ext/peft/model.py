@@ -46,6 +46,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
     """What `enable` puts in the place of ``peft.RandLoraModel``; docs/peft.md says what differs."""
 
     peft_config: dict[str, Any]
+    # PEFT injects no adapters whose layers need the model. Ours hold the bases that they share.
+    uses_shared_state = False
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:

@@ -18,6 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from ..nn.adapted_layer import AdaptedLayer
 from ..nn.base_layer import is_conv1d
 from .layer import AcceleratedLinear
 
@@ -28,7 +29,8 @@ def backend_of(base: nn.Module) -> Any:
     if bnb is not None and isinstance(base, (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)):
         return resolve_quantization_backend(base)
     # PEFT 0.20 fails on any other layer beside a newer torchao, so it is not asked needlessly.
-    if isinstance(base, (nn.Linear, RandLoraLayer, ModulesToSaveWrapper)) or is_conv1d(base):
+    known = nn.Linear, AdaptedLayer, RandLoraLayer, ModulesToSaveWrapper
+    if isinstance(base, known) or is_conv1d(base):
         return None
     return resolve_quantization_backend(base) if hasattr(base, "in_features") else None
 

@@ -187,7 +187,8 @@ def test_a_user_of_lora_never_meets_our_code(tmp_path, enabled):
         assert peft.PeftConfig.from_pretrained(tmp_path).r == 3
         model = opened(tmp_path, is_trainable=True)
         model.load_adapter(tmp_path, "two")
-        model.load_adapter(tmp_path, "default")
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+        model.set_adapter("default")
         model.load_state_dict(model.state_dict())
         train_and_save(model, tmp_path)
         model.merge_and_unload()

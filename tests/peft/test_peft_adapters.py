@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from peft_helpers import (
+    PEFT,
     Deep,
     accelerated,
     config,
@@ -82,6 +83,16 @@ def sum_of_adapters(model, x):
     for name in ("default", "two"):
         y = y + x @ layer.get_delta_weight(name).T
     return y
+
+
+@pytest.mark.skipif(PEFT < (0, 21, 2), reason="PEFT restores it since 0.21.2")
+def test_what_is_frozen_stays_frozen_when_an_adapter_is_added():
+    model = made(basis="hadamard")
+    for layer in layers(model):
+        layer.randlora_gamma["default"].requires_grad_(False)
+    model.add_adapter("two", model.peft_config["default"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 3 and all(name.endswith("_lambda.default") for name in trained)
 
 
 def test_adapters_on_bases_of_peft_have_one_key_as_in_stock():

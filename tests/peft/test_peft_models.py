@@ -116,6 +116,14 @@ def test_injected_adapters(x):
             assert relative(model(x), outputs[0]) < 1e-6
 
 
+def test_adapters_are_injected_whatever_peft_says_of_shared_bases(monkeypatch, x):
+    """As it may of its own RandLoRA, whose layers need the model."""
+    monkeypatch.setattr(peft.RandLoraModel, "uses_shared_state", True, raising=False)
+    accelerated.enable()
+    model = peft.inject_adapter_in_model(config(5, sparse=True), Deep())
+    assert len(layers(model)) == 3 and torch.equal(model(x), Deep()(x))
+
+
 def test_a_second_injected_adapter_leaves_the_first(x):
     """Stock PEFT gives every layer a new dictionary of bases, without the first adapter's."""
     accelerated.enable()
