@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .batches import moved_to, of_all_ranks
 from .checks import check_model
 from .eval_mode import in_eval_mode
-from .nn.adapted_layer import layers_by_name
+from .nn.linear import RandLoraLinear
 from .own_text import NO_LABEL, adapters_disabled, own_text, writes
 from .ranks import rank
 
@@ -91,13 +91,11 @@ def forgetting(
 @contextmanager
 def base_of(model: nn.Module) -> Iterator[None]:
     """Inside it the model computes what it does without adapters."""
-    parts = _peft_models(model)
-    plain = [] if parts else [each for each in layers_by_name(model).values() if not each.disabled]
     with ExitStack() as held:
-        for part in parts:
+        for part in _peft_models(model):
             held.enter_context(adapters_disabled(part))
-        for layer in plain:
-            held.callback(setattr, layer, "disabled", False)
+        for layer in _layers_without_peft(model):
+            held.callback(setattr, layer, "disabled", layer.disabled)
             layer.disabled = True
         yield
 
@@ -105,6 +103,10 @@ def base_of(model: nn.Module) -> Iterator[None]:
 def _peft_models(model: nn.Module) -> list[nn.Module]:
     """The model itself, or what wrappers such as DistributedDataParallel hold."""
     return [module for module in model.modules() if hasattr(type(module), "disable_adapter")]
+
+
+def _layers_without_peft(model: nn.Module) -> list[RandLoraLinear]:
+    return [module for module in model.modules() if isinstance(module, RandLoraLinear)]
 
 
 def own_text_of(model: nn.Module, prompts: Any = None, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -117,7 +119,7 @@ def own_text_of(model: nn.Module, prompts: Any = None, seed: int = 0) -> list[di
 def _check_adapters(model: nn.Module) -> None:
     """ValueError unless disabling the adapters gives the base model, and enabling them this one."""
     parts: list[Any] = _peft_models(model)
-    if not parts and not layers_by_name(model):
+    if not parts and not _layers_without_peft(model):
         raise ValueError(
             "model has no adapter to disable: give a PeftModel, or one with RandLoraLinear layers"
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from language_models import llama
-from peft_helpers import adapted, layers, randomize
+from peft_helpers import accelerated, adapted, layers, randomize
 from torch.nn.parallel import DistributedDataParallel
 
 from randlora_ext import RandLoraLinear, forgetting
@@ -64,7 +64,15 @@ def mean(rows):
     return sum(total for total, _ in rows) / sum(tokens for _, tokens in rows)
 
 
-@pytest.mark.parametrize("make", [ours, lora, without_peft])
+def both():
+    """A PeftModel that holds a layer of the user's own."""
+    with_own_layer = without_peft()
+    lora_of_others = peft.LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    return peft.get_peft_model(with_own_layer, lora_of_others)
+
+
+@pytest.mark.parametrize("make", [ours, lora, without_peft, both])
 def test_it_is_the_divergence_of_the_base_from_the_model(make):
     found = forgetting(make(), BATCHES)
     rows = by_hand(make(), base())
@@ -121,6 +129,16 @@ def test_a_model_whose_loss_has_all_labels():
     found = forgetting(model, [batch])
     assert found.nats == pytest.approx(float(each[LABELS != -100].mean()), rel=1e-4)
     assert found.nats > 0.01 and found.tokens == 14
+
+
+def test_adapters_without_a_peft_model_are_refused():
+    """Only that can disable all that PEFT has changed, such as modules_to_save."""
+    accelerated.enable()
+    model = base()
+    config = accelerated.RandLoraConfig(r=4, basis="hadamard", target_modules=["q_proj"])
+    peft.inject_adapter_in_model(config, model)
+    with pytest.raises(ValueError, match="no adapter to disable: give a PeftModel"):
+        forgetting(model, BATCHES)
 
 
 def test_modules_to_save_count_as_tuned():
