@@ -18,7 +18,7 @@ from .ranks import full_tensor, gathered
 POWER = 2  # of the share of a feature's energy that varies; docs/evidence.md compares others
 EPSILON = 0.1  # in medians of rms: small features are not blown up without bound
 FLOOR = 1e-3  # in medians of the scale: no feature is lost entirely, so dW keeps its rank
-GAIN = 5e4  # the sum of strength times gain; one learning rate then fits all models
+COST = 250.0  # the sum of strength squared times cost; one learning rate then fits all models
 RESPONSE = 1.5  # of the median layer to a random dW; one learning rate then fits all models
 FEW_TOKENS = 32  # of an expert that saw fewer, the vector is that of all experts
 
@@ -53,11 +53,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     The gain is measured with the labels of the batches, the cost on `own_text`, 8 rows that the
     base model writes. Then, with the gains and costs of all layers::
 
-        unit = 5e4 / (gain.square() / cost).sum()
-        strength = unit * gain / cost                so that (strength * gain).sum() == 5e4
+        unit = (250 / (gain.square() / cost).sum()).sqrt()
+        strength = unit * gain / cost                so that (strength.square() * cost).sum() == 250
         input_scale = strength * scale
 
-    so that a step teaches as much in every model, and one learning rate serves all. A layer that
+    so that a step costs as much in every model, and one learning rate serves all. A layer that
     the text does not reach, as those for images, has the median strength. All layers get the same
     one if a batch has no "labels", or the model gives no ``loss`` or cannot write text (it has no
     ``generate``, or is an encoder and decoder): that at which the median layer, whose outputs are y
@@ -231,7 +231,7 @@ def _strengths(
     ratios = {n: gains[n] / costs[n] for n in scales if gains[n] > 0 and costs[n] > 0}
     if not ratios:
         return None
-    unit = GAIN / sum(gains[name] * ratio for name, ratio in ratios.items())
+    unit = math.sqrt(COST / sum(gains[name] * ratio for name, ratio in ratios.items()))
     median = statistics.median(ratios.values())
     return {name: unit * ratios.get(name, median) for name in scales}
 

@@ -12,7 +12,13 @@ from layer_helpers import input_scale_of
 
 import randlora_ext
 import randlora_ext.peft
-from randlora_ext.calibration import GAIN, _measured, layers_to_calibrate
+from randlora_ext.calibration import (
+    COST,
+    _measured,
+    _scales,
+    _strengths,
+    layers_to_calibrate,
+)
 from randlora_ext.own_text import own_text
 
 TARGETS = ["q_proj", "o_proj", "gate_proj", "down_proj"]
@@ -85,7 +91,7 @@ def statistics_of(model, batches, names):
 
 
 def wanted(model, batches) -> dict[str, float]:
-    """g / F, in a unit that makes the sum of strength times gain the same for all models."""
+    """g / F, in a unit that makes the sum of their squares times F the same for all models."""
     names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in TARGETS]
     x, gradients = statistics_of(model, batches, names)
     own_x, own_gradients = statistics_of(model, own_text(model), names)
@@ -97,7 +103,7 @@ def wanted(model, batches) -> dict[str, float]:
         gains[name] = slope * (scale * x[name].std(0, correction=0)).sum()
         energy = (own_x[name] * scale).square().mean(0).sum()
         ratios[name] = gains[name] / (own_gradients[name].square().mean(0).sum() * energy)
-    unit = GAIN / sum(gains[name] * ratios[name] for name in names)
+    unit = (COST / sum(gains[name] * ratios[name] for name in names)).sqrt()
     return {name: float(unit * ratio) for name, ratio in ratios.items()}
 
 
@@ -111,6 +117,18 @@ def test_strengths_are_gains_over_costs():
     for name, strength in strengths.items():
         scale = model.get_submodule(name).randlora_input_scale["default"]
         assert scale.square().mean().sqrt().item() == pytest.approx(strength, rel=1e-5)
+
+
+def test_strengths_do_not_depend_on_the_size_of_the_loss():
+    """A task that the model nearly knows gets no larger steps."""
+    model = adapted(spread_out(llama()))
+    layers = layers_to_calibrate(model)
+    (of_task, _), (own, _) = (_measured(model, b, layers) for b in (task(), own_text(model)))
+    scales = _scales(of_task)
+    before = _strengths(scales, of_task, own)
+    for sums in of_task.values():
+        sums.gradients /= 100**2
+    assert _strengths(scales, of_task, own) == pytest.approx(before)
 
 
 def test_gradients_and_modes_stay_as_they_are():
