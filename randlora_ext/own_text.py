@@ -69,7 +69,9 @@ def own_text(
 
 def writes(model: Any) -> bool:
     """Whether `own_text` takes the model."""
-    can = callable(getattr(model, "generate", None)) and hasattr(model, "generation_config")
+    # Some have the method, and None for its configuration: transformers' parts of a model.
+    configured = getattr(model, "generation_config", None) is not None
+    can = callable(getattr(model, "generate", None)) and configured
     return can and not getattr(model.config, "is_encoder_decoder", False)
 
 
