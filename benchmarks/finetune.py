@@ -128,15 +128,14 @@ def scale_inputs(tuned, model: str, method: str, on: str, batches: list, targets
 
 def other_vectors(
     tuned, batches, model: str,
-    p: str = "2", unit: str = "1.5", first: str = "1", strength: str = "one", gain: str = "5e4",
-    cap: str = "inf",
+    p: str = "2", unit: str = "1.5", first: str = "1", strength: str = "one", gain: str = "",
 ) -> dict:  # fmt: skip
     """What was tried beside `calibrate`'s formula.
 
     p: the power of the share of energy that varies. unit: what the model's median layer responds
     to a random dW; 0: each vector has a root mean square of 1. first: 0 leaves out the first token
-    of every row. strength: "one" for all layers, by unit; or one each, "g/F" or "F-1/2", of which
-    gain is the sum over layers of strength times g, and cap the most, in medians.
+    of every row. strength: "one" for all layers, by unit; or one each, "g/F" or "F-1/2". gain: the
+    sum over layers of strength times g, in place of that of its square times F.
     """
     import torch
 
@@ -169,25 +168,26 @@ def other_vectors(
         vectors[layer] = vector / vector.square().mean().sqrt()
         responses.append(float((x * vectors[layer]).square().sum() / energies[layer]) ** 0.5)
     if strength != "one":
-        factors = strengths(tuned, batches, vectors, strength, float(gain), float(cap), model)
+        factors = strengths(tuned, batches, vectors, strength, gain, model)
         return {layer: (factors[layer] * vector).float() for layer, vector in vectors.items()}
     factor = float(unit) / statistics.median(responses) if float(unit) else 1.0
     return {layer: (factor * vector).float() for layer, vector in vectors.items()}
 
 
-def strengths(
-    tuned, batches, vectors: dict, formula: str, gain: float, cap: float, model: str
-) -> dict:
+def strengths(tuned, batches, vectors: dict, formula: str, gain: str, model: str) -> dict:
     """Of each layer c, from gains and costs."""
+    from randlora_ext.calibration import COST
+
     gains, costs = gains_and_costs(tuned, batches, vectors, model)
     c = {layer: gains[layer] / costs[layer] for layer in vectors}
     if formula == "F-1/2":
         c = {layer: costs[layer] ** -0.5 for layer in vectors}
     elif formula != "g/F":
         raise ValueError(f"strength must be one, g/F or F-1/2, got {formula!r}")
-    most = cap * statistics.median(c.values())
-    c = {layer: min(value, most) for layer, value in c.items()}
-    factor = gain / sum(c[layer] * gains[layer] for layer in vectors)
+    if gain:
+        factor = float(gain) / sum(c[layer] * gains[layer] for layer in vectors)
+    else:
+        factor = (COST / sum(c[layer] ** 2 * costs[layer] for layer in vectors)) ** 0.5
     return {layer: factor * c[layer] for layer in vectors}
 
 
