@@ -11,6 +11,7 @@ from peft_helpers import (
     layers,
     opened,
     randomize,
+    relative,
     scales,
 )
 
@@ -138,7 +139,7 @@ def test_of_llama_4_inputs_and_outputs_are_told_apart(llama_4):
 
 def test_llama_4_is_merged(llama_4):
     y = logits(randomize(llama_4))
-    torch.testing.assert_close(logits(llama_4.merge_and_unload()), y, rtol=0, atol=1e-4)
+    assert relative(logits(llama_4.merge_and_unload()), y) < 1e-5
 
 
 def test_batches_may_be_made_by_other_mixtures():
