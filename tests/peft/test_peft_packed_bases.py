@@ -188,11 +188,17 @@ def wide():
     return nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.Linear(OUT, IN))
 
 
+@pytest.fixture
 def dense_tensors():
-    """Ordinary tensors that are as large as a dense B."""
-    gc.collect()
-    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
-    return [t.shape for t in tensors if t.numel() >= DENSE and t.is_floating_point()]
+    """Returns the shapes of ordinary tensors as large as a dense B that the test has made."""
+
+    def living():
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)]
+        return [t for t in tensors if t.numel() >= DENSE and t.is_floating_point()]
+
+    before = {id(tensor) for tensor in living()}  # which helpers of other tests keep
+    return lambda: [tensor.shape for tensor in living() if id(tensor) not in before]
 
 
 def step(model):
@@ -203,7 +209,7 @@ PACKED = pytest.mark.parametrize("options", [SPARSE, {"density": 0.2}, {"basis":
 
 
 @PACKED
-def test_a_new_model_holds_no_dense_basis(options):
+def test_a_new_model_holds_no_dense_basis(options, dense_tensors):
     model = adapted(wide(), "02", R, **options)
     assert not dense_tensors() and all(buffer.dim() == 1 for buffer in model.buffers())
 
@@ -222,7 +228,7 @@ def add_adapter(model, folder):
 
 @PACKED
 @pytest.mark.parametrize("use", [save, cast, add_adapter])
-def test_no_use_leaves_a_dense_basis(tmp_path, options, use):
+def test_no_use_leaves_a_dense_basis(tmp_path, options, use, dense_tensors):
     model = adapted(wide(), "02", R, **options)
     step(model)
     use(model, tmp_path)
@@ -230,7 +236,7 @@ def test_no_use_leaves_a_dense_basis(tmp_path, options, use):
 
 
 @PACKED
-def test_a_loaded_model_trains_without_a_dense_basis(tmp_path, options):
+def test_a_loaded_model_trains_without_a_dense_basis(tmp_path, options, dense_tensors):
     adapted(wide(), "02", R, **options).save_pretrained(tmp_path)
     model = opened(tmp_path, wide, is_trainable=True)
     step(model)
