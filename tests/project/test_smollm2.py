@@ -48,7 +48,7 @@ def files(tmp_path_factory):
 
 def arguments(files, *others) -> list:
     model, words = files
-    small = ["--steps", 30, "--batch-size", 4, "--rank", 8, "--lr", 1e-3]
+    small = ["--steps", 30, "--batch-size", 4, "--rank", 8, "--lr", 1e-4]
     return ["--model", model, "--words", words, *small, *others]
 
 
