@@ -12,7 +12,7 @@ After `enable`, every RandLoRA model that PEFT makes or loads computes its layer
 
 import warnings
 
-OLDEST, NEWEST = "0.20", "0.21"  # as noxfile.py tests
+OLDEST, NEWEST = "0.21", "0.21"  # as noxfile.py tests
 _WANTED = f"randlora_ext.peft needs PEFT {OLDEST} or newer: `pip install -U 'peft>={OLDEST}'`"
 try:
     import peft

@@ -28,7 +28,6 @@ def backend_of(base: nn.Module) -> Any:
     bnb = sys.modules.get("bitsandbytes")  # without it nothing can be its layer
     if bnb is not None and isinstance(base, (bnb.nn.Linear8bitLt, bnb.nn.Linear4bit)):
         return resolve_quantization_backend(base)
-    # PEFT 0.20 fails on any other layer beside a newer torchao, so it is not asked needlessly.
     known = nn.Linear, AdaptedLayer, RandLoraLayer, ModulesToSaveWrapper
     if isinstance(base, known) or is_conv1d(base):
         return None

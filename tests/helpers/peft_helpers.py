@@ -20,9 +20,6 @@ from randlora_ext.peft.layer import AcceleratedLinear  # noqa: E402
 PEFT = tuple(Version(peft.__version__).release)
 # Before 0.21.2 PEFT's class for this task asks for a method that newer transformers do not have.
 SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM" if PEFT >= (0, 21, 2) else None
-AS_A_WHOLE = pytest.mark.skipif(
-    PEFT < (0, 21), reason="PEFT 0.20 hands over no set of tensors: layers are refused one by one"
-)
 StockLinear = peft.tuners.randlora.layer.Linear
 RANDLORA = peft.PeftType.RANDLORA
 

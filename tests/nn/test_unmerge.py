@@ -207,7 +207,7 @@ def test_a_weight_that_lies_otherwise_in_memory(make):
 
 
 def test_a_merged_adapter_that_is_deleted():
-    """As by PEFT up to 0.20."""
+    """As `delete_adapter` does."""
     made = OfPeft()
     W = made.bits()
     made.merge(["two"])

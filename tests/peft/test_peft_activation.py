@@ -228,19 +228,19 @@ print(type(model.base_model.model[0]).__name__)
 
 def test_without_peft_and_imported_before_it():
     without, layer = run_python("-c", OURS_FIRST).splitlines()
-    assert "`pip install -U 'peft>=0.20'`" in without
+    assert "`pip install -U 'peft>=0.21'`" in without
     assert layer == "AcceleratedLinear"
 
 
 def test_a_newer_peft_is_warned_of(monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.99.0.dev0")
-    with pytest.warns(UserWarning, match=r"tested with PEFT 0\.20 to .*, found 0\.99\.0\.dev0"):
+    with pytest.warns(UserWarning, match=r"tested with PEFT 0\.21 to .*, found 0\.99\.0\.dev0"):
         accelerated.check_version()
 
 
 def test_an_old_peft_is_refused(monkeypatch):
     monkeypatch.setattr(peft, "__version__", "0.19.1")
-    with pytest.raises(ImportError, match=r"pip install.*peft>=0\.20.*found 0\.19\.1"):
+    with pytest.raises(ImportError, match=r"pip install.*peft>=0\.21.*found 0\.19\.1"):
         accelerated.check_version()
 
 

@@ -5,7 +5,6 @@ import torch
 from expert_models import EXPERTS, batch, logits
 from peft_experts import WAYS, Mixture, experts_of, moe, parameters_of
 from peft_helpers import (
-    AS_A_WHOLE,
     accelerated,
     adapted,
     assert_unchanged,
@@ -88,7 +87,6 @@ def of_the_other(tmp_path):
     return model
 
 
-@AS_A_WHOLE
 @pytest.mark.filterwarnings("ignore:Already found")
 def test_tensors_of_another_parameter_are_told_and_not_loaded(tmp_path, of_the_other):
     """By their names. As of any layers that the adapter does not have."""

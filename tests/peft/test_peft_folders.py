@@ -7,10 +7,8 @@ import torch
 from expert_models import EXPERTS, FAMILIES, logits, make, with_scales
 from language_models import llama
 from layer_helpers import uneven
-from peft.tuners.randlora.model import RandLoraModel
 from peft_experts import moe
 from peft_helpers import (
-    PEFT,
     Deep,
     Headed,
     accelerated,
@@ -241,7 +239,6 @@ def test_modules_to_save_come_back(tmp_path, x):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(PEFT < (0, 21), reason="PEFT 0.20 saves no biases")
 @pytest.mark.parametrize("bias", ["all", "randlora_only"])
 def test_biases_come_back(tmp_path, bias, x):
     model = adapted(Deep(), "ab", basis="hadamard", bias=bias)
@@ -278,9 +275,6 @@ def test_a_file_in_float32_is_not_rounded_on_a_bf16_base(tmp_path, kind):
     assert all(torch.equal(again[name], first[name]) for name in again)
 
 
-@pytest.mark.skipif(
-    not hasattr(RandLoraModel, "_get_adapter_state_dict"), reason="PEFT 0.20 has no such hook"
-)
 def test_a_state_of_parameters_and_buffers_is_saved_with_records(tmp_path):
     """DeepSpeed's ZeRO-3 gathers these alone."""
     model = made(basis="hadamard")

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft_helpers import (
-    AS_A_WHOLE,
     Deep,
     Headed,
     accelerated,
@@ -221,7 +220,6 @@ def test_configurations_of_lora_are_read_as_ever(tmp_path, lora, config_class):
     assert config_class.from_pretrained(pretrained_model_name_or_path=str(tmp_path)).r == 3
 
 
-@AS_A_WHOLE
 def test_an_injected_model_is_loaded_as_a_whole_or_not_at_all():
     """There is no PeftModel."""
     accelerated.enable()

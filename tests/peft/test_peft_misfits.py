@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft_helpers import (
-    AS_A_WHOLE,
     Headed,
     adapted,
     assert_unchanged,
@@ -37,7 +36,6 @@ def test_a_module_to_save_that_the_file_lacks(tmp_path, headed, name):
     assert_nothing_is_left(headed, before)
 
 
-@AS_A_WHOLE
 @BOTH_NAMES
 def test_a_tensor_of_another_shape(tmp_path, headed, name):
     with edited(tmp_path) as state:
@@ -79,7 +77,6 @@ def load_over(folder, count, targets):
 EVERY_WAY = pytest.mark.parametrize("way", [load_anew, load_beside, load_over])
 
 
-@AS_A_WHOLE
 class TestFilesThatFitInPart:
     """Stock PEFT says nothing of tensors without a place, and little of those that are missing."""
 

@@ -8,7 +8,6 @@ import torch
 from language_models import llama
 from peft.utils.save_and_load import load_peft_weights
 from peft_helpers import (
-    AS_A_WHOLE,
     Deep,
     assert_unchanged,
     made,
@@ -93,7 +92,6 @@ TORN = {
 
 
 @pytest.mark.filterwarnings("ignore:(Already found|Found missing)")
-@AS_A_WHOLE
 @EVERY_DOOR
 @pytest.mark.parametrize("old, new, message", TORN.values(), ids=TORN)
 def test_tensors_of_another_save(tmp_path, old, new, message, door):
@@ -107,7 +105,6 @@ def test_tensors_of_another_save(tmp_path, old, new, message, door):
     assert (str(tmp_path) in told) == (door in READ_THE_CONFIGURATION)
 
 
-@AS_A_WHOLE
 def test_a_folder_is_named_only_for_the_configuration(tmp_path):
     """PEFT does not tell from which folder tensors come that are loaded over an adapter."""
     for name, key in (("one", 1), ("two", 2)):
@@ -121,7 +118,6 @@ def test_a_folder_is_named_only_for_the_configuration(tmp_path):
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 
 
-@AS_A_WHOLE
 def test_a_message_tells_ten_misfits_and_their_number(tmp_path):
     made(r=6, base=llama, targets=LINEAR, **SIGNS).save_pretrained(tmp_path)
     running = made(r=5, base=llama, targets=LINEAR, **SIGNS)
@@ -196,7 +192,6 @@ MISFITS = {
 
 
 @pytest.mark.filterwarnings("ignore:(Already found|Found missing)")
-@AS_A_WHOLE
 @EVERY_DOOR
 @pytest.mark.parametrize("case", MISFITS)
 def test_tensors_that_do_not_fit(tmp_path, case, door):
@@ -212,7 +207,6 @@ def test_tensors_that_do_not_fit(tmp_path, case, door):
 
 
 @pytest.mark.filterwarnings("ignore:Already found")
-@AS_A_WHOLE
 @EVERY_DOOR
 def test_tensors_without_a_record(tmp_path, door):
     folder = Folder(tmp_path, **SIGNS)
@@ -234,7 +228,6 @@ HOSTILE = {
 
 
 @pytest.mark.filterwarnings("ignore:Already found")
-@AS_A_WHOLE
 @EVERY_DOOR
 @pytest.mark.parametrize("record", HOSTILE)
 def test_hostile_records(tmp_path, record, door):
