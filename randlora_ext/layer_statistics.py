@@ -160,7 +160,7 @@ def _plain(model: nn.Module, layers: SumsOfLayers) -> Iterator[None]:
     beside which transformers does not tell packed texts apart by their positions."""
     with ExitStack() as held:
         for module in model.modules():
-            config = getattr(module, "config", None)
+            config: Any = getattr(module, "config", None)
             if getattr(config, "use_cache", False):
                 held.callback(setattr, config, "use_cache", config.use_cache)
                 config.use_cache = False

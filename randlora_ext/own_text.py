@@ -76,7 +76,7 @@ def writes(model: Any) -> bool:
 
 
 @contextmanager
-def adapters_disabled(model: nn.Module) -> Iterator[None]:
+def adapters_disabled(model: Any) -> Iterator[None]:
     """Inside it a PeftModel is its base model; another model stays as it is.
 
     PEFT's own context makes every parameter of an active adapter trainable, at its end, even one
