@@ -233,5 +233,5 @@ def test_an_exported_model(tmp_path):
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     for tokens in (1, 7, 90):
         row = torch.randn(tokens, 24)
-        torch.testing.assert_close(loaded(row), model(row), rtol=1e-4, atol=1e-5)
+        assert relative(loaded(row), model(row)) < 1e-5
     model(x).sum().backward()  # the bases that the export packed serve training
