@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..checks import warn_user
 from ..ranks import full_tensor, local_tensor
 from .input_scale import InputScales
 
-# By a weight, the layer that was merged into it last.
-_last_merged: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
+# By each of a weight's `_marks`, the layer that was merged into it last.
+_last_merged: "weakref.WeakValueDictionary[int, KeepsWeight]" = weakref.WeakValueDictionary()
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -51,7 +50,7 @@ class KeepsWeight(nn.Module):
         super().__setstate__(state)
         weight = self._held_weight() if self.merged else None
         if weight is not None:  # of a copy or a pickle, which `_refuse_shared` has not seen
-            _last_merged[weight] = weakref.ref(self)
+            _last_merged.update(dict.fromkeys(_marks(weight), self))
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -91,14 +90,19 @@ class KeepsWeight(nn.Module):
         weight = self._held_weight()
         if weight is None:
             return
-        last = _last_merged.get(weight)
-        other = None if last is None else last()
-        if other is not None and other is not self and other.merged:
-            raise RuntimeError(
-                f"{other._in_words()} is merged into the weight of {self._in_words()}, which can "
-                "hold the change of one layer only; use them unmerged"
-            )
-        _last_merged[weight] = weakref.ref(self)
+        marks = _marks(weight)
+        for mark in marks:
+            other = _last_merged.get(mark)
+            if other is None or other is self or not other.merged:
+                continue
+            held = other._held_weight()
+            # Another weight may have had the same address before.
+            if held is not None and mark in _marks(held):
+                raise RuntimeError(
+                    f"{other._in_words()} is merged into the weight of {self._in_words()}, which "
+                    "can hold the change of one layer only; use them unmerged"
+                )
+        _last_merged.update(dict.fromkeys(marks, self))
 
     def _warn_if_trained(self) -> None:
         """Warns in forward of merged adapters that would be trained: torch's error in backward, if
@@ -200,6 +204,16 @@ class KeepsWeight(nn.Module):
         return lambda: weight.copy_(kept)
 
 
+def _marks(weight: Tensor) -> tuple[int, int]:
+    """Two weights that have one of these in common are the same numbers: the object, which stays
+    when a module is moved or cast, and where its memory begins."""
+    return id(weight), _place(weight)
+
+
+def _place(weight: Tensor) -> int:
+    return local_tensor(weight).data_ptr() or id(weight)  # torchao's weights tell no place
+
+
 def check_mergeable(layers: Mapping[str, KeepsWeight]) -> None:
     """Raises, before one of a model's adapted layers is merged, what forbids it: RuntimeError if
     two layers share a weight, and the errors of merging."""
@@ -212,8 +226,7 @@ def check_mergeable(layers: Mapping[str, KeepsWeight]) -> None:
         if weight.is_meta and hasattr(layer.get_base_layer(), "_hf_hook"):
             continue  # accelerate will bring it
         layer._check_writable()
-        place = local_tensor(weight).data_ptr() or id(weight)  # torchao's weights tell no place
-        other = first.setdefault(place, layer)
+        other = first.setdefault(_place(weight), layer)
         if other is not layer:
             raise RuntimeError(
                 f"{other._in_words()} and {layer._in_words()} share one weight, which can hold the "

@@ -55,12 +55,20 @@ COPIES = {
 }
 
 
+def same_memory():
+    bases = two_bases(tied=False)
+    bases[1].weight = nn.Parameter(bases[0].weight.data)
+    return bases
+
+
 @pytest.fixture(params=SHARED)
 def shared(request):
     return randomize(SHARED[request.param]())
 
 
-def test_every_order_of_merging_and_unmerging_two_layers_of_one_weight(shared):
+@pytest.mark.parametrize("make", [*SHARED.values(), lambda: with_adapters(*same_memory())])
+def test_every_order_of_merging_and_unmerging_two_layers_of_one_weight(make):
+    shared = randomize(make())
     weight = shared[0].get_base_layer().weight
     W, steps = bits_of(weight), list(itertools.product((0, 1), (True, False)))
     for order in itertools.permutations(steps):
@@ -96,6 +104,25 @@ def test_the_second_layer_is_refused_in_a_copy_too(shared, copied, first):
     assert torch.equal(bits_of(model[0].get_base_layer().weight), W)
 
 
+def test_the_second_layer_is_refused_after_a_move(shared):
+    shared[0].merge()
+    shared.double()
+    with pytest.raises(RuntimeError, match="is merged into the weight of"):
+        shared[1].merge()
+
+
+def test_weights_in_different_parts_of_one_memory_are_merged():
+    """As those that DeepSpeed and FSDP1 have flattened."""
+    model = with_adapters(*two_bases(tied=False))
+    weights = [layer.base_layer.weight for layer in model]
+    for weight, part in zip(weights, torch.stack([*weights]).detach(), strict=True):
+        weight.data = part
+    want = model(x := torch.randn(3, 24))
+    for layer in model:
+        layer.merge()
+    assert relative(model(x), want) < 1e-5
+
+
 def test_a_layer_that_is_gone_forbids_nothing():
     base = make_base(24, 40)
     randomize(RandLoraLinear(base, r=5)).merge()
@@ -110,12 +137,6 @@ def test_the_message_names_the_layers():
     one.path, two.path = "head", "tail"
     with pytest.raises(RuntimeError, match="^layer 'head' is merged .* of layer 'tail', which"):
         two.merge()
-
-
-def same_memory():
-    bases = two_bases(tied=False)
-    bases[1].weight = nn.Parameter(bases[0].weight.data)
-    return bases
 
 
 @pytest.mark.parametrize("bases", [two_bases, same_memory])
