@@ -18,9 +18,11 @@ from .ranks import full_tensor, gathered
 POWER = 2  # of the share of a feature's energy that varies; docs/evidence.md compares others
 EPSILON = 0.1  # in medians of rms: small features are not blown up without bound
 FLOOR = 1e-3  # in medians of the scale: no feature is lost entirely, so dW keeps its rank
-COST = 250.0  # the sum of strength squared times cost; one learning rate then fits all models
-RESPONSE = 1.5  # of the median layer to a random dW; one learning rate then fits all models
+COST = 250.0  # of a step in all layers together; one learning rate then fits all models
+RESPONSE = 1.5  # of the median layer to a random dW, for models that write no text; likewise
 FEW_TOKENS = 32  # of an expert that saw fewer, the vector is that of all experts
+
+Layers = Mapping[AdaptedLayer, tuple[str, list[str]]]  # the name of each and its adapters
 
 
 @torch.no_grad()
@@ -43,25 +45,22 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         scale = scale.clamp_min(scale.median() / 1000)
         scale = scale / scale.square().mean().sqrt()
 
-    times the strength of the layer, one number, which is larger where a step teaches much and costs
-    little (docs/how-it-works.md). Of the gradients of the loss to the layer's outputs, (tokens,
-    out), of a loss that is the sum over the labels::
+    times the strength of the layer, one number, which is smaller where a step costs more than in
+    the median layer (docs/how-it-works.md). The cost is measured on `own_text`, 8 rows that the
+    base model writes, with the gradients of the summed loss to the layer's outputs, (tokens, out)::
 
-        gain = gradients.square().mean(0).sqrt().sum() * (scale * x.std(0)).sum()
         cost = gradients.square().mean(0).sum() * (scale * x).square().mean(0).sum()
 
-    The gain is measured with the labels of the batches, the cost on `own_text`, 8 rows that the
-    base model writes. Then, with the gains and costs of all layers::
+    Then, with the costs of all layers::
 
-        unit = (250 / (gain.square() / cost).sum()).sqrt()
-        strength = unit * gain / cost                so that (strength.square() * cost).sum() == 250
+        strength = cost.clamp_min(cost.median()).rsqrt()
+        strength = strength * (250 / (strength.square() * cost).sum()).sqrt()
         input_scale = strength * scale
 
-    so that a step costs as much in every model, and one learning rate serves all. A layer that
-    the text does not reach, as those for images, has the median strength. All layers get the same
-    one if a batch has no "labels", or the model gives no ``loss`` or cannot write text (it has no
-    ``generate``, or is an encoder and decoder): that at which the median layer, whose outputs are y
-    (tokens, out), answers a random dW as strongly as any other model's::
+    A step in all layers so costs 250 in every model, and one learning rate serves all. If the model
+    gives no ``loss`` or cannot write text (it has no ``generate``, or is an encoder and decoder),
+    all layers get the same strength. With it the median layer, whose outputs are y (tokens, out),
+    answers a random dW as strongly as any other model's::
 
         response = ((x * scale).square().sum() / y.square().mean(1).sum()).sqrt()
         strength = 1.5 / statistics.median(responses)
@@ -71,11 +70,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     the layer's buffer ``randlora_input_scale``, which files and state dicts hold. Called again, it
     replaces the vectors. Of adapters of ``target_parameters`` every expert gets a vector of its
     own, ``input_scale`` (experts, in_features); one that sees fewer than 32 tokens gets that of
-    all. The strength is that of all experts, whose gains and costs count by their tokens.
+    all. The strength is that of all experts, whose costs count by their tokens.
 
-    Each batch takes two forward passes and a backward one, in which no parameter gets a gradient:
-    it needs the memory of a training step without adapters, less with gradient checkpointing, which
-    acts. The text takes `own_text` and as much for its eight batches.
+    A batch takes a forward pass. The text takes `own_text`, and then eight batches of one row, each
+    two forward passes and a backward one. No parameter gets a gradient there, and gradient
+    checkpointing acts, so they need less memory than a training step.
 
     Args:
         model: with adapters on Hadamard bases. It runs in eval mode; afterwards each module is in
@@ -107,15 +106,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     check_model(model)
     _check_batches(batches)
     layers = layers_to_calibrate(model)
-    writer = writer_of(model)
-    task, has_gradients = _measured(model, batches, layers, writer is not None)
-    scales = _scales(task)
-    strengths = None
-    if writer is not None and has_gradients:
-        own, _ = _measured(model, own_text(writer), layers)
-        strengths = _strengths(scales, task, own)
-    if strengths is None:
-        strengths = _equal_strengths(scales, task)
+    of_batches = _measured(model, batches, layers)
+    scales = _scales(of_batches)
+    strengths = _strengths(model, layers, scales) or _equal_strengths(scales, of_batches)
     for layer, (name, adapters) in layers.items():
         if name not in scales:  # it has seen nothing
             continue
@@ -146,25 +139,36 @@ def _median(values: Tensor) -> Tensor:
     return median if median > 0 else values[values > 0].median()
 
 
-def _measured(
-    model: nn.Module,
-    batches: Iterable[Any],
-    layers: Mapping[AdaptedLayer, tuple[str, list[str]]],
-    gradients: bool = True,
-) -> tuple[dict[str, Sums], bool]:
-    """What the layers have seen on all ranks, by their names, and whether `gradients` were wanted
-    and every batch had labels of which the model gives a loss. ValueError if there is no batch."""
+def _measured(model: nn.Module, batches: Iterable[Any], layers: Layers) -> dict[str, Sums]:
+    """What the layers have seen on all ranks, by their names. ValueError if there is no batch."""
     sums = {layer: Sums.of(layer) for layer in layers}
-    count, with_labels = torch.zeros(2, dtype=torch.float64)
+    count = torch.zeros((), dtype=torch.float64)
     for batch in batches:  # which may be made by other models, or by this one
         _check_batch(batch)
         observe(model, batch, sums)
-        with_labels += gradients and differentiate(model, batch, sums)
         count += 1
-    _add_up_ranks([count, with_labels, *(each for of in sums.values() for each in of.all())])
+    _add_up_ranks([count])
     if not count:
         raise ValueError("batches must hold at least one batch, got none")
-    return {name: sums[layer] for layer, (name, _) in layers.items()}, bool(count == with_labels)
+    return _of_all_ranks(sums, layers)
+
+
+def _of_all_ranks(sums: Mapping[AdaptedLayer, Sums], layers: Layers) -> dict[str, Sums]:
+    """By the layers' names."""
+    _add_up_ranks([each for of_layer in sums.values() for each in of_layer.all()])
+    return {name: sums[layer] for layer, (name, _) in layers.items()}
+
+
+def _measured_on_own_text(
+    model: nn.Module, writer: nn.Module, layers: Layers
+) -> dict[str, Sums] | None:
+    """Likewise, with gradients, on text that a part of the model writes; None without a loss."""
+    sums = {layer: Sums.of(layer) for layer in layers}
+    for row in own_text(writer):
+        observe(model, row, sums)
+        if not differentiate(model, row, sums):
+            return None
+    return _of_all_ranks(sums, layers)
 
 
 def _scales(sums: Mapping[str, Sums]) -> dict[str, Tensor]:
@@ -197,6 +201,32 @@ def _scale_of_experts(sums: Sums) -> Tensor:
     return torch.stack([input_scale_of(*each) for each in zip(rms, mean, strict=True)])
 
 
+def _strengths(
+    model: nn.Module, layers: Layers, scales: Mapping[str, Tensor]
+) -> dict[str, float] | None:
+    """One for each layer, as `calibrate` says; None if the model writes no text or gives no loss of
+    it, or, with a warning, if gradients are not finite."""
+    writer = writer_of(model)
+    sums = None if writer is None else _measured_on_own_text(model, writer, layers)
+    if sums is None:
+        return None
+    for name in scales:
+        if not bool(sums[name].gradients.isfinite().all()):
+            warn_user(
+                f"the gradients to the outputs of layer {name!r} hold NaN or infinity, so all "
+                "layers get the same strength"
+            )
+            return None
+    costs = {name: _cost(sums[name], scale) for name, scale in scales.items()}
+    reached = [cost for cost in costs.values() if cost > 0]
+    if not reached:
+        return None
+    median = statistics.median(reached)
+    strengths = {name: 1 / math.sqrt(max(cost, median)) for name, cost in costs.items()}
+    unit = math.sqrt(COST / sum(strengths[name] ** 2 * costs[name] for name in costs))
+    return {name: unit * strength for name, strength in strengths.items()}
+
+
 def _equal_strengths(scales: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, float]:
     responses = [_response(sums[name], scale) for name, scale in scales.items()]
     responses = [response for response in responses if math.isfinite(response)]  # outputs are zero
@@ -211,49 +241,12 @@ def _response(sums: Sums, scales: Tensor) -> float:
     return float((added / sums.outputs.sum()).sqrt())
 
 
-def _strengths(
-    scales: Mapping[str, Tensor], task: Mapping[str, Sums], own: Mapping[str, Sums]
-) -> dict[str, float] | None:
-    """One for each layer, by gain and cost as `calibrate` says; None if no layer has both, or, with
-    a warning, if gradients are not finite.
-
-    A layer of which one is missing, as those for images are in a text, has the median strength.
-    """
-    for name in scales:
-        if not all(bool(sums[name].gradients.isfinite().all()) for sums in (task, own)):
-            warn_user(
-                f"the gradients to the outputs of layer {name!r} hold NaN or infinity, so all "
-                "layers get the same strength"
-            )
-            return None
-    gains = {name: _gain(task[name], scale) for name, scale in scales.items()}
-    costs = {name: _cost(own[name], scale) for name, scale in scales.items()}
-    ratios = {n: gains[n] / costs[n] for n in scales if gains[n] > 0 and costs[n] > 0}
-    if not ratios:
-        return None
-    unit = math.sqrt(COST / sum(gains[name] * ratio for name, ratio in ratios.items()))
-    median = statistics.median(ratios.values())
-    return {name: unit * ratios.get(name, median) for name in scales}
-
-
-def _gain(sums: Sums, scales: Tensor) -> float:
+def _cost(sums: Sums, scales: Tensor) -> float:
     """A mean over the experts, by their tokens."""
     tokens = sums.tokens.clamp_min(1)
-    deviation = (sums.squares / tokens - (sums.values / tokens).square()).clamp_min(0).sqrt()
-    slopes = (sums.gradients / tokens).sqrt().sum(1)
-    return float(_share(sums) @ (slopes * (scales * deviation).sum(1)))
-
-
-def _cost(sums: Sums, scales: Tensor) -> float:
-    """Likewise."""
-    tokens = sums.tokens.clamp_min(1)
     energies = (sums.squares / tokens * scales.square()).sum(1)
-    return float(_share(sums) @ ((sums.gradients / tokens).sum(1) * energies))
-
-
-def _share(sums: Sums) -> Tensor:
-    """Of all tokens, those of each expert."""
-    return sums.tokens.squeeze(1) / sums.tokens.sum().clamp_min(1)
+    share = sums.tokens.squeeze(1) / sums.tokens.sum().clamp_min(1)
+    return float(share @ ((sums.gradients / tokens).sum(1) * energies))
 
 
 def _check_batches(batches: Any) -> None:

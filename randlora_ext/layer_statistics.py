@@ -83,15 +83,12 @@ def observe(model: nn.Module, batch: Any, sums: SumsOfLayers) -> None:
         _call(model, batch)
 
 
-def differentiate(model: nn.Module, batch: Any, sums: SumsOfLayers) -> bool:
+def differentiate(model: nn.Module, batch: Mapping[str, Tensor], sums: SumsOfLayers) -> bool:
     """Adds to `sums` the gradient of the batch's loss, a sum over its labels, to the layers'
-    outputs. False, and adds nothing, if the batch has no labels or the model gives no loss.
+    outputs. False, and adds nothing, if the model gives no loss.
 
     No gradient of a parameter is computed.
     """
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor):
-        return False
     # DDP would wait for gradients of parameters.
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     with torch.enable_grad(), _plain(inner, sums), _frozen(inner), _gradients_added(sums):
@@ -101,9 +98,7 @@ def differentiate(model: nn.Module, batch: Any, sums: SumsOfLayers) -> bool:
         loss = getattr(_call(inner, batch), "loss", None)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return False
-        counted = int((labels != NO_LABEL).sum())
-        # A mean over no labels is NaN, and its gradients are zero.
-        (loss * counted if counted else loss.nan_to_num()).backward()
+        (loss * (batch["labels"] != NO_LABEL).sum()).backward()
     return True
 
 
