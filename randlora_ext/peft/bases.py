@@ -274,10 +274,7 @@ def layer_basis(
             f"{in_features} -> {out_features} features at r={r}, which needs ({r}, 1, >= {d}) and "
             f"(>= {D}, >= {n}, {r})"
         )
-    description = description_of_matrix(A)
-    if description is not None:
-        basis = Basis.described(description, *sizes)
-    elif served and isinstance(A, PackedBasis) and isinstance(B, PackedBasis):
+    if served and isinstance(A, PackedBasis) and isinstance(B, PackedBasis):
         basis = Basis.of(*sizes, _ternary(A, B))
     else:
         basis = Basis.of(*sizes, _dense(A, B))

@@ -30,10 +30,14 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     randlora_A: PackedBufferDict
     randlora_B: PackedBufferDict
-    _bases_from: tuple | None  # the device and the contents from which `bases` are made
+    # Of adapters whose bases are tensors; `bases` has those of the others.
+    tensor_bases: dict[str, Basis]
+    _tensor_bases_from: tuple | None  # the device and the contents from which they are made
     disabled = Linear.disable_adapters  # PEFT's property, by our layers' name
     # Of these PEFT deletes an adapter's entries with it.
-    other_param_names = (*Linear.other_param_names, "bases", "randlora_input_scale", RECORD)
+    other_param_names = (
+        *Linear.other_param_names, "bases", "tensor_bases", "randlora_input_scale", RECORD
+    )  # fmt: skip
     float32_products = False  # of all layers; `enable` sets it, and says what it does
 
     def __init__(
@@ -62,8 +66,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
                 setattr(self, name, value)
         self.fan_in_fan_out = config.fan_in_fan_out
         self._active_adapter = adapter_name
-        self.bases = {}
-        self._bases_from = None
+        self.bases, self.tensor_bases = {}, {}
+        self._tensor_bases_from = None
         self.randlora_input_scale = InputScales()
         self.randlora_record = nn.ModuleDict()
         self._force_module_call()
@@ -81,10 +85,14 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         self.cast_like_base(adapter_name)
         made = description_of_config(config)  # None: PEFT drew the bases
         self._reset_input_scale(adapter_name, made is not None and made.kind == "hadamard")
-        if made is not None:  # files do not hold the bases
-            self.randlora_record[adapter_name] = AdapterRecord(
-                made, r, config.randlora_alpha, self.in_features, self.out_features
-            )
+        for of_earlier in (self.bases, self.randlora_record):  # an adapter of the same name
+            if adapter_name in of_earlier:
+                del of_earlier[adapter_name]
+        if made is not None:
+            sizes = self.in_features, self.out_features
+            self.bases[adapter_name] = Basis.described(made, *sizes, r).canonical()
+            record = AdapterRecord(made, r, config.randlora_alpha, *sizes)
+            self.randlora_record[adapter_name] = record  # files do not hold the bases
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """As PEFT's, but lambda and gamma keep their dtype: ``low_cpu_mem_usage=True`` calls this
@@ -150,19 +158,21 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         return result
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
+        if adapter in self.bases:
+            return self.bases[adapter]
         # Versions of the contents are plain numbers, on which compiled code guards.
         held = self._modules
         a_version, b_version = held["randlora_A"].version, held["randlora_B"].version
         if torch.compiler.is_dynamo_compiling():
             self._make_bases_while_tracing(device, a_version, b_version)
-            return self.bases[adapter]
+            return self.tensor_bases[adapter]
         origin = device, a_version, b_version
-        if self._bases_from == origin and adapter in self.bases:
-            return self.bases[adapter]
+        if self._tensor_bases_from == origin and adapter in self.tensor_bases:
+            return self.tensor_bases[adapter]
         basis = self._make_basis(adapter, device)
-        if self._bases_from != origin:
-            self.bases.clear()
-        self._bases_from, self.bases[adapter] = origin, basis
+        if self._tensor_bases_from != origin:
+            self.tensor_bases.clear()
+        self._tensor_bases_from, self.tensor_bases[adapter] = origin, basis
         return basis
 
     def _make_basis(self, adapter: str, device: torch.device) -> Basis:
@@ -178,11 +188,12 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
     def _make_bases_while_tracing(self, device: torch.device, *versions: int) -> None:
-        for adapter in self.randlora_lambda:  # all, since Dynamo looks into `bases` only once
+        # All, since Dynamo looks into the dictionary only once.
+        for adapter in self.randlora_lambda:
             self.basis_of(adapter, device)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"bases": {}}  # found again
+        return self.__dict__ | {"tensor_bases": {}}  # found again
 
     def _widens(self, name: str, x: Tensor) -> bool:
         return self.float32_products and self._is_dense_in_16_bits(name, x)

@@ -189,9 +189,19 @@ def test_a_second_adapter_of_the_same_name_has_its_own_bases(second):
     assert torch.equal(layer.get_delta_weight("default"), alone.get_delta_weight("default"))
 
 
+def test_a_second_adapter_of_the_same_name_loads_what_another_of_its_kind_wrote(second):
+    options, layer = second
+    alone = made_over(nn.Sequential(nn.Linear(24, 40)), **options)
+    layer.load_state_dict(alone.state_dict())
+    assert torch.equal(layer.randlora_lambda["default"], alone.randlora_lambda["default"])
+
+
 def test_bases_are_found_again_after_pickling_and_not_held_twice(second):
     _, layer = second
-    assert not pickle.loads(pickle.dumps(layer)).bases
+    delta = layer.get_delta_weight("default")
+    copy = pickle.loads(pickle.dumps(layer))
+    assert not copy.tensor_bases
+    assert torch.equal(copy.get_delta_weight("default"), delta)
 
 
 @pytest.fixture

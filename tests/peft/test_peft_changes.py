@@ -22,23 +22,36 @@ from randlora_ext import Basis
 from randlora_ext.peft.bases import new_bases
 
 
+def of_peft(A, B):
+    return Basis.from_dense(A.flatten(1), B.flatten(1), 24, 40)
+
+
 class Expected:
     """A layer of two adapters, and by hand what it must compute."""
 
     def __init__(self):
         base = nn.Sequential(nn.Linear(24, 40))
         self.model = adapted(base, "0", basis="hadamard", projection_prng_key=1)
-        self.model.add_adapter("two", config(3, accelerated.RandLoraConfig, "0", density=0.3))
+        drawn = config(3, accelerated.RandLoraConfig, "0", sparse=True)
+        self.model.add_adapter("two", drawn)
         (self.layer,) = layers(randomize(self.model))
-        self.bases = {"default": Basis(24, 40, 5, seed=1), "two": Basis(24, 40, 3, 0.3, seed=0)}
+        self.bases = {
+            "default": Basis(24, 40, 5, seed=1),
+            "two": of_peft(*new_bases(drawn, 40, 24)),
+        }
         self.scales = {}
+        self.key = drawn.projection_prng_key
 
     def replace_bases(self):
-        new = Basis(24, 40, 5, seed=self.bases["default"].seed + 1)
-        options = {"basis": "hadamard", "projection_prng_key": new.seed}
-        A, B = new_bases(config(5, accelerated.RandLoraConfig, **options), 40, 24)
-        self.layer.randlora_A["default"], self.layer.randlora_B["default"] = A, B
-        self.bases["default"] = new
+        self.choose_two()
+        self.assert_right()
+        self.key += 1
+        other = config(
+            3, accelerated.RandLoraConfig, "0", sparse=True, projection_prng_key=self.key
+        )
+        A, B = new_bases(other, 40, 24)
+        self.layer.randlora_A["two"], self.layer.randlora_B["two"] = A, B
+        self.bases["two"] = of_peft(A, B)
 
     def scale_inputs(self):
         self.scales["default"] = torch.rand(24) + 0.5
