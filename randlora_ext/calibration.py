@@ -95,10 +95,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     tensor or mapping or holds something else; ValueError if no active adapter is on Hadamard bases,
     one has trained (its lambda is not zero) or is merged, no batch comes, or inputs or outputs hold
     NaN or infinity. Warns, once, of layers that see no token or only zeros, which stay as they are,
-    of gradients that are not finite, and of an "attention_mask" of another form, whose padding
-    counts. Experts must multiply by their parameter or a part of it, by torch's functions for
-    products (not einsum), as those of transformers do unless ``experts_implementation`` is
-    "batched_mm".
+    of costs that are not finite, and of an "attention_mask" of another form, whose padding counts.
+    Experts must multiply by their parameter or a part of it, by torch's functions for products (not
+    einsum), as those of transformers do unless ``experts_implementation`` is "batched_mm".
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.
@@ -210,14 +209,14 @@ def _strengths(
     sums = None if writer is None else _measured_on_own_text(model, writer, layers)
     if sums is None:
         return None
-    for name in scales:
-        if not bool(sums[name].gradients.isfinite().all()):
+    costs = {name: _cost(sums[name], scale) for name, scale in scales.items()}
+    for name, cost in costs.items():
+        if not math.isfinite(cost):
             warn_user(
-                f"the gradients to the outputs of layer {name!r} hold NaN or infinity, so all "
-                "layers get the same strength"
+                f"what a step costs in layer {name!r} is {cost}, as its gradients or inputs are not "
+                "finite, so all layers get the same strength"
             )
             return None
-    costs = {name: _cost(sums[name], scale) for name, scale in scales.items()}
     reached = [cost for cost in costs.values() if cost > 0]
     if not reached:
         return None

@@ -198,12 +198,12 @@ def test_layers_of_4_bits_which_train_afterwards():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_gradients_that_are_not_finite_are_told():
+def test_costs_that_are_not_finite_are_told():
     model = adapted(llama())
     head = model.get_base_model().lm_head
     with torch.no_grad():
         head.weight[7] = torch.inf  # of a token that the model will not stop to write
-    with pytest.warns(UserWarning, match="the gradients .* hold NaN or infinity"):
+    with pytest.warns(UserWarning, match="a step costs in layer .* is (nan|inf)"):
         strengths = randlora_ext.calibrate(model, task())
     assert len({*strengths.values()}) == 1
 
