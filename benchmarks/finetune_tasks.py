@@ -139,3 +139,56 @@ def prose() -> str:
 
 
 TEXTS = {"manual": manual, "code": code, "prose": prose}
+
+# To the first 32 the base model's answers are compared; from those to the others `calibrate` may
+# measure what a step costs.
+PROMPTS = """
+Why is the sky blue?
+Give me three tips for sleeping better.
+What is the capital of Australia?
+Write a short poem about autumn.
+How do I boil an egg?
+Explain what a fraction is to a child.
+Who wrote Romeo and Juliet?
+List five animals that live in the ocean.
+What should I pack for a weekend in the mountains?
+Summarize the story of Cinderella in two sentences.
+How does a bicycle stay upright?
+Write a polite email that asks for a day off.
+What is the difference between a virus and a bacterium?
+Translate "good morning" into French and Spanish.
+Why do leaves change color?
+Suggest a name for a small bakery.
+How can I learn to play the guitar?
+What is 15 percent of 80?
+Tell me a fact about the moon.
+Write a Python function that adds two numbers.
+What are the benefits of drinking water?
+Describe your ideal holiday in a few words.
+How do airplanes fly?
+Give me a recipe for a simple salad.
+What does the word "generous" mean?
+Who was the first person on the moon?
+How do I remove a coffee stain from a shirt?
+Name three famous painters and one work of each.
+Why is exercise good for the heart?
+Write the first sentence of a detective story.
+What is the largest planet of the solar system?
+How do I say no to an invitation without being rude?
+What causes an earthquake?
+Recommend a gift for a ten-year-old.
+How is cheese made?
+Explain what an interest rate is.
+Write a haiku about rain.
+What is the boiling point of water?
+How can I save money on groceries?
+What did people use before electric light?
+Give me a synonym for "happy" and use it in a sentence.
+Why do cats purr?
+Plan a simple breakfast for four people.
+What is photosynthesis?
+How do I prepare for a job interview?
+Name the continents.
+Write a short thank-you note to a teacher.
+What makes a good friend?
+""".strip().splitlines()
