@@ -363,25 +363,55 @@ class AcceleratedRandLoraModel(RandLoraModel):
         from_folder = f" (its configuration is from {folder})" if folder else ""
         what = f"what is loaded into adapter {name!r}{from_folder}"
         refuse_misfits(layers_by_path(model), named, what)
-        _warn_of_missing(model, name, named)
+        _check_names(model, name, named, what)
         return named
 
 
-def _warn_of_missing(model: nn.Module, adapter_name: str, named: Mapping[str, Tensor]) -> None:
+def _check_names(
+    model: nn.Module, adapter_name: str, named: Mapping[str, Tensor], what: str
+) -> None:
     """Warns if tensors, by their names in `model`, fit an adapter only in part. PEFT returns such
-    names, and few look at them."""
-    ends = tuple(f".{diagonal}.{adapter_name}" for diagonal in DIAGONALS)
-    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    own = {name.replace("_fsdp_wrapped_module.", "") for name in names if name.endswith(ends)}
+    names, and few look at them.
+
+    Raises RuntimeError if names differ by ``base_layer`` alone: then a layer's tensors are there
+    and would not be used.
+
+    Args:
+        what: is said not to fit.
+    """
+    places: set[str] = set()
+    expected: set[str] = set()
+    for path, layer in layers_by_path(model).items():
+        if adapter_name not in layer.randlora_lambda:
+            continue
+        path = path.replace("_fsdp_wrapped_module.", "")
+        own = {f"{path}.{diagonal}.{adapter_name}" for diagonal in DIAGONALS}
+        places |= own
+        if isinstance(layer, AcceleratedLinear):  # a RandLoraLinear is no part of the adapter
+            expected |= own
     given = {key for key in named if any(f".{diagonal}" in key for diagonal in DIAGONALS)}
-    for keys, what in (
-        (given - own, "tensors have no place in the model and are not used"),
-        (own - given, "tensors of the adapter are missing and stay as they were"),
+    without_place, missing = sorted(given - places), sorted(expected - given)
+
+    def shortened(key: str) -> str:
+        # PEFT has added the adapter's name to what has a place alone.
+        return key.removesuffix(f".{adapter_name}").replace(".base_layer", "")
+
+    found = {shortened(key) for key in without_place}
+    renamed = [key for key in missing if shortened(key) in found]
+    if renamed:
+        raise RuntimeError(
+            f"{what} does not fit: in it the names of {at_most_ten(renamed)} differ by base_layer. "
+            "There or here alone target_parameters adapt the module around these layers; load it "
+            "into a model with the same target_parameters"
+        )
+    for keys, why in (
+        (without_place, "tensors have no place in the model and are not used"),
+        (missing, "tensors of the adapter are missing and stay as they were"),
     ):
         if keys:
             warn_user(
-                f"the tensors fit adapter {adapter_name!r} only in part: {len(keys)} {what}: "
-                f"{at_most_ten(sorted(keys))}"
+                f"the tensors fit adapter {adapter_name!r} only in part: {len(keys)} {why}: "
+                f"{at_most_ten(keys)}"
             )
 
 

@@ -99,6 +99,24 @@ def test_tensors_of_another_parameter_are_told_and_not_loaded(tmp_path, of_the_o
     assert_unchanged(of_the_other, before)
 
 
+@pytest.mark.parametrize("name, wrapped", [("default", False), ("default", True), ("two", True)])
+def test_names_that_only_wrapping_has_changed_are_refused(tmp_path, name, wrapped):
+    """The linear layer lies inside a module of which a parameter is adapted, or is not."""
+    linear, both = (
+        adapted(nn.Sequential(Mixture(WAYS["matmul"])), ["linear"], 4, basis="hadamard", **more)
+        for more in ({}, {"target_parameters": ["0.up"]})
+    )
+    saved, model = (linear, both) if wrapped else (both, linear)
+    saved.save_pretrained(tmp_path)
+    before = numbers(model)
+    told = f"adapter {name!r}.* does not fit: in it the names of .*linear.* differ by base_layer"
+    with pytest.raises(RuntimeError, match=told):
+        model.load_adapter(tmp_path, name)
+    if name == "two":
+        model.delete_adapter("two")
+    assert_unchanged(model, before)
+
+
 def test_a_file_of_other_sizes_is_refused(tmp_path):
     moe("Mixtral").save_pretrained(tmp_path)
     model = moe("Qwen3Moe")
