@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable
 from datetime import date, timedelta
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -113,6 +114,12 @@ TASKS: dict[str, Callable[..., tuple[list[Example], list[Example]]]] = {
     "dates": dates,
     "json": extraction,
 }
+
+
+@cache
+def examples(task: str) -> tuple[list[Example], list[Example]]:
+    """Those to train on, and held-out ones."""
+    return TASKS[task]()
 
 
 def manual() -> str:

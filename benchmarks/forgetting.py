@@ -11,17 +11,25 @@ which the last column tells the number.
 """
 
 import argparse
-import json
-import math
-import re
 import statistics
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
-from finetune import FACTORS
+from finetune_rows import FACTORS, identity, read_rows
+from forgetting_curves import (
+    between,
+    forgot,
+    has,
+    has_curve,
+    least_by_seed,
+    loss_by_seed,
+    points,
+    selected,
+)
 
 RESULTS = Path(__file__).parent / "results"
-EQUAL = {  # held-out losses that most methods reach
+EQUAL = {  # held-out losses that most methods reach in 40 steps
     ("fp32", "spelling"): 1.2,
     ("fp32", "roman"): 1.3,
     ("fp32", "dates"): 1.39,
@@ -32,11 +40,13 @@ EQUAL = {  # held-out losses that most methods reach
     ("gemma", "json"): 0.022,
 }
 MODELS = {"fp32": "SmolLM2", "gemma": "Gemma"}
+LAYERS = {"all": "all linear", "mlp": "MLP", "four": "q, v, o, down", "experts": "experts"}
 RISES = 0.03, 0.1, 0.3  # of the loss on another text
 ONE = "hadamard scaled:strength=one"  # for all layers of a model
+OURS = ONE
 METHODS = {  # method and layers
-    "ours, all linear": (ONE, "all"),
-    "ours, MLP": (ONE, "mlp"),
+    "ours, all linear": (OURS, "all"),
+    "ours, MLP": (OURS, "mlp"),
     "SHiRA, MLP": ("shira", "mlp"),
     "OFT, MLP": ("oft", "mlp"),
     "LoRA, MLP": ("lora", "mlp"),
@@ -47,7 +57,17 @@ OTHERS = {
     "OFT, all linear": ("oft", "all"),
     "LoRA, all linear": ("lora", "all"),
 }
-STRENGTHS = re.compile(r"hadamard scaled:strength=(.*)")  # one, or one for each layer
+FULL = {"full tuning": ("full", "all")}
+STRENGTHS = {  # of the layers of a model, at rises that all of these reach
+    f"{name}, {LAYERS[targets]}": (method, targets)
+    for targets in ("all", "mlp")
+    for name, method in {
+        "one": ONE,
+        "as calibrate": "hadamard scaled",
+        "F^-1/2": "hadamard scaled:strength=F-1/2",
+    }.items()
+}
+SMALL_RISES = 0.03, 0.05, 0.1
 POWERS = {  # of the share that varies, in the formula of `calibrate`
     "p = 0": "hadamard scaled:p=0",
     "p = 1": "hadamard scaled:p=1",
@@ -66,72 +86,24 @@ RATE = 1e-3  # which we recommend
 
 
 def read(names: list[str]) -> list[dict]:
-    """The rows that reached a finite loss, of 40 steps and a scaling of 20."""
-    texts = [(RESULTS / f"forgetting-{name}.jsonl").read_text() for name in names]
-    rows = [json.loads(line) for text in texts for line in text.splitlines()]
-    return [r for r in rows if r["steps"] == 40 and r["scaling"] == 20 and "forgetting" in r]
+    """The rows that reached a finite loss, of a scaling of 20."""
+    rows = [row for name in names for row in read_rows(RESULTS / f"forgetting-{name}.jsonl")]
+    return [row for row in rows if row["scaling"] == 20 and "forgetting" in row]
 
 
-def selected(rows: list[dict], **values) -> list[dict]:
-    return [row for row in rows if all(row[name] == value for name, value in values.items())]
+def of_one_task(rows: list[dict], steps: int = 40) -> list[dict]:
+    """Neither mixed with own text nor followed by another task."""
+    return selected(rows, steps=steps, then=None, mix=None)
 
 
-def curves(rows: list[dict], text: str = "manual") -> list[list[tuple[float, float]]]:
-    """Loss and forgetting of one method and seed: by factors of dW for each rate, and by rates."""
-    names = [f"x {factor}" for factor in FACTORS]
-    by_rate = [(row["held_out_loss"], row["forgetting"][text]) for row in rows]
-    found = [by_rate]
-    for row, trained in zip(rows, by_rate, strict=True):
-        after = [row[name] for name in names if name in row]
-        found.append([trained, *((each["held_out_loss"], each[text]) for each in after)])
-    return [sorted(points) for points in found]
+# ---- cells ---------------------------------------------------------------------------------------
 
 
-def between(loss: float, points: list[tuple[float, float]]) -> float | None:
-    """What was forgotten at this loss, between the two neighbours around it."""
-    for (low, more), (high, less) in pairwise(points):
-        if low <= loss < high and more > 0 and less > 0:
-            share = (loss - low) / (high - low)
-            return math.exp((1 - share) * math.log(more) + share * math.log(less))
-    return None
-
-
-def at(loss: float, points: list[tuple[float, float]]) -> list[float]:
-    """What those that learned at least as much forgot, and what lies between two neighbours."""
-    found = [forgot for own, forgot in points if own <= loss]
-    inside = between(loss, points)
-    return found if inside is None else [*found, inside]
-
-
-def loss_at(rise: float, points: list[tuple[float, float]]) -> list[float]:
-    """The losses of those that forgot at most this much, and what lies between two neighbours."""
-    found = [loss for loss, forgot in points if forgot <= rise]
-    for (low, more), (high, less) in pairwise(points):
-        if 0 < less < rise <= more:
-            share = math.log(rise / less) / math.log(more / less)
-            found.append(high + share * (low - high))
-    return found
-
-
-def loss_by_seed(rows: list[dict], rise: float, text: str = "manual") -> dict[int, float | None]:
-    """Of each seed of one method the lowest loss when it had forgotten this much; None if every run
-    forgot more."""
-    found: dict[int, float | None] = {}
-    for seed in sorted({row["seed"] for row in rows}):
-        _, *by_factors = curves(selected(rows, seed=seed), text)
-        losses = [loss for points in by_factors for loss in loss_at(rise, points)]
-        found[seed] = min(losses, default=None)
-    return found
-
-
-def by_seed(rows: list[dict], loss: float, text: str = "manual") -> dict[int, float | None]:
-    """Of each seed of one method the least that was forgotten at this loss; None if no run reached
-    it."""
-    found: dict[int, float | None] = {}
-    for seed in sorted({row["seed"] for row in rows}):
-        own = curves(selected(rows, seed=seed), text)
-        found[seed] = min((value for points in own for value in at(loss, points)), default=None)
-    return found
+def markdown(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heads = [*heads]
+    lines = [heads, *rows]
+    made = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([made[0], "|" + "---|" * len(heads), *made[1:]]) + "\n"
 
 
 def mean_cell(of_seeds: dict[int, float | None]) -> str:
@@ -146,68 +118,53 @@ def seeds_cell(of_seeds: dict[int, float | None]) -> str:
     return ", ".join("-" if value is None else f"{value:.3f}" for value in of_seeds.values())
 
 
-def told(pairs: list[tuple[float, float]]) -> str:
-    if not pairs:
-        return ""
-    loss, forgot = (statistics.fmean(values) for values in zip(*pairs, strict=True))
-    return f"{loss:.3f}; {forgot:.3f}"
+def means(values: Iterable[tuple[float, ...]]) -> str:
+    """Of columns, each a mean."""
+    return "; ".join(f"{statistics.fmean(column):.3f}" for column in zip(*values, strict=True))
 
 
-def table(rows: list[dict], model: str, task: str) -> str:
-    """A row per method, kind of layers, r and rate."""
-    mine = [row for row in rows if (row["model"], row["task"]) == (model, task)]
-    heads = ["method", "layers", "r", "rate", "as trained", *(f"x {f}" for f in FACTORS)]
-    heads += ["code, prose", "seeds"]
-    lines = [f"{model}, {task}\n", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    keys = dict.fromkeys((r["method"], r["targets"], r["r"], r["lr"]) for r in mine)
-    for method, targets, r, rate in sorted(keys):
-        these = [
-            row
-            for row in mine
-            if (row["method"], row["targets"], row["r"], row["lr"]) == (method, targets, r, rate)
-        ]
-        cells = [told([(row["held_out_loss"], row["forgetting"]["manual"]) for row in these])]
-        for factor in FACTORS:
-            after = [row[f"x {factor}"] for row in these if f"x {factor}" in row]
-            cells.append(told([(a["held_out_loss"], a["manual"]) for a in after]))
-        others = ("code", "prose")
-        means = [[r["forgetting"][o] for r in these if o in r["forgetting"]] for o in others]
-        cells.append(", ".join(f"{statistics.fmean(m):.3f}" for m in means if m))
-        cells.append(str(len(these)))
-        lines.append(f"| {method} | {targets} | {r} | {rate:g} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def by_setting(rows: list[dict]) -> list[list[dict]]:
+    """Rows that differ by their seeds alone."""
+    found: dict[tuple, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: (row["method"], row["targets"], row["r"], row["lr"])):
+        found.setdefault(identity({**row, "seed": None}), []).append(row)
+    return [*found.values()]
 
 
-def heads(columns) -> list[str]:
-    names = [f"{MODELS[model]}, {task}, {EQUAL[model, task]}" for model, task in columns]
-    return [f"| | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
+def named(row: dict) -> list[str]:
+    return [row["method"], LAYERS[row["targets"]], str(row["r"]), f"{row['lr']:g}"]
 
 
-def of_methods(rows: list[dict], methods: dict, cell, named=lambda model, task: "") -> str:
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def of_methods(
+    rows: list[dict], methods: dict, cell: Callable, head: Callable = lambda *key: ""
+) -> str:
     """A row per model and task, a column per method and its layers; `cell(rows, model, task)` is a
     loss or what was forgotten, by seeds."""
-    lines = [f"| | {' | '.join(methods)} |", "|" + "---|" * (len(methods) + 1)]
+    found = []
     for model, task in EQUAL:
-        cells = []
-        for method, targets in methods.values():
-            these = selected(rows, method=method, targets=targets, r=32, model=model, task=task)
-            cells.append(mean_cell(cell(these, model, task)))
-        head = f"{MODELS[model]}, {task}{named(model, task)}"
-        lines.append(f"| {head} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        if of_task := selected(rows, model=model, task=task):
+            cells = [f"{MODELS[model]}, {task}{head(model, task)}"]
+            for method, targets in methods.values():
+                these = selected(of_task, method=method, targets=targets, r=32)
+                cells.append(mean_cell(cell(these, model, task)))
+            found.append(cells)
+    return markdown(["", *methods], found)
 
 
 def at_equal_forgetting(rows: list[dict], rise: float, methods: dict, text: str = "manual") -> str:
-    return of_methods(rows, methods, lambda these, *_: loss_by_seed(these, rise, text))
+    measured = [row for row in rows if has_curve(row, text)]
+    return of_methods(measured, methods, lambda these, *_: loss_by_seed(these, rise, text))
 
 
 def at_equal_loss(rows: list[dict], methods: dict, text: str = "manual") -> str:
     """Some rows have the manual alone at factors, so other texts leave them out."""
-    names = [f"x {factor}" for factor in FACTORS]
     return of_methods(
-        [row for row in rows if all(text in row[name] for name in names if name in row)],
+        [row for row in rows if has_curve(row, text)],
         methods,
-        lambda these, *key: by_seed(these, EQUAL[key], text),
+        lambda these, *key: least_by_seed(these, EQUAL[key], text),
         lambda *key: f", {EQUAL[key]}",
     )
 
@@ -215,130 +172,224 @@ def at_equal_loss(rows: list[dict], methods: dict, text: str = "manual") -> str:
 def by_power(rows: list[dict]) -> str:
     """Of q, v, o and down_proj at one rate, by seeds."""
     columns = [key for key in EQUAL if key[1] != "json"]
-    lines = heads(columns)
+    found = []
     for name, method in POWERS.items():
         mine = selected(rows, method=method, targets="four", r=32, lr=RATE)
-        cells = []
-        for model, task in columns:
-            these = selected(mine, model=model, task=task)
-            cells.append(seeds_cell(by_seed(these, EQUAL[model, task])))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        cells = [
+            seeds_cell(least_by_seed(selected(mine, model=model, task=task), EQUAL[model, task]))
+            for model, task in columns
+        ]
+        found.append([name, *cells])
+    return markdown(["", *(f"{MODELS[m]}, {task}, {EQUAL[m, task]}" for m, task in columns)], found)
 
 
 def by_size(rows: list[dict]) -> str:
     """Spelling with seed 0 at one rate, by layers and r: forgetting at equal loss, and the loss
     and forgetting as trained."""
-    lines = ["| layers, r | " + " | ".join(
-        f"{name}, parameters | at {EQUAL[model, 'spelling']} | as trained"
-        for model, name in MODELS.items()
-    ) + " |", "|" + "---|" * (1 + 3 * len(MODELS))]  # fmt: skip
+    heads = ["layers, r"]
+    for model, name in MODELS.items():
+        heads += [f"{name}, parameters", f"at {EQUAL[model, 'spelling']}", "as trained"]
+    found = []
     usual = {"method": ONE, "task": "spelling", "seed": 0, "lr": RATE}
     for name, (targets, r) in SIZES.items():
-        cells = []
+        cells = [name]
         for model in MODELS:
             mine = selected(rows, **usual, model=model, targets=targets, r=r)
-            count = f"{mine[0]['parameters'] / 1e6:.2f} M" if mine else ""
-            least = seeds_cell(by_seed(mine, EQUAL[model, "spelling"]))
-            trained = told([(row["held_out_loss"], row["forgetting"]["manual"]) for row in mine])
-            cells += [count, least, trained]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            cells.append(f"{mine[0]['parameters'] / 1e6:.2f} M" if mine else "")
+            cells.append(seeds_cell(least_by_seed(mine, EQUAL[model, "spelling"])))
+            cells.append(means(points(row)[0] for row in mine))
+        found.append(cells)
+    return markdown(heads, found)
 
 
 def dial_and_rate(rows: list[dict]) -> str:
     """Calibrated adapters, spelling: a lower rate as trained, and a higher one whose dW is scaled
     until it has the same loss."""
-    lines = ["| | seed | rate | loss | forgot | a higher rate, scaled, forgot |", "|---" * 6 + "|"]
-    for model, name in MODELS.items():
-        for targets, layers in (("mlp", "MLP"), ("four", "four kinds")):
-            mine = selected(rows, model=model, task="spelling", method=ONE, targets=targets, r=32)
-            for seed in sorted({row["seed"] for row in mine}):
-                of_seed = sorted(selected(mine, seed=seed), key=lambda row: row["lr"])
-                for low, high in pairwise(of_seed):
-                    by_factors = curves([high])[1]
-                    loss, forgot = low["held_out_loss"], low["forgetting"]["manual"]
-                    scaled = between(loss, by_factors)
-                    if scaled is not None:
-                        lines.append(
-                            f"| {name}, {layers} | {seed} | {low['lr']:g} | {loss:.3f} "
-                            f"| {forgot:.3f} | {high['lr']:g}: {scaled:.3f} |"
-                        )
-    return "\n".join(lines) + "\n"
+    found = []
+    of_spelling = selected(rows, task="spelling", method=ONE, r=32)
+    settings = {(row["model"], row["targets"], row["seed"]) for row in of_spelling}
+    for model, targets, seed in sorted(settings):
+        mine = selected(of_spelling, model=model, targets=targets, seed=seed)
+        for low, high in pairwise(sorted(mine, key=lambda row: row["lr"])):
+            loss, forgotten = points(low)[0]
+            scaled = between(loss, sorted(points(high)))
+            if scaled is not None:
+                cells = [f"{MODELS[model]}, {LAYERS[targets]}", f"{seed}", f"{low['lr']:g}"]
+                cells += [f"{loss:.3f}", f"{forgotten:.3f}", f"{high['lr']:g}: {scaled:.3f}"]
+                found.append(cells)
+    heads = ["", "seed", "rate", "loss", "forgot", "a higher rate, scaled, forgot"]
+    return markdown(heads, found)
 
 
-def ranks(values: list[float]) -> list[float]:
-    order = sorted(range(len(values)), key=values.__getitem__)
-    return [float(order.index(i)) for i in range(len(values))]
+def runs(rows: list[dict]) -> str:
+    """A row per method, kind of layers, r and rate, of one model, task and number of steps."""
+    heads = ["method", "layers", "r", "rate", "as trained", *(f"x {f}" for f in FACTORS)]
+    heads += ["code, prose", "meter", "chat; agreement", "seeds"]
+    found = []
+    for mine in by_setting(rows):
+        cells = named(mine[0])
+        curves = [points(row) for row in mine]
+        for i in range(1 + len(FACTORS)):
+            cells.append(means(curve[i] for curve in curves if len(curve) > i))
+        of_texts = [[row["forgetting"].get(text) for row in mine] for text in ("code", "prose")]
+        cells.append(", ".join(f"{statistics.fmean(of):.3f}" for of in of_texts if None not in of))
+        cells.append(means((row["meter"],) for row in mine if "meter" in row))
+        cells.append(means((row["chat"], row["agreement"]) for row in mine if "chat" in row))
+        found.append([*cells, str(len(mine))])
+    return markdown(heads, found)
+
+
+def skills(rows: list[dict]) -> str:
+    """One task after the other: the share of right answers, of spelling the errors per phoneme, and
+    the held-out loss of both; and what was forgotten in the end."""
+    heads = ["first, second", "method", "layers", "r", "rate", "first", "first, after the second"]
+    heads += ["second", "meter", "manual", "seeds"]
+    found = []
+    for mine in by_setting([row for row in rows if "then" in row]):
+        first, second = mine[0]["task"], mine[0]["then"]
+        head = f"{MODELS[mine[0]['model']]}, {first}, {second}, {mine[0]['steps']} steps"
+        shown = [(first, 0), (first, 1), (second, 1)]
+        cells = [means(_told(row["skills"][task][stage]) for row in mine) for task, stage in shown]
+        cells += [means([(row["meter"],) for row in mine])]
+        cells += [means([(row["forgetting"]["manual"],) for row in mine]), str(len(mine))]
+        found.append([head, *named(mine[0]), *cells])
+    return markdown(heads, found)
+
+
+def _told(skill: dict) -> tuple[float, float]:
+    return skill.get("phoneme_errors", skill["right"]), skill["held_out_loss"]
+
+
+def mixing(rows: list[dict]) -> str:
+    """Runs with rows of own text mixed in, and those without of the same setting and seeds."""
+    heads = ["", "method", "layers", "r", "rate", "own rows", "loss; manual", "meter", "s/step"]
+    found = []
+    for mixed in by_setting([row for row in rows if "mix" in row]):
+        same = {identity({**row, "mix": None}) for row in mixed}
+        head = f"{MODELS[mixed[0]['model']]}, {mixed[0]['task']}, {mixed[0]['steps']} steps"
+        plain = [row for row in rows if identity(row) in same]
+        for name, these in (("none", plain), (f"1 of {mixed[0]['mix']}", mixed)):
+            cells = [means(points(row)[0] for row in these)]
+            cells.append(means((row["meter"],) for row in these if "meter" in row))
+            cells.append(means((row["seconds_per_step"],) for row in these))
+            found.append([head, *named(mixed[0]), name, *cells])
+    return markdown(heads, found)
+
+
+# ---- correlations --------------------------------------------------------------------------------
+
+
+def rank_correlation(pairs: list[tuple[float, float]]) -> str:
+    """Spearman's."""
+    if len(pairs) < 4:
+        return ""
+    ranked = []
+    for values in zip(*pairs, strict=True):
+        order = sorted(range(len(values)), key=values.__getitem__)
+        ranked.append([float(order.index(i)) for i in range(len(values))])
+    return f"{statistics.correlation(*ranked):.2f}"
 
 
 def correlations(rows: list[dict]) -> str:
-    """Spearman's rank correlation of the meter, KL(base, tuned) on what the base model wrote, with
-    the rise of the loss on every text, by model and task; and of all tasks."""
-    measured = [row for row in rows if "meter" in row]
-    texts = "own", "manual", "code", "prose"
-    lines = [f"| | runs | {' | '.join(texts)} |", "|---" * (2 + len(texts)) + "|"]
-    for model in MODELS:
-        of_model = selected(measured, model=model)
+    """Of the meter, KL(base, tuned) on what the base model wrote, with the rise of the loss on
+    every text and with KL(base, tuned) on answers in chat: of runs as trained, and of all points of
+    the dial."""
+    as_trained, dialed = ("own", "manual", "code", "prose", "chat"), ("own", "manual", "chat")
+    found = []
+    for name, mine in by_model_and_task([row for row in rows if "meter" in row]):
+        cells = [name, str(len(mine))]
+        for text in as_trained:
+            pairs = [(row["meter"], forgot(row, text)) for row in mine if has(row, text)]
+            cells.append(rank_correlation(pairs))
+        cells.append(str(sum(len(points(row)) for row in mine)))
+        for text in dialed:
+            pairs = []
+            for row in mine:
+                if has_curve(row, text):
+                    curves = zip(points(row, "meter"), points(row, text), strict=True)
+                    pairs += [(meter, rise) for (_, meter), (_, rise) in curves]
+            cells.append(rank_correlation(pairs))
+        found.append(cells)
+    return markdown(["", "runs", *as_trained, "points", *dialed], found)
+
+
+def correlations_of_the_task(rows: list[dict]) -> str:
+    """Of KL(base, tuned) on the task's answers with the rise on the manual, as trained."""
+    found = []
+    for name, mine in by_model_and_task([row for row in rows if "kl" in row]):
+        pairs = [(row["kl"], forgot(row, "manual")) for row in mine]
+        found.append([name, str(len(mine)), rank_correlation(pairs)])
+    return markdown(["", "runs", "manual"], found)
+
+
+def correlations_of_skills(rows: list[dict]) -> str:
+    """Of the meter after the second task with the rise of the loss on the first one meanwhile."""
+    found = []
+    for name, mine in by_model_and_task([row for row in rows if "skills" in row]):
+        stages = [(row["meter"], row["skills"][row["task"]]) for row in mine]
+        losses = [(meter, [each["held_out_loss"] for each in first]) for meter, first in stages]
+        pairs = [(meter, after - before) for meter, (before, after) in losses]
+        found.append([name, str(len(mine)), rank_correlation(pairs)])
+    return markdown(["", "runs", "first task"], found)
+
+
+def by_model_and_task(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+    """And by model, of all its tasks."""
+    found = []
+    for model, name in MODELS.items():
+        of_model = selected(rows, model=model)
         tasks = dict.fromkeys(row["task"] for row in of_model)
-        for task in (*tasks, "all"):
-            mine = of_model if task == "all" else selected(of_model, task=task)
-            if len(mine) > 3:
-                meter = ranks([row["meter"] for row in mine])
-                rises = [ranks([row["forgetting"][text] for row in mine]) for text in texts]
-                cells = [f"{statistics.correlation(meter, rise):.2f}" for rise in rises]
-                lines.append(f"| {MODELS[model]}, {task} | {len(mine)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        found += [(f"{name}, {task}", selected(of_model, task=task)) for task in tasks]
+        found += [(f"{name}, all", of_model)] if of_model else []
+    return found
 
 
-def strengths(rows: list[dict]) -> str:
-    """Runs with one strength for each layer, and those with one for all of the same model, task,
-    layers and seed: loss and forgetting as trained and scaled, and the meter."""
-    names = ["as trained", *(f"x {factor}" for factor in FACTORS)]
-    lines = [f"| | seed | strength | rate | {' | '.join(names)} | meter |", "|---" * 8 + "|"]
-    runs = [row for row in rows if STRENGTHS.match(row["method"]) and row["r"] == 32]
-    same = "model", "task", "targets", "seed"
-    several = {tuple(row[k] for k in same) for row in runs if row["method"] != ONE}
-    for case in sorted(several):
-        for row in sorted(selected(runs, **dict(zip(same, case, strict=True))), key=_formula):
-            model, task, targets, seed = case
-            head = f"{MODELS[model]}, {task}, {'all linear' if targets == 'all' else 'MLP'}"
-            cells = [told([(row["held_out_loss"], row["forgetting"]["manual"])])]
-            scaled = [row[name] for name in names[1:]]
-            cells += [told([(each["held_out_loss"], each["manual"])]) for each in scaled]
-            cells.append(f"{row['meter']:.3f}" if "meter" in row else "")
-            strength, rate = _formula(row)
-            lines.append(f"| {head} | {seed} | {strength} | {rate:g} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def print_more(rows: list[dict]) -> None:
+    """What rows of more than 40 steps, of two tasks and with own text mixed in tell."""
+    for steps in sorted({row["steps"] for row in rows} - {40}):
+        these = of_one_task(rows, steps)
+        for rise in RISES:
+            print(f"{steps} steps: held-out loss at a rise of {rise} on the manual\n")
+            print(at_equal_forgetting(these, rise, METHODS | OTHERS | FULL))
+    print("one task after the other: wrong or right answers; held-out loss\n")
+    print(skills(rows))
+    print("own text mixed in\n")
+    print(mixing(rows))
 
 
-def _formula(row: dict) -> tuple[str, float]:
-    return STRENGTHS.match(row["method"])[1], row["lr"]  # type: ignore[index]
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+")
-    rows = read(parser.parse_args().names)
+    rows = read(parser.parse_args(arguments).names)
+    usual = of_one_task(rows)
     for methods in (METHODS, OTHERS):
         for rise in RISES:
             print(f"held-out loss at a rise of {rise} on the manual\n")
-            print(at_equal_forgetting(rows, rise, methods))
+            print(at_equal_forgetting(usual, rise, methods))
         for text in ("manual", "code", "prose"):
             print(f"what was forgotten of the {text} at equal loss\n")
-            print(at_equal_loss(rows, methods, text))
-    print("one strength for each layer, and one for all\n")
-    print(strengths(rows))
+            print(at_equal_loss(usual, methods, text))
+        print("KL of the answers in chat at equal loss\n")
+        print(at_equal_loss(usual, methods, "chat"))
+    for rise in SMALL_RISES:
+        print(f"strengths of the layers: held-out loss at a rise of {rise} on the manual\n")
+        print(at_equal_forgetting(usual, rise, STRENGTHS))
     print("by the power p\n")
-    print(by_power(rows))
+    print(by_power(usual))
     print("by layers and r\n")
-    print(by_size(rows))
+    print(by_size(usual))
     print("the dial and a lower rate\n")
-    print(dial_and_rate(rows))
-    for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
-        print(table(rows, model, task))
+    print(dial_and_rate(usual))
+    print_more(rows)
+    for model, task, steps in dict.fromkeys((r["model"], r["task"], r["steps"]) for r in rows):
+        print(f"{model}, {task}, {steps} steps\n")
+        print(runs(selected(of_one_task(rows, steps), model=model, task=task)))
     print("rank correlation of the meter with the rise of the loss on a text\n")
     print(correlations(rows))
+    print("rank correlation of the meter with what was lost of a first task\n")
+    print(correlations_of_skills(rows))
+    print("rank correlation of KL on the task with the rise of the loss on the manual\n")
+    print(correlations_of_the_task(rows))
 
 
 if __name__ == "__main__":

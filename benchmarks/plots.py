@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 import matplotlib
-from forgetting import loss_by_seed
+from forgetting import OURS
+from forgetting_curves import loss_by_seed
 from methods import density_of
 
 matplotlib.use("Agg")
@@ -109,8 +110,8 @@ def by_density(result: dict):
 
 
 FRONTS = {  # method and layers; solid lines are those that each method is recommended with
-    ("hadamard scaled:strength=one", "all"): ("tab:red", "-", "ours, all linear layers"),
-    ("hadamard scaled:strength=one", "mlp"): ("tab:red", "--", "ours, MLP"),
+    (OURS, "all"): ("tab:red", "-", "ours, all linear layers"),
+    (OURS, "mlp"): ("tab:red", "--", "ours, MLP"),
     ("shira", "mlp"): ("tab:green", "-", "SHiRA, MLP"),
     ("oft", "mlp"): ("tab:purple", "-", "OFT, MLP"),
     ("lora", "mlp"): ("k", "-", "LoRA, MLP"),

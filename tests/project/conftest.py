@@ -9,7 +9,9 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 if not all(map(importlib.util.find_spec, ("peft", "transformers", "matplotlib"))):
-    collect_ignore = ["test_benchmarks.py", "test_examples.py", "test_smollm2.py"]
+    collect_ignore = [
+        "test_benchmarks.py", "test_examples.py", "test_finetune_benchmark.py", "test_smollm2.py",
+    ]  # fmt: skip
 
 
 @pytest.fixture

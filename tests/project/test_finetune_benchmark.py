@@ -1,0 +1,128 @@
+"""benchmarks/finetune.py on a toy model, and the tables of its rows."""
+
+import finetune
+import finetune_batches
+import finetune_tasks
+import forgetting
+import pytest
+import spelling
+import tokenizers
+import torch
+import transformers
+from finetune_batches import mixed, pack, written
+from finetune_measures import compared, scaled_update
+from finetune_models import adapted, loaded
+from finetune_rows import read_rows
+from language_models import llama
+from tokenizers import decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+import randlora_ext
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}!"
+
+
+def toy_model() -> tuple:
+    """A Llama of two layers over bytes, which has a chat template."""
+    vocabulary = {char: i for i, char in enumerate(["<end>", *bytes_to_unicode().values()])}
+    bytewise = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, eos_token="<end>", pad_token="<end>", padding_side="left"
+    )
+    tokenizer.chat_template = TEMPLATE
+    shape = {"hidden_size": 48, "intermediate_size": 96, "vocab_size": len(vocabulary)}
+    return tokenizer, llama(**shape, bos_token_id=0, eos_token_id=0)
+
+
+@pytest.fixture
+def toy(monkeypatch, stock_peft):
+    """Its name among the models. What finetune.py changes in spelling.py is taken back."""
+    for name in ("make_batch", "answer_logits"):
+        monkeypatch.setattr(spelling, name, getattr(spelling, name))
+    monkeypatch.setattr(spelling, "load_model", lambda source: toy_model())
+    monkeypatch.setattr(finetune_batches, "OWN_ROWS", 64)
+    monkeypatch.setitem(finetune_tasks.TEXTS, "prose", lambda: "It was a fine day. " * 100)
+    return "toy"
+
+
+def test_two_tasks_with_own_rows(toy, tmp_path, monkeypatch):
+    line = "--task roman --then dates --mix 8 --steps 2 --seeds 0 --rates 1e-2 --targets all"
+    methods = ["full", "oft", "hadamard scaled:own=answers", "hadamard scaled:strength=F-1/2"]
+    arguments = [*line.split(), "--model", toy, "--methods", ",".join(methods)]
+    finetune.main([*arguments, "--out", str(tmp_path / "rows")])
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [row["method"] for row in rows] == methods
+    for row in rows:
+        assert [len(stages) for stages in row["skills"].values()] == [2, 2]
+        assert row["skills"]["dates"][1]["held_out_loss"] == row["held_out_loss"]
+        assert len(row["train_loss"]) == 4 and row["train_loss"][1] < row["train_loss"][0]
+        for name in ("meter", "chat"):
+            assert row[name] > row["x 0.7"][name] > row["x 0.4"][name] > 0
+    monkeypatch.setattr(finetune, "run_one", None)  # a row that is there is not run again
+    finetune.main([*arguments, "--out", str(tmp_path / "rows")])
+
+
+def test_answers_are_compared_as_forgetting_does(toy):
+    tuned = adapted(toy, "lora", 0, 32, "all")
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    for text in ("own", "compared"):
+        want = randlora_ext.forgetting(tuned, written(text, toy)).nats
+        _, divergence, same = compared(tuned, text, toy)
+        assert divergence == pytest.approx(want, rel=1e-2)  # the base's are kept in 16 bits
+        assert want > 0.01 and 0 < same < 1
+    with scaled_update(tuned, 0.0, toy):
+        rise, divergence, same = compared(tuned, "own", toy)
+    assert (same, rise, divergence) == (1, *[pytest.approx(0, abs=1e-3)] * 2)
+
+
+def test_the_dial_of_full_tuning_goes_from_the_base_to_the_trained_weights(toy):
+    tuned, base = adapted(toy, "full", 0, 32, "all"), loaded(toy)[1]
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    trained = [parameter.detach().clone() for parameter in tuned.parameters()]
+    with scaled_update(tuned, 0.7, toy):
+        for t, w, now in zip(trained, base.parameters(), tuned.parameters(), strict=True):
+            want = 0.7 * t.double() + 0.3 * w.double()
+            torch.testing.assert_close(now.double(), want, rtol=1e-5, atol=1e-5)
+    assert all(map(torch.equal, trained, tuned.parameters()))
+
+
+def test_one_example_of_eight_becomes_a_row_that_the_base_model_wrote(toy):
+    plain = spelling.plan_batches(finetune_tasks.examples("roman")[0], 2, 16, 0)
+    for batch, before in zip(mixed(plain, 8, toy, 0), plain, strict=True):
+        assert batch[:14] == before[2:]
+        alone = pack(loaded(toy)[0], batch[:14]).labels.numel()
+        own = sum(len(row["input_ids"]) - 1 for row in batch[14:])
+        assert pack(loaded(toy)[0], batch).labels.numel() == alone + own > alone
+
+
+def row(loss: float, chat: float, **more) -> dict:
+    measured = {"meter": chat, "forgetting": {"manual": chat / 10}, "seconds_per_step": 1.0}
+    scaled = {f"x {f}": {"held_out_loss": 9, "chat": chat, "manual": 0} for f in (0.7, 0.4)}
+    setting = {"task": "spelling", "method": "lora", "lr": 1e-3, "seed": 0, "steps": 40, "r": 32}
+    setting |= {"targets": "mlp", "model": "fp32", "scaling": 20.0}
+    return {**setting, "held_out_loss": loss, "chat": chat, **measured, **scaled, **more}
+
+
+def test_tables_of_chat_skills_and_own_rows():
+    rows = [row(1.0, 0.4), row(1.4, 0.1, lr=5e-4)]
+    in_chat = forgetting.at_equal_loss(rows, {"LoRA": ("lora", "mlp")}, "chat")
+    assert "| SmolLM2, spelling, 1.2 | 0.200 (1) |" in in_chat  # the geometric mean, half way
+    skills = [
+        {"spelling": [{"held_out_loss": 1.0, "right": 0.2, "phoneme_errors": errors}] * 2,
+         "roman": [{"held_out_loss": 2.0, "right": right}] * 2}
+        for errors, right in ((0.5, 0.75), (0.7, 0.25))
+    ]  # fmt: skip
+    told = [row(1, 0.1, then="roman", skills=each, seed=i) for i, each in enumerate(skills)]
+    assert "0.600; 1.000 | 0.600; 1.000 | 0.500; 2.000 | 0.100 | 0.010 | 2 |" in forgetting.skills(
+        told
+    )
+    both = forgetting.mixing([*rows, row(1.5, 0.05, mix=8), row(7, 7, then="roman")])
+    assert "none | 1.000; 0.040 | 0.400 | 1.000 |" in both
+    assert "1 of 8 | 1.500; 0.005 | 0.050 | 1.000 |" in both
