@@ -2,6 +2,7 @@
 
 import finetune
 import finetune_batches
+import finetune_measures
 import finetune_tasks
 import forgetting
 import pytest
@@ -9,10 +10,11 @@ import spelling
 import tokenizers
 import torch
 import transformers
-from finetune_batches import mixed, pack, written
+from finetune_batches import mixed, pack, to_calibrate_with, written
 from finetune_measures import compared, scaled_update
 from finetune_models import adapted, loaded
 from finetune_rows import read_rows
+from finetune_scales import other_vectors
 from language_models import llama
 from tokenizers import decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -33,7 +35,8 @@ def toy_model() -> tuple:
     )
     tokenizer.chat_template = TEMPLATE
     shape = {"hidden_size": 48, "intermediate_size": 96, "vocab_size": len(vocabulary)}
-    return tokenizer, llama(**shape, bos_token_id=0, eos_token_id=0)
+    # Large weights, beside which an update is small.
+    return tokenizer, llama(**shape, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
 
 
 @pytest.fixture
@@ -42,22 +45,24 @@ def toy(monkeypatch, stock_peft):
     for name in ("make_batch", "answer_logits"):
         monkeypatch.setattr(spelling, name, getattr(spelling, name))
     monkeypatch.setattr(spelling, "load_model", lambda source: toy_model())
-    monkeypatch.setattr(finetune_batches, "OWN_ROWS", 64)
+    for name, fewer in (("OWN_ROWS", 64), ("OWN_TOKENS", 8), ("ANSWER_TOKENS", 8)):
+        monkeypatch.setattr(finetune_batches, name, fewer)
+    monkeypatch.setattr(finetune_measures, "SCORED", 4)
     monkeypatch.setitem(finetune_tasks.TEXTS, "prose", lambda: "It was a fine day. " * 100)
     return "toy"
 
 
 def test_two_tasks_with_own_rows(toy, tmp_path, monkeypatch):
     line = "--task roman --then dates --mix 8 --steps 2 --seeds 0 --rates 1e-2 --targets all"
-    methods = ["full", "oft", "hadamard scaled:own=answers", "hadamard scaled:strength=F-1/2"]
+    methods = ["full", "hadamard scaled:own=answers"]
     arguments = [*line.split(), "--model", toy, "--methods", ",".join(methods)]
     finetune.main([*arguments, "--out", str(tmp_path / "rows")])
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [row["method"] for row in rows] == methods
     for row in rows:
         assert [len(stages) for stages in row["skills"].values()] == [2, 2]
-        assert row["skills"]["dates"][1]["held_out_loss"] == row["held_out_loss"]
-        assert len(row["train_loss"]) == 4 and row["train_loss"][1] < row["train_loss"][0]
+        before, after = (stage["held_out_loss"] for stage in row["skills"]["dates"])
+        assert before > after == row["held_out_loss"] and len(row["train_loss"]) == 4
         for name in ("meter", "chat"):
             assert row[name] > row["x 0.7"][name] > row["x 0.4"][name] > 0
     monkeypatch.setattr(finetune, "run_one", None)  # a row that is there is not run again
@@ -75,7 +80,7 @@ def test_answers_are_compared_as_forgetting_does(toy):
         _, divergence, same = compared(tuned, text, toy)
         assert divergence == pytest.approx(want, rel=1e-2)  # the base's are kept in 16 bits
         assert want > 0.01 and 0 < same < 1
-    with scaled_update(tuned, 0.0, toy):
+    with scaled_update(tuned, 1e-6, toy):
         rise, divergence, same = compared(tuned, "own", toy)
     assert (same, rise, divergence) == (1, *[pytest.approx(0, abs=1e-3)] * 2)
 
@@ -91,6 +96,27 @@ def test_the_dial_of_full_tuning_goes_from_the_base_to_the_trained_weights(toy):
             want = 0.7 * t.double() + 0.3 * w.double()
             torch.testing.assert_close(now.double(), want, rtol=1e-5, atol=1e-5)
     assert all(map(torch.equal, trained, tuned.parameters()))
+
+
+def test_strengths_without_a_limit_are_those_of_calibrate_where_a_step_costs_much(toy):
+    tuned = adapted(toy, "hadamard", 0, 8, "all")
+    batches = spelling.plan_batches(finetune_tasks.examples("roman")[0], 4, 16, 0)
+    read = to_calibrate_with("", batches, toy)
+    own = written("own", toy)
+    unlimited = other_vectors(tuned, read, own, strength="F-1/2")
+    one = other_vectors(tuned, read, own)
+    assert len({round(rms(vector), 4) for vector in one.values()}) == 1
+    strengths = randlora_ext.calibrate(tuned, read)  # none is above that of the median cost
+    ratios = [rms(unlimited[tuned.get_submodule(name)]) / s for name, s in strengths.items()]
+    most = max(strengths.values())
+    costly = [ratio for ratio, s in zip(ratios, strengths.values(), strict=True) if s < most]
+    assert len(costly) >= len(ratios) // 2 - 1
+    assert costly == pytest.approx([costly[0]] * len(costly), rel=1e-4)
+    assert all(ratio > costly[0] * (1 - 1e-4) for ratio in ratios)
+
+
+def rms(vector: torch.Tensor) -> float:
+    return float(vector.double().square().mean().sqrt())
 
 
 def test_one_example_of_eight_becomes_a_row_that_the_base_model_wrote(toy):
