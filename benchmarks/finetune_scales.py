@@ -9,7 +9,7 @@ from finetune_models import adapted
 from torch import Tensor, nn
 
 import randlora_ext
-from randlora_ext.calibration import COST, EPSILON, FLOOR, RESPONSE, layers_to_calibrate
+from randlora_ext.calibration import COST, EPSILON, FLOOR, RESPONSE
 from randlora_ext.layer_statistics import Sums, differentiate, observe
 
 
@@ -77,7 +77,8 @@ def strengths_by_cost(tuned, sums: dict, vectors: dict, own: list) -> dict:
 
 
 def measured(tuned, batches: list[dict], gradients: bool = False) -> dict:
-    sums = {layer: Sums.of(layer) for layer in layers_to_calibrate(tuned)}
+    layers = [layer for layer in tuned.modules() if hasattr(layer, "set_input_scale")]
+    sums = {layer: Sums.of(layer) for layer in layers}
     for batch in batches:
         batch = {**batch, "use_cache": False}  # beside a cache packed texts see each other
         observe(tuned, batch, sums)
