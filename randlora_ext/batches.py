@@ -1,23 +1,32 @@
-"""Batches of a model's arguments, which each rank has of its own."""
+"""Batches of a model's arguments."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def moved_to(model: nn.Module, batch: Any) -> Any:
-    """The batch, a tensor, or a mapping, list or tuple that holds some, on the model's device: that
-    of its first parameter.
+def check_batches(batches: Any) -> None:
+    """Raises TypeError unless they can be several batches."""
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
+        got = "one tensor or mapping" if isinstance(batches, (Tensor, Mapping)) else repr(batches)
+        raise TypeError(f"batches must be several, such as [batch], got {got}")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """That of its first parameter.
 
     Parameters on the meta device are passed over. They are those that accelerate has offloaded, and
     its hooks move the inputs of their modules.
     """
     devices = (parameter.device for parameter in model.parameters())
-    device = next((device for device in devices if device.type != "meta"), None)
-    return batch if device is None else _moved(batch, device)
+    return next((each for each in devices if each.type != "meta"), torch.device("cpu"))
+
+
+def moved_to(model: nn.Module, batch: Any) -> Any:
+    """The batch, a tensor, or a mapping, list or tuple that holds some, on the model's device."""
+    return _moved(batch, device_of(model))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -28,12 +37,3 @@ def _moved(value: Any, device: torch.device) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_moved(each, device) for each in value)
     return value
-
-
-def of_all_ranks(value: Any) -> list[Any]:
-    """The values of all ranks, in their order; of one process its own."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from .batches import of_all_ranks
-from .calibration import calibrate, layers_to_calibrate
+from .calibration import adapters_to_calibrate, calibrate, layers_to_calibrate
 from .checks import check_number
 from .dial import dialed, set_dial
 from .forgetting_meter import forgetting, own_text_of
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
+from .ranks import of_all_ranks, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +139,7 @@ class ForgettingBudget(TrainerCallback):
             raise _Cannot(
                 f"{why}; call randlora_ext.calibrate(model, batches) before training"
             ) from raised
-        # FSDP2 gathers weights in each forward, in which all ranks must take part.
+        # All ranks take part in gathering the weights of a sharded model, in each forward.
         calibrate(model, batches[: min(of_all_ranks(len(batches)))])
 
     def _measure(self) -> float:
@@ -166,15 +165,9 @@ class ForgettingBudget(TrainerCallback):
         layers, adapters = _trained(self.trainer.model)
         if not adapters:
             raise _Cannot(f"{over}, and only RandLoRA adapters on our layers have a dial")
-        factor = 0.0
-        for halving in range(1, HALVINGS + 1):
-            larger = factor + 0.5**halving
-            with dialed(layers, adapters, larger):
-                found = self._measure()
-            if found <= self.max_rise:
-                factor, rise = larger, found
+        factor, rise = self._largest_factor_within(self.max_rise, layers, adapters)
         if not factor:
-            raise _Cannot(f"{over}, and so they are with dW times {larger:g}")
+            raise _Cannot(f"{over}, and so they are with dW times {0.5**HALVINGS:g}")
         before = self._evaluation_loss()
         for adapter in adapters:
             set_dial(self.trainer.model, factor, adapter)
@@ -184,6 +177,20 @@ class ForgettingBudget(TrainerCallback):
             self._show()
         cost = "" if after is None else f", at an evaluation loss of {after:.4g} (was {before:.4g})"
         self._say(f"{over}; with dW times {factor:g} they are {rise:.3g}{cost}")
+
+    def _largest_factor_within(
+        self, budget: float, layers: set[AdaptedLayer], adapters: list[str]
+    ) -> tuple[float, float]:
+        """Of dW, by bisection, and what is forgotten with it; (0, 0) if even the smallest factor
+        is too large."""
+        factor = rise = 0.0
+        for halving in range(1, HALVINGS + 1):
+            larger = factor + 0.5**halving
+            with dialed(layers, adapters, larger):
+                found = self._measure()
+            if found <= budget:
+                factor, rise = larger, found
+        return factor, rise
 
     def _evaluation_loss(self) -> float | None:
         """The first one of several; None if nothing is evaluated, or that fails, which is told."""
@@ -236,16 +243,10 @@ def _why_needless(model: nn.Module, step: int) -> str:
     layers = layers_by_name(model).values()
     if not layers:
         return "the model has no RandLoRA adapter"
-    active = [
-        (layer, adapter)
-        for layer in layers
-        if not layer.disabled
-        for adapter in layer.active_adapters
-        if adapter in layer.randlora_input_scale
-    ]
+    active = [(layer, name) for layer in layers for name in adapters_to_calibrate(layer)]
     if not active:
         return "no active adapter is on Hadamard bases, and only these can scale their inputs"
-    done = sorted({adapter for layer, adapter in active if layer.is_calibrated(adapter)})
+    done = sorted({name for layer, name in active if layer.is_calibrated(name)})
     if done:  # and perhaps trained, too
         return f"adapter {', '.join(map(repr, done))} is calibrated already"
     return ""
@@ -286,12 +287,11 @@ def _sample(model: nn.Module, loader: DataLoader, size: int) -> list[dict[str, A
 
 def _rows(dataset: Any, count: int) -> list[Any]:
     """At most so many of this rank's: each takes others."""
-    distributed = dist.is_available() and dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    every = count * world_size()
     if isinstance(dataset, IterableDataset):
-        return list(islice(dataset, rank, count * ranks, ranks))
-    enough = min(len(dataset), count * ranks)
-    numbers = random.Random(0).sample(range(len(dataset)), enough)[rank::ranks]
+        return list(islice(dataset, rank(), every, world_size()))
+    chosen = random.Random(0).sample(range(len(dataset)), min(len(dataset), every))
+    numbers = chosen[rank() :: world_size()]
     if hasattr(dataset, "__getitems__"):  # as torch's loaders ask first
         return list(dataset.__getitems__(numbers))
     return [dataset[i] for i in numbers]

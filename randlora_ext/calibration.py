@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from .batches import check_batches
 from .checks import at_most_ten, check_model, warn_user
 from .layer_statistics import Sums, differentiate, observe
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
-from .own_text import own_text, writer_of
-from .ranks import full_tensor, gathered
+from .own_text import own_text, writes_without_prompts
+from .ranks import full_tensor, gathered, of_all_ranks
 
 POWER = 2  # of the share of a feature's energy that varies; docs/evidence.md compares others
 EPSILON = 0.1  # in medians of rms: small features are not blown up without bound
@@ -22,7 +22,7 @@ COST = 250.0  # of a step in all layers together; one learning rate then fits al
 RESPONSE = 1.5  # of the median layer to a random dW, for models that write no text; likewise
 FEW_TOKENS = 32  # of an expert that saw fewer, the vector is that of all experts
 
-Layers = Mapping[AdaptedLayer, tuple[str, list[str]]]  # the name of each and its adapters
+Layers = Mapping[str, AdaptedLayer]  # by their names in the model
 
 
 @torch.no_grad()
@@ -89,7 +89,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         The strength of every layer, by its name in the model.
 
     If torch.distributed is initialized, all ranks must call, each with its own batches, equally
-    many if FSDP2 has sharded the model: sums over all ranks give all of them equal vectors.
+    many if FSDP2 or DeepSpeed's ZeRO-3 has sharded the model: sums over all ranks give all of them
+    equal vectors.
 
     Raises, and leaves every adapter as it was: TypeError if model is no module, or batches is one
     tensor or mapping or holds something else; ValueError if no active adapter is on Hadamard bases,
@@ -103,16 +104,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     CorDA measure activations to initialize LoRA.
     """
     check_model(model)
-    _check_batches(batches)
+    check_batches(batches)
     layers = layers_to_calibrate(model)
-    of_batches = _measured(model, batches, layers)
-    scales = _scales(of_batches)
-    strengths = _strengths(model, layers, scales) or _equal_strengths(scales, of_batches)
-    for layer, (name, adapters) in layers.items():
-        if name not in scales:  # it has seen nothing
-            continue
-        input_scale = (strengths[name] * scales[name]).float().view(*layer.experts, -1)
-        for adapter in adapters:
+    seen = _seen_in_batches(model, batches, layers)
+    scales = _scales(seen)
+    strengths = _strengths(model, layers, scales) or _equal_strengths(scales, seen)
+    for name, strength in strengths.items():
+        layer = layers[name]
+        input_scale = (strength * scales[name]).float().view(*layer.experts, -1)
+        for adapter in adapters_to_calibrate(layer):
             layer.set_input_scale(adapter, input_scale)
     return strengths
 
@@ -138,36 +138,33 @@ def _median(values: Tensor) -> Tensor:
     return median if median > 0 else values[values > 0].median()
 
 
-def _measured(model: nn.Module, batches: Iterable[Any], layers: Layers) -> dict[str, Sums]:
-    """What the layers have seen on all ranks, by their names. ValueError if there is no batch."""
-    sums = {layer: Sums.of(layer) for layer in layers}
-    count = torch.zeros((), dtype=torch.float64)
+def _seen_in_batches(model: nn.Module, batches: Iterable[Any], layers: Layers) -> dict[str, Sums]:
+    """What the layers see on all ranks. ValueError if no rank has a batch."""
+    sums = {layer: Sums.of(layer) for layer in layers.values()}
+    count = 0
     for batch in batches:  # which may be made by other models, or by this one
         _check_batch(batch)
         observe(model, batch, sums)
         count += 1
-    _add_up_ranks([count])
-    if not count:
+    if not any(of_all_ranks(count)):
         raise ValueError("batches must hold at least one batch, got none")
     return _of_all_ranks(sums, layers)
 
 
-def _of_all_ranks(sums: Mapping[AdaptedLayer, Sums], layers: Layers) -> dict[str, Sums]:
-    """By the layers' names."""
-    _add_up_ranks([each for of_layer in sums.values() for each in of_layer.all()])
-    return {name: sums[layer] for layer, (name, _) in layers.items()}
-
-
-def _measured_on_own_text(
-    model: nn.Module, writer: nn.Module, layers: Layers
-) -> dict[str, Sums] | None:
-    """Likewise, with gradients, on text that a part of the model writes; None without a loss."""
-    sums = {layer: Sums.of(layer) for layer in layers}
-    for row in own_text(writer):
+def _seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | None:
+    """Likewise, with gradients, on text that the model writes; None if it gives no loss."""
+    sums = {layer: Sums.of(layer) for layer in layers.values()}
+    for row in own_text(model):
         observe(model, row, sums)
         if not differentiate(model, row, sums):
             return None
     return _of_all_ranks(sums, layers)
+
+
+def _of_all_ranks(sums: Mapping[AdaptedLayer, Sums], layers: Layers) -> dict[str, Sums]:
+    for of_layer in sums.values():
+        of_layer.add_other_ranks()
+    return {name: sums[layer] for name, layer in layers.items()}
 
 
 def _scales(sums: Mapping[str, Sums]) -> dict[str, Tensor]:
@@ -205,16 +202,15 @@ def _strengths(
 ) -> dict[str, float] | None:
     """One for each layer, as `calibrate` says; None if the model writes no text or gives no loss of
     it, or, with a warning, if gradients are not finite."""
-    writer = writer_of(model)
-    sums = None if writer is None else _measured_on_own_text(model, writer, layers)
+    sums = _seen_in_own_text(model, layers) if writes_without_prompts(model) else None
     if sums is None:
         return None
     costs = {name: _cost(sums[name], scale) for name, scale in scales.items()}
     for name, cost in costs.items():
         if not math.isfinite(cost):
             warn_user(
-                f"what a step costs in layer {name!r} is {cost}, as its gradients or inputs are not "
-                "finite, so all layers get the same strength"
+                f"what a step costs in layer {name!r} is {cost}, as its gradients or inputs are "
+                "not finite, so all layers get the same strength"
             )
             return None
     reached = [cost for cost in costs.values() if cost > 0]
@@ -248,13 +244,6 @@ def _cost(sums: Sums, scales: Tensor) -> float:
     return float(share @ ((sums.gradients / tokens).sum(1) * energies))
 
 
-def _check_batches(batches: Any) -> None:
-    """Raises TypeError unless they can be several batches."""
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        got = "one tensor or mapping" if isinstance(batches, (Tensor, Mapping)) else repr(batches)
-        raise TypeError(f"batches must be several, such as [batch], got {got}")
-
-
 def _check_batch(batch: Any) -> None:
     if not isinstance(batch, (Tensor, Mapping, tuple, list)):
         raise TypeError(
@@ -263,37 +252,29 @@ def _check_batch(batch: Any) -> None:
         )
 
 
-def _add_up_ranks(totals: list[Tensor]) -> None:
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    for total in totals:
-        own = total.cuda() if dist.get_backend() == "nccl" else total  # it knows only cards
-        dist.all_reduce(own)
-        total.copy_(own)
-
-
-def layers_to_calibrate(model: nn.Module) -> dict[AdaptedLayer, tuple[str, list[str]]]:
-    """Of each layer its name and its active adapters on Hadamard bases; ValueError if there are
-    none, or one cannot be calibrated."""
-    layers = {}
-    adapted = layers_by_name(model)
-    with gathered(lam for layer in adapted.values() for lam in layer.randlora_lambda.values()):
-        for name, layer in adapted.items():
-            if adapters := _to_calibrate(name, layer):
-                layers[layer] = name, adapters
+def layers_to_calibrate(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Those with active adapters on Hadamard bases; ValueError if there are none, or one of these
+    adapters cannot be calibrated."""
+    found = layers_by_name(model).items()
+    layers = {name: layer for name, layer in found if adapters_to_calibrate(layer)}
     if not layers:
         raise ValueError(
             "model has no active adapter on Hadamard bases; only these can scale their inputs; add "
             'one with basis="hadamard"'
         )
+    with gathered(lam for layer in layers.values() for lam in layer.randlora_lambda.values()):
+        for name, layer in layers.items():
+            _refuse_merged_or_trained(name, layer)
     return layers
 
 
-def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
-    """The layer's active adapters on Hadamard bases; ValueError if one cannot be calibrated."""
+def adapters_to_calibrate(layer: AdaptedLayer) -> list[str]:
     active = [] if layer.disabled else layer.active_adapters
-    chosen = [adapter for adapter in active if adapter in layer.randlora_input_scale]
-    for adapter in chosen:
+    return [adapter for adapter in active if adapter in layer.randlora_input_scale]
+
+
+def _refuse_merged_or_trained(name: str, layer: AdaptedLayer) -> None:
+    for adapter in adapters_to_calibrate(layer):
         if adapter in layer.merged_adapters:
             raise ValueError(f"adapter {adapter!r} of layer {name!r} is merged; unmerge it first")
         if bool(full_tensor((layer.randlora_lambda[adapter] != 0).any())):
@@ -301,4 +282,3 @@ def _to_calibrate(name: str, layer: AdaptedLayer) -> list[str]:
                 f"adapter {adapter!r} of layer {name!r} has trained (its lambda is not zero), and "
                 "another scale would change what it has learned; calibrate before training"
             )
-    return chosen

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .batches import moved_to, of_all_ranks
+from .batches import check_batches, moved_to
 from .checks import check_model
 from .eval_mode import in_eval_mode
 from .nn.linear import RandLoraLinear
-from .own_text import NO_LABEL, adapters_disabled, own_text, writes
-from .ranks import rank
+from .own_text import NO_LABEL, adapters_disabled, own_text
+from .ranks import of_all_ranks, rank
 
 NUMBERS_AT_ONCE = 2**24  # of logits in float32, so that a large vocabulary takes no more memory
 
@@ -80,7 +80,7 @@ def forgetting(
         batches = own_text_of(model, prompts, seed)
     elif prompts is not None:
         raise ValueError("batches and prompts are two texts; give one of them")
-    _check_batches(batches)
+    check_batches(batches)
     rows: list[tuple[float, int]] = []
     with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
         for batch in batches:
@@ -110,10 +110,9 @@ def _layers_without_peft(model: nn.Module) -> list[RandLoraLinear]:
 
 
 def own_text_of(model: nn.Module, prompts: Any = None, seed: int = 0) -> list[dict[str, Tensor]]:
-    """`own_text` by the base of a model that may be wrapped; other text on every rank."""
-    writer = next((module for module in model.modules() if writes(module)), model)
+    """`own_text` by the base of a model; other text on every rank."""
     with base_of(model):
-        return own_text(writer, prompts=prompts, seed=seed + rank())
+        return own_text(model, prompts=prompts, seed=seed + rank())
 
 
 def _check_adapters(model: nn.Module) -> None:
@@ -135,11 +134,6 @@ def _check_adapters(model: nn.Module) -> None:
                     f"adapter {adapter!r} trains biases (bias={bias!r}), which stay when it is "
                     "disabled, so the base model is not at hand"
                 )
-
-
-def _check_batches(batches: Any) -> None:
-    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be several, such as [batch], got one {type(batches)}")
 
 
 def _measure(model: nn.Module, batch: Any) -> list[tuple[float, int]]:

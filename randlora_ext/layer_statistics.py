@@ -17,6 +17,7 @@ from .nn.adapted_layer import AdaptedLayer
 from .nn.expert_products import ExpertProducts
 from .nn.experts import AdaptedParameter
 from .own_text import NO_LABEL
+from .ranks import add_up_ranks
 
 
 @dataclass
@@ -36,9 +37,6 @@ class Sums:
         experts = math.prod(layer.experts)
         return cls(*(torch.zeros(experts, width, dtype=torch.float64) for width in widths))
 
-    def all(self) -> tuple[Tensor, ...]:
-        return self.squares, self.values, self.tokens, self.outputs, self.gradients
-
     def add(self, x: Tensor, y: Tensor, expert: int = 0) -> None:
         """Tokens x (tokens, in_features) and what became of them, y (tokens, out_features)."""
         if not len(x):
@@ -53,6 +51,11 @@ class Sums:
         """To the outputs (tokens, out_features) of tokens that `add` counts."""
         squares = gradient.float().square().sum(0, dtype=torch.float64)
         self.gradients[expert] += squares.cpu()
+
+    def add_other_ranks(self) -> None:
+        """All ranks have equal sums afterwards."""
+        for total in vars(self).values():
+            add_up_ranks(total)
 
 
 SumsOfLayers = Mapping[AdaptedLayer, Sums]

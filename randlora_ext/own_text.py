@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .batches import device_of
 from .checks import check_model
 from .eval_mode import in_eval_mode
 from .ranks import is_dtensor
@@ -34,9 +35,9 @@ def own_text(
             row.append(torch.multinomial(model(row).logits[-1].softmax(-1), 1, generator=own))
 
     Args:
-        model: with transformers' ``generate``. A PeftModel writes with its adapters disabled. Other
-            models write as they are. It runs in eval mode; afterwards each module is in its old
-            mode.
+        model: with transformers' ``generate``, or one that wraps it, as DistributedDataParallel
+            does. A PeftModel writes with its adapters disabled. Other models write as they are. It
+            runs in eval mode; afterwards each module is in its old mode.
         rows: how many, if there are no prompts.
         tokens: how many the model writes at most in a row.
         prompts: rows of token ids, each answered once, as of a chat model
@@ -54,25 +55,36 @@ def own_text(
     none, or the configuration names neither a first nor a last token.
     """
     check_model(model)
-    if not writes(model):
+    writer = _writer(model)
+    if writer is None:
         raise TypeError(
             "own text needs a decoder with transformers' generate, which continues what it reads, "
             f"got {type(model).__name__}"
         )
     if tokens < 1 or rows < 1:
         raise ValueError(f"rows and tokens must be positive, got {rows} and {tokens}")
-    given = _beginnings(model, rows) if prompts is None else _checked(prompts)
-    written = _answers(model, given, tokens, seed)
-    device = _device(model)
+    given = _beginnings(writer, rows) if prompts is None else _checked(prompts)
+    written = _answers(writer, given, tokens, seed)
+    device = device_of(writer)
     return [_batch(of, new, device) for of, new in zip(given, written, strict=True)]
 
 
-def writes(model: Any) -> bool:
-    """Whether `own_text` takes the model."""
+def writes_without_prompts(model: nn.Module) -> bool:
+    """Whether `own_text` takes the model without prompts."""
+    writer = _writer(model)
+    return writer is not None and _first_token(writer) is not None
+
+
+def _writer(model: nn.Module) -> nn.Module | None:
+    """The outermost module that generates text by itself."""
+    return next(filter(_writes, model.modules()), None)
+
+
+def _writes(module: Any) -> bool:
     # Some have the method, and None for its configuration: transformers' parts of a model.
-    configured = getattr(model, "generation_config", None) is not None
-    can = callable(getattr(model, "generate", None)) and configured
-    return can and not getattr(model.config, "is_encoder_decoder", False)
+    configured = getattr(module, "generation_config", None) is not None
+    can = callable(getattr(module, "generate", None)) and configured
+    return can and not getattr(module.config, "is_encoder_decoder", False)
 
 
 @contextmanager
@@ -92,13 +104,6 @@ def adapters_disabled(model: Any) -> Iterator[None]:
     finally:
         for parameter, did in trains.items():
             parameter.requires_grad_(did)
-
-
-def writer_of(model: nn.Module) -> nn.Module | None:
-    """The part of a model, which may be wrapped, that `own_text` takes without prompts."""
-    writers = (module for module in model.modules() if writes(module))
-    writer = next(writers, None)
-    return None if writer is None or _first_token(writer) is None else writer
 
 
 def _first_token(model: Any) -> int | None:
@@ -136,7 +141,7 @@ def _checked(prompts: Any) -> list[list[int]]:
 def _answers(model: Any, given: list[list[int]], tokens: int, seed: int) -> list[list[int]]:
     """What the model writes behind each row, its last token included."""
     width = max(map(len, given))
-    device = _device(model)
+    device = device_of(model)
     padding = [width - len(row) for row in given]
     ends = _ends(model)
     pad = ends[0] if ends else 0  # it is masked, so any serves
@@ -166,12 +171,6 @@ def _answers(model: Any, given: list[list[int]], tokens: int, seed: int) -> list
             synced_gpus=_is_sharded(model),
         )
     return [_up_to_the_end(row[width:], ends) for row in rows.tolist()]
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Of the first parameter; those that accelerate has offloaded are on the meta device."""
-    devices = (parameter.device for parameter in model.parameters())
-    return next((each for each in devices if each.type != "meta"), torch.device("cpu"))
 
 
 def _ends(model: Any) -> list[int]:

@@ -1,8 +1,9 @@
-"""Models spread over ranks: FSDP2's DTensor parameters, and what ZeRO-3 has taken apart."""
+"""Several ranks: what all of them have, FSDP2's DTensor parameters, and what ZeRO-3 has taken
+apart."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,9 +12,34 @@ if TYPE_CHECKING:  # slow to import
     from torch.distributed.tensor import DTensor
 
 
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def rank() -> int:
     """This process's, 0 if there is one alone."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """The values of all ranks, in their order."""
+    values: list[Any] = [value] * world_size()
+    if _is_distributed():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def add_up_ranks(total: Tensor) -> None:
+    """Gives all ranks the sum of theirs, in place."""
+    if _is_distributed():
+        own = total.cuda() if dist.get_backend() == "nccl" else total  # it knows only cards
+        dist.all_reduce(own)
+        total.copy_(own)
 
 
 def is_dtensor(t: object) -> "TypeGuard[DTensor]":

@@ -233,5 +233,7 @@ def layers_by_path(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def layers_by_name(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The same by the names of what they adapt: of modules or parameters."""
-    return {layer.name_at(path): layer for path, layer in layers_by_path(model).items()}
+    """Each once, by the name of what it adapts: of a module or a parameter."""
+    check_model(model)
+    modules = model.named_modules()
+    return {m.name_at(path): m for path, m in modules if isinstance(m, AdaptedLayer)}

@@ -6,13 +6,14 @@ import deepspeed
 import peft
 import pytest
 import torch
+from distributed_peft import language_model, texts
 from distributed_ranks import Place, sgd, trained, worlds
 from distributed_training import base, batch, share, train
 from peft_helpers import relative, scales
 from torch import nn
 
 import randlora_ext.peft as accelerated
-from randlora_ext import RandLoraLinear, calibrate
+from randlora_ext import RandLoraLinear, calibrate, forgetting, set_dial
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 4,
@@ -59,6 +60,33 @@ def check_calibration(place: Place):
     with pytest.raises(ValueError, match="has trained"):
         calibrate(model, own)
     assert all(map(torch.equal, scales(model), before))
+
+
+@worlds(2)
+def check_strengths_of_calibration(place: Place):
+    """Every rank as one process that sees all batches; then both train on, and forget as much."""
+    begin(place)
+    reference, model = language_model(), language_model()
+    engine, *_ = deepspeed.initialize(model=model, config=CONFIG, optimizer=sgd(model))
+    own = [*texts()][place.rank :: 2]
+    want = calibrate(reference, texts())
+    found = calibrate(model, own)
+    torch.testing.assert_close([*found.values()], [*want.values()], rtol=1e-4, atol=0)
+    assert len({*want.values()}) > 1
+    assert all(p.numel() == 0 and p.grad is None for p in model.parameters())
+    first, second, *_ = texts()
+    of_both = {name: torch.cat([first[name], second[name]]) for name in first}
+    optimizer = sgd(reference)
+    for _ in range(3):
+        engine.backward(engine(**own[0]).loss)
+        engine.step()
+        reference(**of_both).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    want = forgetting(reference, texts()).nats
+    assert 0 < want == pytest.approx(forgetting(model, own).nats, rel=1e-3)
+    with pytest.raises(ValueError, match="lambda has no numbers here"):
+        set_dial(model, 0.5)
 
 
 @worlds(2)

@@ -396,6 +396,16 @@ def test_the_best_model_is_turned(tmp_path):
         assert relative(now, was.double() * factor) < 1e-6
 
 
+def test_a_resumed_training_keeps_the_budget(free, tmp_path):
+    """As one that was not interrupted."""
+    budget = logged(free, "eval_forgetting")[-1] / 3
+    whole = trained(tmp_path, budget)
+    resumed = trainer(model(), tmp_path, budget={"max_rise": budget}, **EVALUATED)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert logged(resumed, "dial") == logged(whole, "dial") != []
+    assert all(map(torch.equal, deltas(resumed.model), deltas(whole.model)))
+
+
 def test_only_the_adapter_that_trains_is_turned(free, tmp_path):
     adapted = model()
     adapted.add_adapter("two", copy.deepcopy(adapted.peft_config["default"]))
