@@ -108,7 +108,9 @@ def check_calibration(place: Place):
 
 
 def language_model():
-    return randomize(adapted(llama(), ["q_proj", "down_proj"], basis="hadamard"), size=0)
+    options = {"randlora_alpha": 100, "basis": "hadamard"}
+    base = llama(initializer_range=0.1)
+    return randomize(adapted(base, ["q_proj", "down_proj"], **options), size=0)
 
 
 def texts():

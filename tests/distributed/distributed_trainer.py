@@ -53,8 +53,10 @@ class Stream(IterableDataset):
 
 
 def new_model():
-    base = llama(eos_token_id=0)  # as the tokenizer below, by which TRL would set it
-    return randomize(adapted(base, ["q_proj", "down_proj"], r=4, basis="hadamard"), size=0)
+    # The tokenizer below has this end, and TRL would set it.
+    base = llama(eos_token_id=0, initializer_range=0.1)
+    options = {"r": 4, "randlora_alpha": 80, "basis": "hadamard"}
+    return randomize(adapted(base, ["q_proj", "down_proj"], **options), size=0)
 
 
 def sharding(trainer):
