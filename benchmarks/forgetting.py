@@ -1,6 +1,6 @@
 """Tables of docs/evidence.md from the rows of finetune.py.
 
-    python benchmarks/forgetting.py zen5 zen4-2     reads results/forgetting-{zen5,zen4-2}.jsonl
+    python benchmarks/forgetting.py zen5 zen4-3     reads results/forgetting-{zen5,zen4-3}.jsonl
 
 At equal forgetting means: the held-out loss is interpolated over the logarithm of what was
 forgotten, for each seed, between factors of dW at each rate; the lowest counts, or that of a run
@@ -43,7 +43,7 @@ MODELS = {"fp32": "SmolLM2", "gemma": "Gemma"}
 LAYERS = {"all": "all linear", "mlp": "MLP", "four": "q, v, o, down", "experts": "experts"}
 RISES = 0.03, 0.1, 0.3  # of the loss on another text
 ONE = "hadamard scaled:strength=one"  # for all layers of a model
-OURS = ONE
+OURS = "hadamard scaled"
 METHODS = {  # method and layers
     "ours, all linear": (OURS, "all"),
     "ours, MLP": (OURS, "mlp"),
@@ -86,8 +86,9 @@ RATE = 1e-3  # which we recommend
 
 
 def read(names: list[str]) -> list[dict]:
-    """The rows that reached a finite loss, of a scaling of 20."""
+    """The rows that reached a finite loss, of a scaling of 20; of equal runs the last one."""
     rows = [row for name in names for row in read_rows(RESULTS / f"forgetting-{name}.jsonl")]
+    rows = [*{identity(row): row for row in rows}.values()]
     return [row for row in rows if row["scaling"] == 20 and "forgetting" in row]
 
 
@@ -157,6 +158,14 @@ def of_methods(
 def at_equal_forgetting(rows: list[dict], rise: float, methods: dict, text: str = "manual") -> str:
     measured = [row for row in rows if has_curve(row, text)]
     return of_methods(measured, methods, lambda these, *_: loss_by_seed(these, rise, text))
+
+
+def by_strength(rows: list[dict], rise: float) -> str:
+    """At equal forgetting, of the seeds that `calibrate` has been run with."""
+    alike = "model", "task", "targets", "seed"
+    seeds = {tuple(row[name] for name in alike) for row in selected(rows, method=OURS)}
+    mine = [row for row in rows if tuple(row[name] for name in alike) in seeds]
+    return at_equal_forgetting(mine, rise, STRENGTHS)
 
 
 def at_equal_loss(rows: list[dict], methods: dict, text: str = "manual") -> str:
@@ -301,11 +310,11 @@ def correlations(rows: list[dict]) -> str:
         for text in as_trained:
             pairs = [(row["meter"], forgot(row, text)) for row in mine if has(row, text)]
             cells.append(rank_correlation(pairs))
-        cells.append(str(sum(len(points(row)) for row in mine)))
+        cells.append(str(sum(len(points(row, "meter")) for row in mine)))
         for text in dialed:
             pairs = []
             for row in mine:
-                if has_curve(row, text):
+                if has_curve(row, "meter") and has_curve(row, text):
                     curves = zip(points(row, "meter"), points(row, text), strict=True)
                     pairs += [(meter, rise) for (_, meter), (_, rise) in curves]
             cells.append(rank_correlation(pairs))
@@ -373,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(at_equal_loss(usual, methods, "chat"))
     for rise in SMALL_RISES:
         print(f"strengths of the layers: held-out loss at a rise of {rise} on the manual\n")
-        print(at_equal_forgetting(usual, rise, STRENGTHS))
+        print(by_strength(usual, rise))
     print("by the power p\n")
     print(by_power(usual))
     print("by layers and r\n")

@@ -7,6 +7,7 @@ Of layers only float32 rows are drawn, so that no line mixes types.
 
 import argparse
 import json
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -133,10 +134,14 @@ def front(rows: list[dict]) -> list[tuple[float, float]]:
     return points
 
 
-def by_forgetting(rows: list[dict], tasks=("spelling", "roman", "dates", "json")):
+def by_forgetting(*results: list[dict], tasks=("spelling", "roman", "dates", "json")):
     """Of each method the lowest held-out loss over what was forgotten; the table of README and
     docs/evidence.md is read off at 0.1."""
-    rows = [row for row in rows if row["steps"] == 40 and row["r"] == 32 and "x 0.7" in row]
+    rows = [
+        row
+        for row in chain.from_iterable(results)
+        if row["steps"] == 40 and row["r"] == 32 and "x 0.7" in row
+    ]
     size = (11, 6.4) if len(tasks) > 1 else (9, 3.6)
     panels = [(model, task) for model in MODEL_NAMES for task in tasks]
     shape = (2, len(tasks)) if len(tasks) > 1 else (1, 2)
@@ -170,9 +175,9 @@ def by_forgetting(rows: list[dict], tasks=("spelling", "roman", "dates", "json")
     return figure
 
 
-def of_spelling(rows: list[dict]):
+def of_spelling(*results: list[dict]):
     """The same of one task, for README."""
-    return by_forgetting(rows, ("spelling",))
+    return by_forgetting(*results, tasks=("spelling",))
 
 
 # Whose dW `by_inputs` looks at: not calibrated, by size alone, and as `calibrate` does.
@@ -213,8 +218,8 @@ def by_inputs(inputs: dict, rows: list[dict]):
 FIGURES = {  # how each is drawn, and of which results
     "bench-tokens.png": (by_tokens, "layer-xeon-167.json"),
     "bench-density.png": (by_density, "density-epyc-zen4.json"),
-    "equal-forgetting.png": (of_spelling, "forgetting-zen5.jsonl"),
-    "forgetting.png": (by_forgetting, "forgetting-zen5.jsonl"),
+    "equal-forgetting.png": (of_spelling, "forgetting-zen5.jsonl", "forgetting-zen4-3.jsonl"),
+    "forgetting.png": (by_forgetting, "forgetting-zen5.jsonl", "forgetting-zen4-3.jsonl"),
     "inputs.png": (by_inputs, "inputs-zen5.json", "forgetting-zen5.jsonl"),
 }
 

@@ -76,7 +76,7 @@ def test_plots_are_drawn_from_the_results_and_shown(tmp_path):
 
 @pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")
 def test_forgetting_is_told_from_the_results(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["forgetting.py", "zen5"])
+    monkeypatch.setattr("sys.argv", ["forgetting.py", "zen5", "zen4-3", "more-zen4"])
     forgetting.main()
     page = (ROOT / "docs" / "evidence.md").read_text()
     told = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| SmolLM2,")]
