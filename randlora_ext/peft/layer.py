@@ -66,7 +66,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
                 setattr(self, name, value)
         self.fan_in_fan_out = config.fan_in_fan_out
         self._active_adapter = adapter_name
-        self.bases, self.tensor_bases = {}, {}
+        self.bases = {}
+        self.tensor_bases = {}
         self._tensor_bases_from = None
         self.randlora_input_scale = InputScales()
         self.randlora_record = nn.ModuleDict()
@@ -172,7 +173,8 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         basis = self._make_basis(adapter, device)
         if self._tensor_bases_from != origin:
             self.tensor_bases.clear()
-        self._tensor_bases_from, self.tensor_bases[adapter] = origin, basis
+        self._tensor_bases_from = origin
+        self.tensor_bases[adapter] = basis
         return basis
 
     def _make_basis(self, adapter: str, device: torch.device) -> Basis:

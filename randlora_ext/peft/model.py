@@ -390,7 +390,8 @@ def _check_names(
         if isinstance(layer, AcceleratedLinear):  # a RandLoraLinear is no part of the adapter
             expected |= own
     given = {key for key in named if any(f".{diagonal}" in key for diagonal in DIAGONALS)}
-    without_place, missing = sorted(given - places), sorted(expected - given)
+    without_place = sorted(given - places)
+    missing = sorted(expected - given)
 
     def shortened(key: str) -> str:
         # PEFT has added the adapter's name to what has a place alone.
