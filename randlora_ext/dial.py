@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .checks import check_number, check_one_of
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
-from .ranks import full_tensor
+from .ranks import full_tensor, gathered
 
 
 @torch.no_grad()
@@ -31,11 +31,11 @@ def set_dial(model: nn.Module, factor: float, adapter_name: str = "default") -> 
         factor: a positive finite number.
         adapter_name: which adapter, active or not.
 
-    If FSDP2 has sharded the model, all ranks must call.
+    If FSDP2 or DeepSpeed's ZeRO-3 has sharded the model, all ranks must call.
 
     Raises, and changes nothing: TypeError or ValueError if factor is no such number, or so large or
     small that an element of lambda would become infinite or zero; the adapter is not there or
-    merged; or this process lacks its values (meta device, DeepSpeed ZeRO-3).
+    merged; or it has no values (meta device).
 
     Source: scaling a finished update is known from LoRA (PEFT's ``scale_layer``) and from model
     arithmetic (arXiv:2212.04089).
@@ -43,17 +43,17 @@ def set_dial(model: nn.Module, factor: float, adapter_name: str = "default") -> 
     check_number("factor", factor, "a positive finite number", lambda v: 0 < v < math.inf)
     layers = _layers(model, adapter_name)
     lambdas = {layer.randlora_lambda[adapter_name]: name for name, layer in layers.items()}
-    for lam in lambdas:
-        if lam.is_meta or not lam.numel():
-            raise ValueError("lambda has no numbers here (meta device, DeepSpeed ZeRO-3)")
-    for lam, name in lambdas.items():
-        if _loses_numbers(lam, factor):
-            raise ValueError(
-                f"factor {factor!r} would make elements of lambda infinite or zero, in layer "
-                f"{name!r}"
-            )
-    for lam in lambdas:
-        lam.mul_(factor)
+    with gathered(lambdas, writes=True):
+        for lam, name in lambdas.items():
+            if lam.is_meta:
+                raise ValueError(f"lambda of layer {name!r} has no numbers (meta device)")
+            if _loses_numbers(lam, factor):
+                raise ValueError(
+                    f"factor {factor!r} would make elements of lambda infinite or zero, in layer "
+                    f"{name!r}"
+                )
+        for lam in lambdas:
+            lam.mul_(factor)
 
 
 def _loses_numbers(lam: Tensor, factor: float) -> bool:

@@ -68,13 +68,16 @@ def laid_out_like(t: Tensor, weight: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Inside it those that DeepSpeed's ZeRO-3 has taken apart are whole; all ranks must enter."""
+def gathered(parameters: Iterable[Tensor], writes: bool = False) -> Iterator[None]:
+    """Inside it those that DeepSpeed's ZeRO-3 has taken apart are whole; all ranks must enter.
+
+    writes: what is written inside is kept, which costs a broadcast.
+    """
     apart = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not apart:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(apart):
+    with deepspeed.zero.GatheredParameters(apart, modifier_rank=0 if writes else None):
         yield

@@ -6,14 +6,17 @@ import deepspeed
 import peft
 import pytest
 import torch
+import transformers
 from distributed_peft import language_model, texts
 from distributed_ranks import Place, sgd, trained, worlds
+from distributed_trainer import OPTIONS, ROWS, logged, new_model, of_all
+from distributed_trainer import begin as begin_trainer
 from distributed_training import base, batch, share, train
 from peft_helpers import relative, scales
 from torch import nn
 
 import randlora_ext.peft as accelerated
-from randlora_ext import RandLoraLinear, calibrate, forgetting, set_dial
+from randlora_ext import ForgettingBudget, RandLoraLinear, calibrate, forgetting, set_dial
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 4,
@@ -85,8 +88,42 @@ def check_strengths_of_calibration(place: Place):
         optimizer.zero_grad()
     want = forgetting(reference, texts()).nats
     assert 0 < want == pytest.approx(forgetting(model, own).nats, rel=1e-3)
-    with pytest.raises(ValueError, match="lambda has no numbers here"):
-        set_dial(model, 0.5)
+    for each in (reference, model):
+        with pytest.raises(ValueError, match="infinite or zero"):
+            set_dial(each, 1e300)
+        set_dial(each, 0.5)
+    same_when_gathered(model, reference)
+
+
+@worlds(2)
+def check_a_trainer_that_keeps_a_budget(place: Place):
+    """The dial is the same on all ranks, and turns whole lambdas."""
+    begin(place)
+    free, of_free = trained_by_trainer(place)
+    kept, of_kept = trained_by_trainer(place, max_rise=0.1)
+    rise = logged(of_free, "eval_forgetting")[-1]
+    (factor,), within = logged(of_kept, "dial"), logged(of_kept, "eval_forgetting")[-1]
+    assert within <= 0.1 < rise and of_all(place, factor) == [factor, factor]
+    set_dial(free, factor)
+    same_when_gathered(kept, free)
+
+
+def trained_by_trainer(place, **budget):
+    """The model and its trainer."""
+    sizes = {"per_device_train_batch_size": CONFIG["train_micro_batch_size_per_gpu"]}
+    options = OPTIONS | sizes | {"learning_rate": 1e-2, "save_strategy": "no"}
+    model = new_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        begin_trainer(place)
+        args = transformers.TrainingArguments(
+            str(place.folder / "zero3"), deepspeed=CONFIG, **options
+        )
+        run = transformers.Trainer(model, args, train_dataset=ROWS, eval_dataset=ROWS[:4])
+        run.add_callback(ForgettingBudget(run, **budget))
+        run.train()
+    assert isinstance(run.model_wrapped, deepspeed.DeepSpeedEngine)
+    return model, run
 
 
 @worlds(2)
@@ -96,6 +133,12 @@ def check_zero3(place: Place):
     for built_partitioned in (False, True):
         for adapt in (plain, in_peft):
             compare(place, adapt, built_partitioned)
+
+
+def same_when_gathered(model, reference):
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters([ours, theirs]):
+            assert relative(ours.data, theirs.data) < 1e-5
 
 
 def compare(place, adapt, built_partitioned):
@@ -115,10 +158,7 @@ def compare(place, adapt, built_partitioned):
     for step in range(3):
         engine.backward(engine(share(place, batch(step)).float()).square().mean())
         engine.step()
-    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        with deepspeed.zero.GatheredParameters([ours]):
-            assert relative(ours.data, theirs.data) < 1e-5
-
+    same_when_gathered(model, reference)
     layer = next(m for m in model.modules() if hasattr(m, "randlora_lambda"))
     if adapt is plain:
         with pytest.raises(RuntimeError, match="GatheredParameters"):

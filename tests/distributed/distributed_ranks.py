@@ -26,8 +26,8 @@ if importlib.util.find_spec("peft"):
     MODULES += ["distributed_peft"]
     if importlib.util.find_spec("trl"):  # which brings transformers, accelerate and datasets along
         MODULES += ["distributed_trainer"]
-if importlib.util.find_spec("deepspeed"):
-    MODULES += ["distributed_deepspeed"]
+        if importlib.util.find_spec("deepspeed"):
+            MODULES += ["distributed_deepspeed"]
 NUMBERS = (2, 4)  # of processes, in this order: 4 read the checkpoints of 2
 HANG = 120  # seconds in one collective
 

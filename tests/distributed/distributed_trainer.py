@@ -93,13 +93,18 @@ def trainer_of_trl(method, options, train_dataset, **rest):
     )
 
 
-def train(place, method, make, rows, folder, budget, changes=(), **resume):
-    """Trains a new model, with the callback unless `budget` is None; returns it, the trainer, and
-    what the steps of this rank saw."""
+def begin(place):
+    """A new training, as a launcher would start it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     ranks = {"RANK": place.rank, "WORLD_SIZE": place.world}
     ranks |= {"LOCAL_RANK": place.rank, "LOCAL_WORLD_SIZE": place.world}
     os.environ |= {name: str(value) for name, value in ranks.items()}
+
+
+def train(place, method, make, rows, folder, budget, changes=(), **resume):
+    """Trains a new model, with the callback unless `budget` is None; returns it, the trainer, and
+    what the steps of this rank saw."""
+    begin(place)
     options = {"output_dir": str(folder), **OPTIONS, **dict(changes)}
     if method == "FSDP2":
         options["fsdp"] = True

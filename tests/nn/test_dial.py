@@ -96,7 +96,7 @@ LOST = "factor .* would make elements of lambda infinite or zero, in layer '[02]
         (model, (None,), TypeError, "factor must be a positive finite number, got None"),
         (model, (0.5, "two"), ValueError, "adapter_name must be one of"),
         (merged, (0.5,), ValueError, "is merged; unmerge it first"),
-        (lambda: model().to("meta"), (0.5,), ValueError, "no numbers here"),
+        (lambda: model().to("meta"), (0.5,), ValueError, "has no numbers"),
         (lambda: nn.Linear(2, 2), (0.5,), ValueError, "^model has no RandLoRA adapter"),
     ],
 )
