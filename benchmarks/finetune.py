@@ -38,6 +38,9 @@ to 64 held-out prompts: the share that is right, and of spelling the errors per 
 measured after the second. (Who may merge the first adapter could train the second task with a new
 one, calibrated for it.)
 
+**`--brief`** measures the held-out loss and the rises on three texts alone, which the tables at
+equal loss and at equal forgetting need.
+
 **`--mix 8`** makes one example of eight a row of 64 tokens that the base model wrote, of 256 such
 rows that no measure uses. A row counts by its tokens, which the loss's mean weighs alike.
 """
@@ -72,7 +75,7 @@ from spelling import plan_batches, train
 
 def run_one(
     task: str, method: str, lr: float, seed: int, steps: int, scaling: float, r: int, targets: str,
-    model: str, then: str | None = None, mix: int | None = None,
+    model: str, then: str | None = None, mix: int | None = None, brief: bool = False,
 ) -> dict:  # fmt: skip
     """One training run: what it learned, what it forgot and what it cost."""
     torch.manual_seed(seed)
@@ -101,32 +104,45 @@ def run_one(
             skills[other].append(skill(tuned, other, model))
     result |= {"train_loss": losses, "seconds_per_step": statistics.median(seconds)}
     result |= {"skills": skills} if then else {}
-    return result | measured(tuned, tasks[-1], model)
+    measure = measured_briefly if brief else measured
+    return result | measure(tuned, tasks[-1], model)
 
 
-def measured(tuned, task: str, model: str) -> dict:
-    """As trained, and with less of dW."""
-    result: dict = {"held_out_loss": learned(tuned, task, model)}
-    with common_responses(tuned) as common:
-        rises = {"manual": rise(tuned, "manual", model)}
-    rises |= {text: rise(tuned, text, model) for text in ("code", "prose")}
-    wrote = on_what_it_wrote(tuned, model)
-    result |= {"forgetting": rises | {"own": wrote.pop("own")}, **wrote}
-    result["kl"] = on_task(tuned, task, model)
-    result["common"] = {
-        target: round(statistics.fmean(shares), 3) for target, shares in common.items()
+def measured_briefly(tuned, task: str, model: str) -> dict:
+    """What the tables at equal loss and at equal forgetting need."""
+    result: dict = {
+        "held_out_loss": learned(tuned, task, model),
+        "forgetting": rise_by_text(tuned, model),
     }
     for factor in FACTORS:
         with scaled_update(tuned, factor, model):
-            result[f"x {factor}"] = {
-                "held_out_loss": learned(tuned, task, model),
-                "manual": rise(tuned, "manual", model),
-                **on_what_it_wrote(tuned, model),
-            }
+            loss = learned(tuned, task, model)
+            result[f"x {factor}"] = {"held_out_loss": loss, **rise_by_text(tuned, model)}
     return result
 
 
-def sweep(settings: list[dict], out: Path) -> list[dict]:
+def rise_by_text(tuned, model: str) -> dict[str, float]:
+    return {text: rise(tuned, text, model) for text in ("manual", "code", "prose")}
+
+
+def measured(tuned, task: str, model: str) -> dict:
+    """Also what it makes of texts and answers that the base model wrote."""
+    result = measured_briefly(tuned, task, model)
+    wrote = on_what_it_wrote(tuned, model)
+    result["forgetting"]["own"] = wrote.pop("own")
+    result |= {**wrote, "kl": on_task(tuned, task, model)}
+    for factor in FACTORS:
+        with scaled_update(tuned, factor, model):
+            result[f"x {factor}"] |= on_what_it_wrote(tuned, model)
+    with common_responses(tuned) as common:
+        rise(tuned, "manual", model)
+    result["common"] = {
+        target: round(statistics.fmean(shares), 3) for target, shares in common.items()
+    }
+    return result
+
+
+def sweep(settings: list[dict], out: Path, brief: bool = False) -> list[dict]:
     """A row per setting, in their order; those that OUT has are not run again."""
     done = {identity(row): row for row in (read_rows(out) if out.exists() else [])}
     for setting in settings:
@@ -134,7 +150,7 @@ def sweep(settings: list[dict], out: Path) -> list[dict]:
         if key in done:
             continue
         print(*setting.values(), "...", flush=True)
-        done[key] = run_one(**setting)
+        done[key] = run_one(**setting, brief=brief)
         with out.open("a") as file:
             file.write(json.dumps(done[key]) + "\n")
     return [done[identity(setting)] for setting in settings]
@@ -157,6 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--then", choices=TASKS, help="a task to train after the first")
     parser.add_argument("--mix", type=int, metavar="N", help=f"one own row of N; {BATCH} at most")
+    parser.add_argument("--brief", action="store_true", help="measure the loss and rises alone")
     parser.add_argument("--out", type=Path, default=Path("finetune"), help="write OUT.jsonl")
     args = parser.parse_args(arguments)
     if args.mix is not None and not 1 <= args.mix <= BATCH:
@@ -170,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
             args.seeds, args.task, args.methods, args.rates, args.r, args.targets, args.model
         )
     ]
-    print(table(sweep(settings, args.out.with_suffix(".jsonl"))))
+    print(table(sweep(settings, args.out.with_suffix(".jsonl"), args.brief)))
 
 
 if __name__ == "__main__":

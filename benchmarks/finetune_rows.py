@@ -41,7 +41,8 @@ def table(rows: list[dict]) -> str:
         cells.append(f"{sum(jumps(row.get('train_loss', [])) for row in mine)} of {len(mine)}")
         forgot = [row["forgetting"] for row in mine if "forgetting" in row]
         cells.append(_told([each["manual"] for each in forgot], 2) if forgot else "failed")
-        cells.append(f"{statistics.fmean(f['code'] for f in forgot):.2f}" if forgot else "")
+        code = [each["code"] for each in forgot if "code" in each]
+        cells.append(f"{statistics.fmean(code):.2f}" if code else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -69,6 +69,18 @@ def test_two_tasks_with_own_rows(toy, tmp_path, monkeypatch):
     finetune.main([*arguments, "--out", str(tmp_path / "rows")])
 
 
+def test_brief_rows_have_the_same_losses_and_rises(toy, tmp_path):
+    line = "--task roman --methods lora --steps 2 --seeds 0 --rates 1e-2 --targets all --model toy"
+    for name, more in (("whole", []), ("brief", ["--brief"])):
+        finetune.main([*line.split(), *more, "--out", str(tmp_path / name)])
+    (whole,), (brief,) = (read_rows(tmp_path / f"{name}.jsonl") for name in ("whole", "brief"))
+    for part in ("forgetting", "x 0.7", "x 0.4"):
+        assert {"manual", "code", "prose"} <= brief[part].keys()
+        both = brief[part].keys() & whole[part].keys()
+        assert {name: brief[part][name] for name in both} == {n: whole[part][n] for n in both}
+    assert brief["held_out_loss"] == whole["held_out_loss"] and "meter" not in brief
+
+
 def test_answers_are_compared_as_forgetting_does(toy):
     tuned = adapted(toy, "lora", 0, 32, "all")
     with torch.no_grad():
