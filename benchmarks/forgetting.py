@@ -64,7 +64,7 @@ STRENGTHS = {  # of the layers of a model, at rises that all of these reach
     for name, method in {
         "one": ONE,
         "as calibrate": "hadamard scaled",
-        "F^-1/2": "hadamard scaled:strength=F-1/2",
+        "no limit": "hadamard scaled:strength=F-1/2",
     }.items()
 }
 SMALL_RISES = 0.03, 0.05, 0.1
@@ -83,6 +83,7 @@ SIZES = {  # layers and r
     "all linear, 32": ("all", 32),
 }
 RATE = 1e-3  # which we recommend
+SETTING = "model", "task", "targets", "seed"
 
 
 def read(names: list[str]) -> list[dict]:
@@ -162,9 +163,8 @@ def at_equal_forgetting(rows: list[dict], rise: float, methods: dict, text: str 
 
 def by_strength(rows: list[dict], rise: float) -> str:
     """At equal forgetting, of the seeds that `calibrate` has been run with."""
-    alike = "model", "task", "targets", "seed"
-    seeds = {tuple(row[name] for name in alike) for row in selected(rows, method=OURS)}
-    mine = [row for row in rows if tuple(row[name] for name in alike) in seeds]
+    seeds = {tuple(row[name] for name in SETTING) for row in selected(rows, method=OURS)}
+    mine = [row for row in rows if tuple(row[name] for name in SETTING) in seeds]
     return at_equal_forgetting(mine, rise, STRENGTHS)
 
 
@@ -212,18 +212,17 @@ def by_size(rows: list[dict]) -> str:
 
 
 def dial_and_rate(rows: list[dict]) -> str:
-    """Calibrated adapters, spelling: a lower rate as trained, and a higher one whose dW is scaled
-    until it has the same loss."""
+    """Ours: a lower rate as trained, and a higher one whose dW is scaled until it has the same
+    loss."""
     found = []
-    of_spelling = selected(rows, task="spelling", method=ONE, r=32)
-    settings = {(row["model"], row["targets"], row["seed"]) for row in of_spelling}
-    for model, targets, seed in sorted(settings):
-        mine = selected(of_spelling, model=model, targets=targets, seed=seed)
-        for low, high in pairwise(sorted(mine, key=lambda row: row["lr"])):
+    mine = selected(rows, method=OURS, r=32)
+    for model, task, targets, seed in sorted({tuple(row[k] for k in SETTING) for row in mine}):
+        of_rates = selected(mine, model=model, task=task, targets=targets, seed=seed)
+        for low, high in pairwise(sorted(of_rates, key=lambda row: row["lr"])):
             loss, forgotten = points(low)[0]
             scaled = between(loss, sorted(points(high)))
             if scaled is not None:
-                cells = [f"{MODELS[model]}, {LAYERS[targets]}", f"{seed}", f"{low['lr']:g}"]
+                cells = [f"{MODELS[model]}, {task}, {LAYERS[targets]}", f"{seed}", f"{low['lr']:g}"]
                 cells += [f"{loss:.3f}", f"{forgotten:.3f}", f"{high['lr']:g}: {scaled:.3f}"]
                 found.append(cells)
     heads = ["", "seed", "rate", "loss", "forgot", "a higher rate, scaled, forgot"]
@@ -375,6 +374,9 @@ def main(arguments: list[str] | None = None) -> None:
         for rise in RISES:
             print(f"held-out loss at a rise of {rise} on the manual\n")
             print(at_equal_forgetting(usual, rise, methods))
+        for text in ("code", "prose"):
+            print(f"held-out loss at a rise of 0.1 on the {text}\n")
+            print(at_equal_forgetting(usual, 0.1, methods, text))
         for text in ("manual", "code", "prose"):
             print(f"what was forgotten of the {text} at equal loss\n")
             print(at_equal_loss(usual, methods, text))

@@ -48,7 +48,7 @@ def main() -> None:
         train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
     )
     # In nats per token, on text that the base model writes.
-    trainer.add_callback(randlora_ext.ForgettingBudget(trainer, max_rise=0.05))
+    trainer.add_callback(randlora_ext.ForgettingBudget(trainer, max_rise=0.2))
     trainer.train()
     print(randlora_ext.peft.kernel_summary(model))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

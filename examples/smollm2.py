@@ -40,7 +40,7 @@ parser.add_argument("--out", type=Path, default=Path("randlora-demo"), help="fol
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--batch-size", type=int, default=8)
 parser.add_argument("--lr", type=float, default=1e-3)
-parser.add_argument("--max-rise", type=float, default=0.05, help="the budget, in nats per token")
+parser.add_argument("--max-rise", type=float, default=0.2, help="the budget, in nats per token")
 parser.add_argument("--lora", action="store_true", help="PEFT's LoRA at equal parameters instead")
 parser.add_argument("--rank", type=int, default=32, help="a lower one trains more parameters")
 parser.add_argument("--seed", type=int, default=0, help="of the bases and of the batches")

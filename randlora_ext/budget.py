@@ -34,7 +34,7 @@ class ForgettingBudget(TrainerCallback):
     For transformers' ``Trainer`` and what is built on it, such as TRL's trainers::
 
         trainer = trl.SFTTrainer(...)
-        trainer.add_callback(randlora_ext.ForgettingBudget(trainer, max_rise=0.05))
+        trainer.add_callback(randlora_ext.ForgettingBudget(trainer, max_rise=0.2))
         trainer.train()
         trainer.save_model()
 
