@@ -87,10 +87,15 @@ SETTING = "model", "task", "targets", "seed"
 
 
 def read(names: list[str]) -> list[dict]:
-    """The rows that reached a finite loss, of a scaling of 20; of equal runs the last one."""
-    rows = [row for name in names for row in read_rows(RESULTS / f"forgetting-{name}.jsonl")]
-    rows = [*{identity(row): row for row in rows}.values()]
-    return [row for row in rows if row["scaling"] == 20 and "forgetting" in row]
+    """The rows that reached a finite loss, of a scaling of 20. Of equal runs what either measured;
+    of what both did, the last."""
+    runs: dict[tuple, dict] = {}
+    for name in names:
+        for row in read_rows(RESULTS / f"forgetting-{name}.jsonl"):
+            run = runs.setdefault(identity(row), {})
+            for key, value in row.items():
+                run[key] = run.get(key, {}) | value if isinstance(value, dict) else value
+    return [run for run in runs.values() if run["scaling"] == 20 and "forgetting" in run]
 
 
 def of_one_task(rows: list[dict], steps: int = 40) -> list[dict]:
