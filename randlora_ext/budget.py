@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import default_compute_objective
 
+from .batches import check_batches
 from .calibration import adapters_to_calibrate, calibrate, layers_to_calibrate
 from .checks import check_number
 from .dial import dialed, set_dial
 from .forgetting_meter import forgetting, own_text_of
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
+from .own_text import checked_prompts
 from .ranks import of_all_ranks, rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,9 @@ class ForgettingBudget(TrainerCallback):
     their states. An iterable data set must begin anew whenever it is iterated.
 
     Of adapters other than ours, such as LoRA, it measures; they have neither calibration nor dial.
+    It runs before the trainer's other callbacks, so that what these save or log at the end is what
+    the budget leaves. In a search for hyperparameters whose objective is the sum of all metrics, as
+    by default, forgetting is logged but is none of them.
 
     Args:
         trainer: the one that it is added to.
@@ -87,26 +93,42 @@ class ForgettingBudget(TrainerCallback):
             raise ValueError("batches and prompts are two texts; give one of them")
         self.trainer = trainer
         self.max_rise = max_rise
-        self.prompts = prompts
-        self.text = batches if batches is None else list(batches)
+        self.prompts = None if prompts is None else checked_prompts(prompts)
+        self.text: list[Any] | None = None
+        if batches is not None:
+            check_batches(batches)
+            with _random_states_kept():
+                self.text = list(batches)
         self.can_measure = True
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
-        if self._do("not calibrated", lambda: self._calibrate(train_dataloader)):
+        self._come_first()
+        if self._try(lambda: self._calibrate(train_dataloader), otherwise="not calibrated"):
             self._say("calibrated the adapter")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
         if self.can_measure:  # else it has been told
-            self.can_measure = self._do("forgetting is not shown", lambda: self._show(metrics))
+            self.can_measure = self._try(
+                lambda: self._show(metrics), otherwise="forgetting is not shown"
+            )
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.max_rise is not None:
-            self._do("the budget is not kept", self._keep_budget)
+            self._try(self._keep_budget, otherwise="the budget is not kept")
         elif self.can_measure:
-            self._do("forgetting is not shown", lambda: self._say(_told(self._show())))
+            self._try(lambda: self._say(_told(self._show())), otherwise="forgetting is not shown")
 
-    def _do(self, otherwise: str, act: Callable[[], Any]) -> bool:
-        """Whether it could be done; else it is told why not."""
+    def _come_first(self) -> None:
+        """Before callbacks that read the metrics of an evaluation, or save the model or close their
+        log at the end. The list may change while its callbacks are called, as those behind this one
+        keep their places."""
+        callbacks = self.trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+            callbacks.insert(0, self)
+
+    def _try(self, act: Callable[[], Any], otherwise: str) -> bool:
+        """Whether it could be done; else `otherwise` is told, and why."""
         error = _raised_by(act)
         if error is None:
             return True
@@ -115,6 +137,9 @@ class ForgettingBudget(TrainerCallback):
         elif self.trainer.state.is_world_process_zero:
             logger.log(error.level, "%s: %s", otherwise, error)
         return False
+
+    def _log(self, **numbers: float) -> None:
+        self._try(lambda: self.trainer.log(numbers), otherwise=f"{', '.join(numbers)} not logged")
 
     def _say(self, line: str) -> None:
         # Printed, as Trainer prints its losses. By default its log shows warnings alone, and a
@@ -127,10 +152,10 @@ class ForgettingBudget(TrainerCallback):
         if why := _why_needless(model, self.trainer.state.global_step):
             raise _Needless(why)
         try:
-            layers_to_calibrate(model)
+            layers_to_calibrate(model)  # before data are read
         except ValueError as error:
             raise _Cannot(str(error)) from None
-        size = self.trainer.args.train_batch_size
+        size = self.trainer.state.train_batch_size  # which `auto_find_batch_size` has reduced
         batches: list[dict[str, Any]] = []
         raised = _raised_by(lambda: batches.extend(_sample(model, loader, size)))
         # The other ranks wait for this one, whatever has befallen it.
@@ -150,9 +175,10 @@ class ForgettingBudget(TrainerCallback):
 
     def _show(self, metrics: dict[str, float] | None = None) -> float:
         nats = self._measure()
-        if metrics is not None:  # those that `evaluate` returns
-            metrics["eval_forgetting"] = nats
-        self.trainer.log({"eval_forgetting": nats})
+        objective = getattr(self.trainer, "compute_objective", None)
+        if metrics is not None and objective is not default_compute_objective:
+            metrics["eval_forgetting"] = nats  # which `evaluate` returns
+        self._log(eval_forgetting=nats)
         return nats
 
     def _keep_budget(self) -> None:
@@ -171,11 +197,11 @@ class ForgettingBudget(TrainerCallback):
         before = self._evaluation_loss()
         for adapter in adapters:
             set_dial(self.trainer.model, factor, adapter)
-        self.trainer.log({"dial": factor})
+        self._log(dial=factor, eval_forgetting=rise)
         after = self._evaluation_loss()
-        if after is None:  # an evaluation shows it as well
-            self._show()
-        cost = "" if after is None else f", at an evaluation loss of {after:.4g} (was {before:.4g})"
+        cost = ""
+        if before is not None and after is not None:
+            cost = f", at an evaluation loss of {after:.4g} (was {before:.4g})"
         self._say(f"{over}; with dW times {factor:g} they are {rise:.3g}{cost}")
 
     def _largest_factor_within(
@@ -197,7 +223,7 @@ class ForgettingBudget(TrainerCallback):
         if self.trainer.eval_dataset is None:
             return None
         metrics: dict[str, float] = {}
-        self._do("not evaluated", lambda: metrics.update(self.trainer.evaluate()))
+        self._try(lambda: metrics.update(self.trainer.evaluate()), otherwise="not evaluated")
         return next((value for name, value in metrics.items() if name.endswith("_loss")), None)
 
 

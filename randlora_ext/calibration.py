@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .batches import check_batches
 from .checks import at_most_ten, check_model, warn_user
-from .layer_statistics import Sums, differentiate, observe
+from .layer_statistics import Sums, add_up, differentiate, observe
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
 from .own_text import own_text, writes_without_prompts
-from .ranks import full_tensor, gathered, of_all_ranks
+from .ranks import failing_together, full_tensor, gathered, of_all_ranks
 
 POWER = 2  # of the share of a feature's energy that varies; docs/evidence.md compares others
 EPSILON = 0.1  # in medians of rms: small features are not blown up without bound
@@ -53,14 +53,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
 
     Then, with the costs of all layers::
 
-        strength = cost.clamp_min(cost.median()).rsqrt()
+        median = statistics.median(cost[cost > 0].tolist())
+        strength = cost.clamp_min(median).rsqrt()
         strength = strength * (250 / (strength.square() * cost).sum()).sqrt()
         input_scale = strength * scale
 
-    A step in all layers so costs 250 in every model, and one learning rate serves all. If the model
-    gives no ``loss`` or cannot write text (it has no ``generate``, or is an encoder and decoder),
-    all layers get the same strength. With it the median layer, whose outputs are y (tokens, out),
-    answers a random dW as strongly as any other model's::
+    A step in all layers so costs 250 in every model, and one learning rate serves all. A layer that
+    the text does not reach, as of an encoder of images, costs nothing and is as strong as the
+    median layer. If the model gives no ``loss``, needs more than text, or cannot write any (it has
+    no ``generate``, or is an encoder and decoder), all layers get the same strength. With it the
+    median layer, whose outputs are y (tokens, out), answers a random dW as strongly as any other
+    model's::
 
         response = ((x * scale).square().sum() / y.square().mean(1).sum()).sqrt()
         strength = 1.5 / statistics.median(responses)
@@ -86,7 +89,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
             in_features); experts do not leave out any.
 
     Returns:
-        The strength of every layer, by its name in the model.
+        The strength of every layer that saw a token, by its name in the model.
 
     If torch.distributed is initialized, all ranks must call, each with its own batches, equally
     many if FSDP2 or DeepSpeed's ZeRO-3 has sharded the model: sums over all ranks give all of them
@@ -95,8 +98,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     Raises, and leaves every adapter as it was: TypeError if model is no module, or batches is one
     tensor or mapping or holds something else; ValueError if no active adapter is on Hadamard bases,
     one has trained (its lambda is not zero) or is merged, no batch comes, or inputs or outputs hold
-    NaN or infinity. Warns, once, of layers that see no token or only zeros, which stay as they are,
-    of costs that are not finite, and of an "attention_mask" of another form, whose padding counts.
+    NaN or infinity; RuntimeError on the other ranks if one fails. Warns, once, of layers that see
+    no token or only zeros, which stay as they are, of costs that are not finite, of a model that
+    needs more than text, and of an "attention_mask" of another form, whose padding counts.
     Experts must multiply by their parameter or a part of it, by torch's functions for products (not
     einsum), as those of transformers do unless ``experts_implementation`` is "batched_mm".
 
@@ -142,28 +146,26 @@ def _seen_in_batches(model: nn.Module, batches: Iterable[Any], layers: Layers) -
     """What the layers see on all ranks. ValueError if no rank has a batch."""
     sums = {layer: Sums.of(layer) for layer in layers.values()}
     count = 0
-    for batch in batches:  # which may be made by other models, or by this one
-        _check_batch(batch)
-        observe(model, batch, sums)
-        count += 1
+    with failing_together():
+        for batch in batches:  # which may be made by other models, or by this one
+            _check_batch(batch)
+            observe(model, batch, sums)
+            count += 1
     if not any(of_all_ranks(count)):
         raise ValueError("batches must hold at least one batch, got none")
-    return _of_all_ranks(sums, layers)
+    add_up(sums)
+    return {name: sums[layer] for name, layer in layers.items()}
 
 
 def _seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | None:
     """Likewise, with gradients, on text that the model writes; None if it gives no loss."""
     sums = {layer: Sums.of(layer) for layer in layers.values()}
-    for row in own_text(model):
-        observe(model, row, sums)
-        if not differentiate(model, row, sums):
-            return None
-    return _of_all_ranks(sums, layers)
-
-
-def _of_all_ranks(sums: Mapping[AdaptedLayer, Sums], layers: Layers) -> dict[str, Sums]:
-    for of_layer in sums.values():
-        of_layer.add_other_ranks()
+    with failing_together():
+        for row in own_text(model):
+            observe(model, row, sums)
+            if not differentiate(model, row, sums):
+                return None
+    add_up(sums)
     return {name: sums[layer] for name, layer in layers.items()}
 
 
@@ -202,7 +204,13 @@ def _strengths(
 ) -> dict[str, float] | None:
     """One for each layer, as `calibrate` says; None if the model writes no text or gives no loss of
     it, or, with a warning, if gradients are not finite."""
-    sums = _seen_in_own_text(model, layers) if writes_without_prompts(model) else None
+    if not writes_without_prompts(model):
+        return None
+    try:
+        sums = _seen_in_own_text(model, layers)
+    except (TypeError, ValueError) as error:  # of a model that needs other arguments, too
+        warn_user(f"the model cannot read text alone, so all layers get the same strength: {error}")
+        return None
     if sums is None:
         return None
     costs = {name: _cost(sums[name], scale) for name, scale in scales.items()}
@@ -229,19 +237,20 @@ def _equal_strengths(scales: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> 
     return dict.fromkeys(scales, strength)
 
 
-def _response(sums: Sums, scales: Tensor) -> float:
+def _response(sums: Sums, scale: Tensor) -> float:
     """To a dW of independent random elements of variance 1: the root mean square of what it would
     add to the outputs, over theirs."""
-    added = (sums.squares * scales.square()).sum()
+    added = (sums.squares * scale.square()).sum()
     return float((added / sums.outputs.sum()).sqrt())
 
 
-def _cost(sums: Sums, scales: Tensor) -> float:
-    """A mean over the experts, by their tokens."""
+def _cost(sums: Sums, scale: Tensor) -> float:
+    """As `calibrate` says; of experts the mean, by their tokens."""
     tokens = sums.tokens.clamp_min(1)
-    energies = (sums.squares / tokens * scales.square()).sum(1)
-    share = sums.tokens.squeeze(1) / sums.tokens.sum().clamp_min(1)
-    return float(share @ ((sums.gradients / tokens).sum(1) * energies))
+    gradients = (sums.gradients / tokens).sum(1)
+    inputs = (sums.squares / tokens * scale.square()).sum(1)
+    weights = sums.tokens.squeeze(1)
+    return float(weights @ (gradients * inputs) / weights.sum().clamp_min(1))
 
 
 def _check_batch(batch: Any) -> None:

@@ -13,7 +13,7 @@ from .checks import check_model
 from .eval_mode import in_eval_mode
 from .nn.linear import RandLoraLinear
 from .own_text import NO_LABEL, adapters_disabled, own_text
-from .ranks import of_all_ranks, rank
+from .ranks import failing_together, of_all_ranks, rank
 
 NUMBERS_AT_ONCE = 2**24  # of logits in float32, so that a large vocabulary takes no more memory
 
@@ -82,7 +82,7 @@ def forgetting(
         raise ValueError("batches and prompts are two texts; give one of them")
     check_batches(batches)
     rows: list[tuple[float, int]] = []
-    with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
+    with failing_together(), in_eval_mode(model), torch.compiler.set_stance("force_eager"):
         for batch in batches:
             rows += _measure(model, batch)
     return _mean([row for of_rank in of_all_ranks(rows) for row in of_rank])
@@ -111,7 +111,7 @@ def _layers_without_peft(model: nn.Module) -> list[RandLoraLinear]:
 
 def own_text_of(model: nn.Module, prompts: Any = None, seed: int = 0) -> list[dict[str, Tensor]]:
     """`own_text` by the base of a model; other text on every rank."""
-    with base_of(model):
+    with failing_together(), base_of(model):
         return own_text(model, prompts=prompts, seed=seed + rank())
 
 

@@ -52,13 +52,15 @@ class Sums:
         squares = gradient.float().square().sum(0, dtype=torch.float64)
         self.gradients[expert] += squares.cpu()
 
-    def add_other_ranks(self) -> None:
-        """All ranks have equal sums afterwards."""
-        for total in vars(self).values():
-            add_up_ranks(total)
-
 
 SumsOfLayers = Mapping[AdaptedLayer, Sums]
+
+
+def add_up(sums: SumsOfLayers) -> None:
+    """Gives all ranks the sums over all of them."""
+    for of_layer in sums.values():
+        for total in vars(of_layer).values():
+            add_up_ranks(total)
 
 
 @torch.no_grad()
@@ -96,13 +98,24 @@ def differentiate(model: nn.Module, batch: Mapping[str, Tensor], sums: SumsOfLay
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     with torch.enable_grad(), _plain(inner, sums), _frozen(inner), _gradients_added(sums):
         for module in inner.modules():
-            # Of layers that save memory by computing themselves again: they do in training mode.
-            module.training |= bool(getattr(module, "gradient_checkpointing", False))
+            module.training |= _needs_training_mode(module)
         loss = getattr(_call(inner, batch), "loss", None)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return False
         (loss * (batch["labels"] != NO_LABEL).sum()).backward()
     return True
+
+
+def _needs_training_mode(module: nn.Module) -> bool:
+    """Whether the module does in training mode alone what `differentiate` needs."""
+    # Layers of transformers compute themselves again to save memory; some drop numbers, too.
+    drops = any(
+        "drop" in name and isinstance(value, float) and value > 0
+        for name, value in vars(module).items()
+    )
+    checkpoints = bool(getattr(module, "gradient_checkpointing", False)) and not drops
+    # Layers of GPTQModel pass gradients.
+    return checkpoints or bool(getattr(module, "SUPPORTS_TRAINING", False))
 
 
 @contextmanager
@@ -131,12 +144,13 @@ def _gradients_added(sums: SumsOfLayers) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(layers: SumsOfLayers, hook: Any, *of_experts: Any) -> Iterator[None]:
-    """Layers call the forward hook, and products of experts what `ExpertProducts` is given."""
+def _hooked(layers: SumsOfLayers, hook: Any, report: Any, watched: Any = None) -> Iterator[None]:
+    """Layers call the forward hook; of experts `report` and `watched` are those of
+    `ExpertProducts`."""
     experts = [layer for layer in layers if isinstance(layer, AdaptedParameter)]
     with ExitStack() as held:
         if experts:  # a mode slows every call of torch
-            held.enter_context(ExpertProducts(experts, *of_experts))
+            held.enter_context(ExpertProducts(experts, report, watched))
         for layer in layers:
             if not isinstance(layer, AdaptedParameter):
                 held.enter_context(layer.register_forward_hook(hook, with_kwargs=True))

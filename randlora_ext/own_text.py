@@ -1,5 +1,6 @@
 """`own_text`: what a language model writes by itself, from which can be told what it knows."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -63,7 +64,7 @@ def own_text(
         )
     if tokens < 1 or rows < 1:
         raise ValueError(f"rows and tokens must be positive, got {rows} and {tokens}")
-    given = _beginnings(writer, rows) if prompts is None else _checked(prompts)
+    given = _beginnings(writer, rows) if prompts is None else checked_prompts(prompts)
     written = _answers(writer, given, tokens, seed)
     device = device_of(writer)
     return [_batch(of, new, device) for of, new in zip(given, written, strict=True)]
@@ -76,15 +77,17 @@ def writes_without_prompts(model: nn.Module) -> bool:
 
 
 def _writer(model: nn.Module) -> nn.Module | None:
-    """The outermost module that generates text by itself."""
-    return next(filter(_writes, model.modules()), None)
+    """The outermost module that generates text, unless an encoder has to read first."""
+    outermost: Any = next(filter(_generates, model.modules()), None)
+    if outermost is None or getattr(outermost.config, "is_encoder_decoder", False):
+        return None
+    return outermost
 
 
-def _writes(module: Any) -> bool:
+def _generates(module: Any) -> bool:
     # Some have the method, and None for its configuration: transformers' parts of a model.
     configured = getattr(module, "generation_config", None) is not None
-    can = callable(getattr(module, "generate", None)) and configured
-    return can and not getattr(module.config, "is_encoder_decoder", False)
+    return callable(getattr(module, "generate", None)) and configured
 
 
 @contextmanager
@@ -107,11 +110,14 @@ def adapters_disabled(model: Any) -> Iterator[None]:
 
 
 def _first_token(model: Any) -> int | None:
+    # Small models keep the tokens of a larger one's configuration.
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
     for name in FIRST_TOKENS:
         token = getattr(model.generation_config, name, None)
         token = getattr(model.config, name, None) if token is None else token
-        if token is not None:
-            return int(token[0] if isinstance(token, Sequence) else token)
+        token = token[0] if isinstance(token, Sequence) else token
+        if token is not None and 0 <= token < vocabulary:
+            return int(token)
     return None
 
 
@@ -120,12 +126,12 @@ def _beginnings(model: nn.Module, rows: int) -> list[list[int]]:
     if first is None:
         raise ValueError(
             f"{type(model).__name__} can begin no text of its own, as its configuration has "
-            f"neither {' nor '.join(FIRST_TOKENS)}; give prompts"
+            f"neither {' nor '.join(FIRST_TOKENS)} in its vocabulary; give prompts"
         )
     return [[first]] * rows
 
 
-def _checked(prompts: Any) -> list[list[int]]:
+def checked_prompts(prompts: Any) -> list[list[int]]:
     """The prompts as lists of token ids."""
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be rows of token ids, got {prompts!r}")
@@ -206,7 +212,8 @@ def _generating_plainly(model: Any) -> Iterator[None]:
 
 
 def _registered_with_fsdp(model: nn.Module) -> bool:
-    if not any(map(is_dtensor, model.parameters())):
+    registered = "generate" in vars(model)  # by transformers' Trainer
+    if registered or not any(map(is_dtensor, model.parameters())):
         return False
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method  # slow to import
 

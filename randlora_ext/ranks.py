@@ -34,6 +34,23 @@ def of_all_ranks(value: Any) -> list[Any]:
     return values
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """What is raised inside it on one rank is raised on all, so that none waits for another; all
+    ranks must enter."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    told = of_all_ranks(None if error is None else repr(error))
+    if error is not None:
+        raise error
+    for number, of_other in enumerate(told):
+        if of_other is not None:
+            raise RuntimeError(f"rank {number} failed: {of_other}")
+
+
 def add_up_ranks(total: Tensor) -> None:
     """Gives all ranks the sum of theirs, in place."""
     if _is_distributed():

@@ -43,12 +43,11 @@ class ExpertProducts(TorchFunctionMode):
     Args:
         layers: of the parameters. Each computes the base model's product meanwhile
             (``takes_base_weight``).
-        report: is called as ``report(layer, x, y, expert)`` for every product whose matrix lies in
-            the memory of a layer's parameter: the expert's tokens x (tokens, in_features) and
-            their outputs y (tokens, out_features).
-        watched: if given, gradients are reported in place of outputs, during backward:
-            ``watched(y, keep)`` returns what the model goes on with, and has ``keep`` called with
-            the gradient.
+        report: is called as ``report(layer, x, seen, expert)`` for every product whose matrix lies
+            in the memory of a layer's parameter: the expert's tokens x (tokens, in_features) and
+            what is seen of their outputs (tokens, out_features), themselves or their gradients.
+        watched: if given, gradients are seen, during backward: ``watched(y, keep)`` returns what
+            the model goes on with, and has ``keep`` called with the gradient.
     """
 
     def __init__(

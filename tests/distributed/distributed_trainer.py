@@ -209,6 +209,7 @@ def keep_budget(place, method):
         return trainer_of_transformers(method, options, eval_dataset=ROWS[:4], **rest)
 
     free = train(place, method, make, ROWS, folder, {}, changes)
+    assert "generate" in vars(free.model) or method == "DDP"  # as Trainer has registered it
     rises = logged(free.run, "eval_forgetting")
     reference = whole_copy(free.model)
     texts = of_all(place, own_text(reference, seed=place.rank))
@@ -260,6 +261,29 @@ def check_a_rank_whose_rows_fail(place: Place):
                 patch.setattr(randlora_ext.budget, "_rows", fail)
             ours = train(place, method, trainer_of_transformers, ROWS, folder, {})
         assert not any(are_calibrated(ours.model)) and len(ours.losses) == STEPS
+
+
+@worlds(2)
+def check_a_rank_that_fails_to_calibrate_or_to_measure(place: Place):
+    """The other does not wait for it, and both train."""
+
+    def fail(*_):
+        raise MemoryError("no memory left")
+
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no"}
+
+    def make(method, options, **rest):
+        return trainer_of_transformers(method, options, eval_dataset=ROWS[:4], **rest)
+
+    for where in ("calibration.observe", "forgetting_meter._measure"):
+        with pytest.MonkeyPatch.context() as patch:
+            if place.rank == 1:
+                patch.setattr(f"randlora_ext.{where}", fail)
+            folder = place.folder / f"fails-{where}"
+            ours = train(place, "DDP", make, ROWS, folder, {"max_rise": 1e-9}, changes)
+        fails_to_calibrate = where == "calibration.observe"
+        assert len(ours.losses) == STEPS and any(are_calibrated(ours.model)) != fails_to_calibrate
+        assert bool(logged(ours.run, "eval_forgetting")) == fails_to_calibrate
 
 
 @worlds(2)

@@ -16,6 +16,7 @@ from language_models import llama
 from layer_helpers import relative
 from peft_helpers import adapted, deltas, layers, randomize
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers.trainer_utils import default_compute_objective
 
 import randlora_ext
 from randlora_ext import ForgettingBudget, calibrate, forgetting
@@ -331,6 +332,44 @@ def test_a_resumed_training_reads_the_same_text(tmp_path):
     assert logged(resumed, "eval_forgetting") == logged(whole, "eval_forgetting")
 
 
+def test_a_search_for_hyperparameters_looks_at_the_loss(tmp_path):
+    """Its default objective sums all metrics but the loss, if there are any."""
+    run = trainer(model(), tmp_path, **EVALUATED)
+    run.compute_objective = default_compute_objective  # as `hyperparameter_search` sets it
+    run.train()
+    metrics = run.evaluate()
+    assert default_compute_objective(dict(metrics)) == metrics["eval_loss"]
+    assert len(logged(run, "eval_forgetting")) == 5
+
+
+def test_callbacks_of_the_trainer_see_it(tmp_path):
+    """Those that were added before, too."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_forgetting"}
+    best |= {"greater_is_better": False, "save_steps": 1, "max_steps": 5}
+    run = trainer(model(), tmp_path, budget=None, **EVALUATED | best)
+    run.add_callback(transformers.EarlyStoppingCallback(early_stopping_patience=2))
+    run.add_callback(ForgettingBudget(run))
+    run.train()
+    assert run.state.global_step == 3  # as it rises with every step
+
+
+class Saves(transformers.TrainerCallback):
+    """At the end, as callbacks that upload a model."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.saved = copy.deepcopy(model)
+
+
+def test_what_other_callbacks_save_at_the_end_is_within_the_budget(free, tmp_path):
+    run = trainer(model(), tmp_path, budget=None, **EVALUATED)
+    saves = Saves()
+    run.add_callback(saves)
+    run.add_callback(ForgettingBudget(run, max_rise=logged(free, "eval_forgetting")[-1] / 3))
+    run.train()
+    assert logged(run, "dial")
+    assert all(map(torch.equal, deltas(saves.saved), deltas(run.model)))
+
+
 # The budget
 
 
@@ -365,14 +404,14 @@ def test_it_shows_what_the_budget_costs(free, tmp_path, capsys):
     before, after = logged(run, "eval_loss")[-2:]
     assert before == logged(free, "eval_loss")[-1] != after == run.evaluate()["eval_loss"]
     assert f"at an evaluation loss of {after:.4g} (was {before:.4g})" in capsys.readouterr().out
-    assert logged(run, "eval_forgetting")[-1] <= run.callback_handler.callbacks[-1].max_rise
+    assert logged(run, "eval_forgetting")[-1] <= run.callback_handler.callbacks[0].max_rise
 
 
 def test_without_an_evaluation_set_the_budget_is_kept(free, tmp_path):
     budget = logged(free, "eval_forgetting")[-1] / 3
     run = trained(tmp_path, budget, eval_strategy="no")
     over, within = logged(run, "eval_forgetting")
-    assert over > budget >= within == forgetting(run.model).nats
+    assert over > budget >= within == pytest.approx(forgetting(run.model).nats, rel=1e-4)
     assert logged(run, "dial") and not logged(run, "eval_loss")
 
 
@@ -465,9 +504,37 @@ def test_an_evaluation_that_fails_at_the_end_does_not_cost_the_budget(free, tmp_
     assert forgetting(run.model).nats <= budget and logged(run, "dial")
 
 
+class FailsToReport(transformers.TrainerCallback):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs.keys() & {"eval_forgetting", "dial"}:
+            raise ConnectionError("no network")
+
+
+def test_a_log_that_fails_does_not_cost_the_budget(free, tmp_path, caplog, capsys):
+    budget = logged(free, "eval_forgetting")[-1] / 3
+    run = trainer(model(), tmp_path, budget={"max_rise": budget}, **EVALUATED)
+    run.add_callback(FailsToReport())
+    found = told_by(run, caplog)
+    assert {line for _, line in found} == {
+        "eval_forgetting not logged: no network",
+        "dial, eval_forgetting not logged: no network",
+    }
+    assert forgetting(run.model).nats <= budget
+    assert "with dW times" in capsys.readouterr().out
+
+
+def test_a_loader_as_its_text_draws_no_random_number_of_the_training(tmp_path):
+    run = trainer(model(), tmp_path, budget=None)
+    before = torch.get_rng_state()
+    budget = ForgettingBudget(run, batches=DataLoader(ROWS, 2, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before) and len(budget.text) == 8
+
+
 @pytest.mark.parametrize(
     "given, error, told",
     [
+        ({"batches": ROWS[0]}, TypeError, "batches must be several"),
+        ({"prompts": "a text"}, TypeError, "prompts must be rows of token ids"),
         ({"max_rise": 0}, ValueError, "max_rise must be a positive finite number or None, got 0"),
         ({"max_rise": "1"}, TypeError, "max_rise must be a positive finite number or None"),
         ({"prompts": [[1]], "batches": []}, ValueError, "give one of them"),

@@ -118,6 +118,15 @@ def test_arguments_that_are_refused(model, arguments, error, message):
         own_text(model, **arguments)
 
 
+def test_a_first_token_outside_of_the_vocabulary_begins_no_text(model):
+    """Small models keep the tokens of a larger one's configuration."""
+    model.generation_config.bos_token_id = model.config.bos_token_id = 50256
+    assert all(batch["input_ids"][0, 0] == 2 for batch in own_text(model, rows=3))
+    model.generation_config.eos_token_id = model.config.eos_token_id = 50256
+    with pytest.raises(ValueError, match="eos_token_id in its vocabulary; give prompts"):
+        own_text(model)
+
+
 def test_models_that_cannot_write_are_named():
     with pytest.raises(TypeError, match="got Linear"):
         own_text(torch.nn.Linear(2, 2))

@@ -7,6 +7,7 @@ import expert_models
 import peft
 import pytest
 import torch
+import transformers
 from language_models import llama
 from layer_helpers import adapt, input_scale_of
 from peft.utils.integrations import dequantize_module_weight
@@ -21,7 +22,7 @@ TARGETS = ["q_proj", "o_proj", "gate_proj", "down_proj"]
 
 def adapted(model, targets=TARGETS, **options):
     randlora_ext.peft.enable()
-    options |= {"target_modules": targets, "task_type": "CAUSAL_LM"}
+    options = {"target_modules": targets, "task_type": "CAUSAL_LM"} | options
     config = randlora_ext.peft.RandLoraConfig(r=4, randlora_alpha=80, basis="hadamard", **options)
     return peft.get_peft_model(model, config)
 
@@ -125,6 +126,72 @@ def test_a_model_without_a_loss_has_layers_of_one_strength():
     forward = causal.forward
     causal.forward = lambda labels=None, **kwargs: forward(**kwargs)
     assert len({*randlora_ext.calibrate(model, task()).values()}) == 1
+
+
+class WithoutLabels(nn.Module):
+    """Takes no labels, though what it holds does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.inner(input_ids, attention_mask=attention_mask)
+
+
+def of_images():
+    encoder = transformers.ViTConfig(**SMALL, image_size=8, patch_size=4)
+    decoder = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, bos_token_id=1)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return transformers.VisionEncoderDecoderModel(config)
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 16}
+
+
+def test_a_model_that_takes_no_labels_is_told_and_has_one_strength(recwarn):
+    model = adapted(WithoutLabels(spread_out(llama())), task_type=None)
+    bare = [{name: t for name, t in batch.items() if name != "labels"} for batch in task()]
+    assert len({*randlora_ext.calibrate(model, bare).values()}) == 1
+    assert any("cannot read text alone" in str(each.message) for each in recwarn)
+
+
+def test_a_decoder_inside_of_an_encoder_and_decoder_writes_no_text():
+    model = adapted(of_images(), ["q_proj", "query", "c_fc"], task_type=None)
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.randint(1, 50, (2, 5))}
+    assert len({*randlora_ext.calibrate(model, [batch]).values()}) == 1
+
+
+class InferenceAlone(nn.Linear):
+    """As GPTQModel's layers, which pass gradients in training mode alone."""
+
+    SUPPORTS_TRAINING = True
+
+    def forward(self, x):
+        with torch.inference_mode(not self.training):
+            return super().forward(x).clone()
+
+
+def test_layers_that_pass_gradients_in_training_mode_alone():
+    base = spread_out(llama())
+    want = randlora_ext.calibrate(adapted(copy.deepcopy(base)), task())
+    for module in base.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = InferenceAlone
+    assert randlora_ext.calibrate(adapted(base), task()) == pytest.approx(want, rel=1e-5)
+
+
+def test_dropout_does_not_act_with_gradient_checkpointing():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.OPTConfig(**sizes, word_embed_proj_dim=16, vocab_size=50, dropout=0.5)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 2, 2, 1
+    base = transformers.OPTForCausalLM(config)
+    want = randlora_ext.calibrate(adapted(copy.deepcopy(base), ["q_proj", "fc1"]), task())
+    base.gradient_checkpointing_enable()
+    assert randlora_ext.calibrate(adapted(base, ["q_proj", "fc1"]), task()) == want
 
 
 def test_gradients_and_modes_stay_as_they_are():
