@@ -65,6 +65,7 @@ def forgetting(
 
     If torch.distributed is initialized, all ranks must call, each with its own batches, equally
     many if the model is sharded; every rank writes other text, and all get the number of all rows.
+    If one rank fails, the others raise RuntimeError.
 
     Raises TypeError or ValueError: model is no module, has no adapter or one that is merged or
     trains biases, which PEFT cannot take back; both batches and prompts are given; a batch is
