@@ -11,7 +11,8 @@ has a row per setting, means over seeds; `benchmarks/forgetting.py` prints table
 at equal forgetting. Limits: small models; differences below the spread over seeds mean nothing.
 
 **Methods.** "scaled" behind a method scales its inputs by the vectors of `randlora_ext.calibrate`,
-measured on 4 batches of the task: "scaled:on=N" on N batches, "scaled:on=manual" on that text;
+measured on 4 batches of the task: "scaled:on=N" on N batches, "scaled:on=manual" on that text,
+"scaled:on=own" on what the model wrote, "scaled:on=long" on the batches as long rows;
 "scaled:own=answers" with costs measured on answers to prompts; "scaled:p=0" and
 "scaled:strength=one" by other formulas (finetune_scales.py). Ours have vectors built in; another
 method's layer is wrapped. The ranks of the other methods give them as many parameters as RandLoRA

@@ -40,13 +40,18 @@ def use_packed_batches() -> None:
 
 
 def to_calibrate_with(on: str, batches: list[list], model: str) -> list[dict]:
-    """What `calibrate` takes: of `on` batches of the task, four by default, or a text."""
+    """What `calibrate` takes: of `on` batches of the task, four by default; or another text, or one
+    that the model wrote. "long" is four batches, each read as one row from its first token on."""
     tokenizer, _ = loaded(model)
+    if on == "own":
+        return [{"input_ids": batch["input_ids"]} for batch in written(on, model)]
     if on in TEXTS:
         tokens = tokenizer(TEXTS[on]()[-8192:])["input_ids"][-512:]
         return [{"input_ids": torch.tensor([tokens])}]
-    packed = [pack(tokenizer, examples).inputs for examples in batches[: int(on or 4)]]
-    return [{name: of[name] for name in ("input_ids", "position_ids")} for of in packed]
+    count = 4 if on in ("", "long") else int(on)
+    names = ("input_ids",) if on == "long" else ("input_ids", "position_ids")
+    packed = [pack(tokenizer, examples).inputs for examples in batches[:count]]
+    return [{name: of[name] for name in names} for of in packed]
 
 
 @cache

@@ -127,6 +127,18 @@ def test_strengths_without_a_limit_are_those_of_calibrate_where_a_step_costs_muc
     assert all(ratio > costly[0] * (1 - 1e-4) for ratio in ratios)
 
 
+def test_what_calibrate_reads(toy):
+    batches = spelling.plan_batches(finetune_tasks.examples("roman")[0], 4, 16, 0)
+    task, long, own = (to_calibrate_with(on, batches, toy) for on in ("", "long", "own"))
+    assert all(batch.keys() == {"input_ids", "position_ids"} for batch in task)
+    for as_rows, as_one in zip(task, long, strict=True):
+        assert as_one.keys() == {"input_ids"}
+        assert torch.equal(as_one["input_ids"], as_rows["input_ids"])
+    assert [len(read) for read in (to_calibrate_with("2", batches, toy), own)] == [2, 8]
+    for batch, wrote in zip(own, written("own", toy), strict=True):
+        assert torch.equal(batch["input_ids"], wrote["input_ids"])
+
+
 def rms(vector: torch.Tensor) -> float:
     return float(vector.double().square().mean().sqrt())
 
