@@ -37,7 +37,7 @@ def of_all_ranks(value: Any) -> list[Any]:
 @contextmanager
 def failing_together() -> Iterator[None]:
     """What is raised inside it on one rank is raised on all, so that none waits for another; all
-    ranks must enter."""
+    ranks must enter. (A sharded model is computed by all ranks together: there the others wait.)"""
     error: Exception | None = None
     try:
         yield
