@@ -5,6 +5,7 @@ DeepSpeed itself: distributed_deepspeed.py.
 
 import sys
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from layer_helpers import make_base
 from torch import nn
 
-from randlora_ext import RandLoraLinear, calibrate
+from randlora_ext import RandLoraLinear, calibrate, set_dial
 
 SIZES = 24, 40
 
@@ -27,7 +28,7 @@ def partition(parameter: nn.Parameter) -> torch.Tensor:
 
 def gather(held: dict[nn.Parameter, torch.Tensor]):
     for parameter, values in held.items():
-        parameter.data = values
+        parameter.data = values.clone()
 
 
 @pytest.mark.parametrize("layer_type", ["linear", "conv1d"])
@@ -80,22 +81,45 @@ def test_experts_wait_for_their_weight():
     torch.testing.assert_close(model[0](*x), want)
 
 
-def test_calibrate_looks_at_whole_lambdas(monkeypatch):
-    """A part of lambda, or nothing of it, does not say whether the adapter has trained."""
-    model = nn.Sequential(RandLoraLinear(nn.Linear(*SIZES), r=5))
-    nn.init.normal_(model[0].randlora_lambda["default"])
-    held = {model[0].randlora_lambda["default"]: partition(model[0].randlora_lambda["default"])}
-
-    @contextmanager
-    def gathered_parameters(parameters):
-        assert list(parameters) == list(held)
-        gather(held)
+@contextmanager
+def gathered_parameters(held, parameters, modifier_rank=None):
+    """What is written inside is kept if a rank is said to write."""
+    assert list(parameters) == list(held)
+    gather(held)
+    try:
         yield
+    finally:
         for parameter in held:
-            partition(parameter)
+            written = partition(parameter)
+            if modifier_rank is not None:
+                held[parameter] = written
 
-    deepspeed = SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered_parameters))
-    monkeypatch.setitem(sys.modules, "deepspeed", deepspeed)
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """A model whose lambda is elsewhere, and what deepspeed holds of it."""
+    model = nn.Sequential(RandLoraLinear(nn.Linear(*SIZES), r=5))
+    lam = model[0].randlora_lambda["default"]
+    nn.init.normal_(lam)
+    held = {lam: partition(lam)}
+    zero = SimpleNamespace(GatheredParameters=partial(gathered_parameters, held))
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    return model, held
+
+
+def test_calibrate_looks_at_whole_lambdas(in_parts):
+    """A part of lambda, or nothing of it, does not say whether the adapter has trained."""
+    model, _ = in_parts
     with pytest.raises(ValueError, match="has trained"):
         calibrate(model, [torch.randn(3, SIZES[0])])
     assert not model[0].is_calibrated("default")
+
+
+def test_set_dial_turns_whole_lambdas(in_parts):
+    model, held = in_parts
+    ((lam, before),) = held.items()
+    set_dial(model, 0.5)
+    assert torch.equal(held[lam], 0.5 * before) and not lam.numel()
+    with pytest.raises(ValueError, match="infinite or zero"):
+        set_dial(model, 1e300)
+    assert torch.equal(held[lam], 0.5 * before)
