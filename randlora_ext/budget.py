@@ -197,8 +197,10 @@ class ForgettingBudget(TrainerCallback):
         before = self._evaluation_loss()
         for adapter in adapters:
             set_dial(self.trainer.model, factor, adapter)
-        self._log(dial=factor, eval_forgetting=rise)
+        self._log(dial=factor)
         after = self._evaluation_loss()
+        if after is None:  # an evaluation shows it as well
+            self._log(eval_forgetting=rise)
         cost = ""
         if before is not None and after is not None:
             cost = f", at an evaluation loss of {after:.4g} (was {before:.4g})"

@@ -517,7 +517,7 @@ def test_a_log_that_fails_does_not_cost_the_budget(free, tmp_path, caplog, capsy
     found = told_by(run, caplog)
     assert {line for _, line in found} == {
         "eval_forgetting not logged: no network",
-        "dial, eval_forgetting not logged: no network",
+        "dial not logged: no network",
     }
     assert forgetting(run.model).nats <= budget
     assert "with dW times" in capsys.readouterr().out
