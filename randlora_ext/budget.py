@@ -68,8 +68,8 @@ class ForgettingBudget(TrainerCallback):
         prompts: the text to measure on, as for `forgetting`; by default the model's own.
         batches: likewise.
 
-    Raises TypeError or ValueError: trainer is no Trainer, max_rise no positive finite number, or
-    both prompts and batches are given.
+    Raises TypeError or ValueError: trainer is no Trainer, max_rise no positive finite number,
+    prompts are no rows of token ids, batches are not several, or both are given.
 
     Source: ours.
     """
@@ -120,8 +120,9 @@ class ForgettingBudget(TrainerCallback):
 
     def _come_first(self) -> None:
         """Before callbacks that read the metrics of an evaluation, or save the model or close their
-        log at the end. The list may change while its callbacks are called, as those behind this one
-        keep their places."""
+        log at the end."""
+        # Trainer is just going through this list. It skips none and calls none twice, because the
+        # callbacks after this one keep their places.
         callbacks = self.trainer.callback_handler.callbacks
         if self in callbacks:
             callbacks.remove(self)

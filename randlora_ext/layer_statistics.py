@@ -108,13 +108,14 @@ def differentiate(model: nn.Module, batch: Mapping[str, Tensor], sums: SumsOfLay
 
 def _needs_training_mode(module: nn.Module) -> bool:
     """Whether the module does in training mode alone what `differentiate` needs."""
-    # Layers of transformers compute themselves again to save memory; some drop numbers, too.
+    # Layers of transformers compute themselves again in backward, to save memory. Those that have
+    # dropout of their own would apply it as well.
     drops = any(
         "drop" in name and isinstance(value, float) and value > 0
         for name, value in vars(module).items()
     )
     checkpoints = bool(getattr(module, "gradient_checkpointing", False)) and not drops
-    # Layers of GPTQModel pass gradients.
+    # Layers of GPTQModel let gradients through.
     return checkpoints or bool(getattr(module, "SUPPORTS_TRAINING", False))
 
 
