@@ -12,21 +12,23 @@ which the last column tells the number.
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 from finetune_rows import FACTORS, identity, read_rows
-from forgetting_curves import (
-    between,
-    forgot,
-    has,
-    has_curve,
-    least_by_seed,
-    loss_by_seed,
-    points,
-    selected,
+from forgetting_cells import (
+    LAYERS,
+    MODELS,
+    by_setting,
+    markdown,
+    mean_cell,
+    means,
+    named,
+    seeds_cell,
 )
+from forgetting_correlations import correlations, correlations_of_skills, correlations_of_the_task
+from forgetting_curves import between, has_curve, least_by_seed, loss_by_seed, points, selected
 
 RESULTS = Path(__file__).parent / "results"
 EQUAL = {  # held-out losses that most methods reach in 40 steps
@@ -39,8 +41,6 @@ EQUAL = {  # held-out losses that most methods reach in 40 steps
     ("gemma", "dates"): 1.27,
     ("gemma", "json"): 0.022,
 }
-MODELS = {"fp32": "SmolLM2", "gemma": "Gemma"}
-LAYERS = {"all": "all linear", "mlp": "MLP", "four": "q, v, o, down", "experts": "experts"}
 RISES = {  # of the loss on a text; "meter" and "chat" are KL(base, tuned) on own text and answers
     "manual": (0.03, 0.1, 0.3),
     "code": (0.1,),
@@ -107,48 +107,6 @@ def read(names: list[str]) -> list[dict]:
 def of_one_task(rows: list[dict], steps: int = 40) -> list[dict]:
     """Neither mixed with own text nor followed by another task."""
     return selected(rows, steps=steps, then=None, mix=None)
-
-
-# ---- cells ---------------------------------------------------------------------------------------
-
-
-def markdown(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    heads = [*heads]
-    lines = [heads, *rows]
-    made = [f"| {' | '.join(cells)} |" for cells in lines]
-    return "\n".join([made[0], "|" + "---|" * len(heads), *made[1:]]) + "\n"
-
-
-def mean_cell(of_seeds: dict[int, float | None]) -> str:
-    reached = [value for value in of_seeds.values() if value is not None]
-    if not reached:
-        return "not reached" if of_seeds else ""
-    of = "" if len(reached) == len(of_seeds) else f" of {len(of_seeds)}"
-    return f"{statistics.fmean(reached):.3f} ({len(reached)}{of})"
-
-
-def seeds_cell(of_seeds: dict[int, float | None]) -> str:
-    return ", ".join("-" if value is None else f"{value:.3f}" for value in of_seeds.values())
-
-
-def means(values: Iterable[tuple[float, ...]]) -> str:
-    """Of columns, each a mean."""
-    return "; ".join(f"{statistics.fmean(column):.3f}" for column in zip(*values, strict=True))
-
-
-def by_setting(rows: list[dict]) -> list[list[dict]]:
-    """Rows that differ by their seeds alone."""
-    found: dict[tuple, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: (row["method"], row["targets"], row["r"], row["lr"])):
-        found.setdefault(identity({**row, "seed": None}), []).append(row)
-    return [*found.values()]
-
-
-def named(row: dict) -> list[str]:
-    return [row["method"], LAYERS[row["targets"]], str(row["r"]), f"{row['lr']:g}"]
-
-
-# ---- tables --------------------------------------------------------------------------------------
 
 
 def of_methods(
@@ -295,81 +253,14 @@ def mixing(rows: list[dict]) -> str:
     return markdown(heads, found)
 
 
-# ---- correlations --------------------------------------------------------------------------------
-
-
-def rank_correlation(pairs: list[tuple[float, float]]) -> str:
-    """Spearman's."""
-    if len(pairs) < 4:
-        return ""
-    ranked = []
-    for values in zip(*pairs, strict=True):
-        order = sorted(range(len(values)), key=values.__getitem__)
-        ranked.append([float(order.index(i)) for i in range(len(values))])
-    return f"{statistics.correlation(*ranked):.2f}"
-
-
-def correlations(rows: list[dict]) -> str:
-    """Of the meter, KL(base, tuned) on what the base model wrote, with the rise of the loss on
-    every text and with KL(base, tuned) on answers in chat: of runs as trained, and of all points of
-    the dial."""
-    as_trained, dialed = ("own", "manual", "code", "prose", "chat"), ("own", "manual", "chat")
-    found = []
-    for name, mine in by_model_and_task([row for row in rows if "meter" in row]):
-        cells = [name, str(len(mine))]
-        for text in as_trained:
-            pairs = [(row["meter"], forgot(row, text)) for row in mine if has(row, text)]
-            cells.append(rank_correlation(pairs))
-        cells.append(str(sum(len(points(row, "meter")) for row in mine)))
-        for text in dialed:
-            pairs = []
-            for row in mine:
-                if has_curve(row, "meter") and has_curve(row, text):
-                    curves = zip(points(row, "meter"), points(row, text), strict=True)
-                    pairs += [(meter, rise) for (_, meter), (_, rise) in curves]
-            cells.append(rank_correlation(pairs))
-        found.append(cells)
-    return markdown(["", "runs", *as_trained, "points", *dialed], found)
-
-
-def correlations_of_the_task(rows: list[dict]) -> str:
-    """Of KL(base, tuned) on the task's answers with the rise on the manual, as trained."""
-    found = []
-    for name, mine in by_model_and_task([row for row in rows if "kl" in row]):
-        pairs = [(row["kl"], forgot(row, "manual")) for row in mine]
-        found.append([name, str(len(mine)), rank_correlation(pairs)])
-    return markdown(["", "runs", "manual"], found)
-
-
-def correlations_of_skills(rows: list[dict]) -> str:
-    """Of the meter after the second task with the rise of the loss on the first one meanwhile."""
-    found = []
-    for name, mine in by_model_and_task([row for row in rows if "skills" in row]):
-        stages = [(row["meter"], row["skills"][row["task"]]) for row in mine]
-        losses = [(meter, [each["held_out_loss"] for each in first]) for meter, first in stages]
-        pairs = [(meter, after - before) for meter, (before, after) in losses]
-        found.append([name, str(len(mine)), rank_correlation(pairs)])
-    return markdown(["", "runs", "first task"], found)
-
-
-def by_model_and_task(rows: list[dict]) -> list[tuple[str, list[dict]]]:
-    """And by model, of all its tasks."""
-    found = []
-    for model, name in MODELS.items():
-        of_model = selected(rows, model=model)
-        tasks = dict.fromkeys(row["task"] for row in of_model)
-        found += [(f"{name}, {task}", selected(of_model, task=task)) for task in tasks]
-        found += [(f"{name}, all", of_model)] if of_model else []
-    return found
-
-
 def print_more(rows: list[dict]) -> None:
     """What rows of more than 40 steps, of two tasks and with own text mixed in tell."""
     for steps in sorted({row["steps"] for row in rows} - {40}):
         these = of_one_task(rows, steps)
-        for rise in RISES["manual"]:
-            print(f"{steps} steps: held-out loss at a rise of {rise} on the manual\n")
-            print(at_equal_forgetting(these, rise, METHODS | OTHERS | FULL))
+        for text, rises in RISES.items():
+            for rise in rises:
+                print(f"{steps} steps: held-out loss at a rise of {rise} on {text}\n")
+                print(at_equal_forgetting(these, rise, METHODS | OTHERS | FULL, text))
     print("one task after the other: wrong or right answers; held-out loss\n")
     print(skills(rows))
     print("own text mixed in\n")

@@ -1,18 +1,16 @@
 """`ForgettingBudget`: a callback by which transformers' Trainer forgets no more than it may."""
 
-import inspect
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import default_compute_objective
 
@@ -23,7 +21,8 @@ from .dial import dialed, set_dial
 from .forgetting_meter import forgetting, own_text_of
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
 from .own_text import checked_prompts
-from .ranks import of_all_ranks, rank, world_size
+from .ranks import of_all_ranks
+from .trainer_batches import UnreadableData, sample
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +157,9 @@ class ForgettingBudget(TrainerCallback):
             raise _Cannot(str(error)) from None
         size = self.trainer.state.train_batch_size  # which `auto_find_batch_size` has reduced
         batches: list[dict[str, Any]] = []
-        raised = _raised_by(lambda: batches.extend(_sample(model, loader, size)))
+        raised = _raised_by(
+            lambda: batches.extend(sample(model, loader, size, CALIBRATION_BATCHES))
+        )
         # The other ranks wait for this one, whatever has befallen it.
         whys = of_all_ranks(_in_words(raised))
         if why := next(filter(None, whys), ""):
@@ -247,7 +248,7 @@ def _told(nats: float) -> str:
 
 
 def _in_words(error: Exception | None) -> str:
-    if error is None or isinstance(error, _Cannot):
+    if error is None or isinstance(error, UnreadableData):
         return str(error or "")
     return f"the trainer's data could not be read apart from training, {error!r}"
 
@@ -291,61 +292,6 @@ def _trained(model: nn.Module) -> tuple[set[AdaptedLayer], list[str]]:
         if adapter in layer.randlora_lambda and layer.randlora_lambda[adapter].requires_grad
     }
     return layers, sorted(adapters)
-
-
-def _sample(model: nn.Module, loader: DataLoader, size: int) -> list[dict[str, Any]]:
-    """At least one batch, at most `CALIBRATION_BATCHES`, of `size` rows of the loader's data set.
-
-    The loader itself is not iterated: its sampler, its workers and accelerate's bookkeeping have
-    states that training would find changed.
-    """
-    dataset: Any = getattr(loader, "dataset", None)
-    if dataset is None:
-        raise _Cannot(f"the trainer's loader, {type(loader).__name__}, has no data set to read")
-    if loader.batch_sampler is None:  # batch_size=None: each row is a batch
-        size = 1
-    rows = _rows(dataset, CALIBRATION_BATCHES * size)
-    if loader.batch_sampler is None:
-        batches = [loader.collate_fn(row) for row in rows]
-    else:
-        batches = [loader.collate_fn(rows[i : i + size]) for i in range(0, len(rows), size)]
-    if not batches:
-        raise _Cannot("the trainer's data set has too few rows")
-    return [_arguments(model, batch) for batch in batches]
-
-
-def _rows(dataset: Any, count: int) -> list[Any]:
-    """At most so many of this rank's: each takes others."""
-    every = count * world_size()
-    if isinstance(dataset, IterableDataset):
-        return list(islice(dataset, rank(), every, world_size()))
-    chosen = random.Random(0).sample(range(len(dataset)), min(len(dataset), every))
-    numbers = chosen[rank() :: world_size()]
-    if hasattr(dataset, "__getitems__"):  # as torch's loaders ask first
-        return list(dataset.__getitems__(numbers))
-    return [dataset[i] for i in numbers]
-
-
-def _arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """What of the batch the model takes."""
-    if not isinstance(batch, Mapping):
-        raise _Cannot(
-            "the trainer's batches are no mappings of the model's arguments, but "
-            f"{type(batch).__name__}"
-        )
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):  # PEFT's
-        inner = inner.get_base_model()
-    _, *known = inspect.signature(type(inner).forward).parameters.values()  # the first is self
-    if all(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in known):
-        return dict(batch)
-    names = {each.name for each in known}
-    found = {name: value for name, value in batch.items() if name in names}
-    if not found:
-        raise _Cannot(
-            f"the trainer's batches hold {[*batch]}, none of which {type(inner).__name__} takes"
-        )
-    return found
 
 
 @contextmanager

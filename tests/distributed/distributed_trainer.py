@@ -258,7 +258,7 @@ def check_a_rank_whose_rows_fail(place: Place):
         folder = place.folder / f"fails-{method}"
         with pytest.MonkeyPatch.context() as patch:
             if place.rank == 1:
-                patch.setattr(randlora_ext.budget, "_rows", fail)
+                patch.setattr(randlora_ext.trainer_batches, "_rows", fail)
             ours = train(place, method, trainer_of_transformers, ROWS, folder, {})
         assert not any(are_calibrated(ours.model)) and len(ours.losses) == STEPS
 
