@@ -62,12 +62,12 @@ SHAPES = {
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def adapted(method: str, shape: str) -> torch.nn.Module:
+def adapted(method: str, shape: str, targets: list[str] = LINEAR) -> torch.nn.Module:
     """The model in PEFT, by `method` of METHODS; "peft" is stock's own code."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], tie_word_embeddings=True))
     who, _, density = method.partition(" ")
-    common = {"r": RANK, "target_modules": LINEAR}
+    common: dict = {"r": RANK, "target_modules": targets}
     if who == "lora":
         return get_peft_model(model, LoraConfig(**common))
     (randlora_ext.peft.disable if who == "peft" else randlora_ext.peft.enable)()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import approximate
 import budget
+import calibrate
 import checkpoint
 import forgetting
 import layer
@@ -34,6 +35,8 @@ RUNS = [  # of each row these columns are positive
     (layer, f"{SMALL} hadamard --dtype bf16 --append --methods ours", 1, ["ours"]),
     (approximate, "--size 32 --ranks 4,16 --steps 150 --seeds 1 --bases 1/3,hadamard", 12,
      ["randlora", "parameters"]),
+    (calibrate, "--shape toy --tokens 4,9 --repeats 1", 4,
+     ["step_s", "calibrate_s", "in_steps", "step_mib", "calibrate_mib"]),
     (model_step, "--shape toy --batch 1 --tokens 4 --repeats 1 --methods lora,ours|0.07,"
                  "ours|hadamard,peft|very_sparse", 4, ["over_first", "trained", "peak_mib"]),
 ]  # fmt: skip
@@ -44,7 +47,7 @@ RUNS = [  # of each row these columns are positive
 )
 def test_what_is_measured_is_written(tmp_path, monkeypatch, module, line, count, positive):
     # The server that forks each measurement would import for seconds.
-    for each in (layer, model_step, record):
+    for each in (calibrate, layer, model_step, record):
         monkeypatch.setattr(each, "in_a_process", lambda function, *a, **k: function(*a, **k))
     out = tmp_path / "results"
     module.main([*(word.replace("|", " ") for word in line.split()), "--out", str(out)])
