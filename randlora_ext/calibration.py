@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .batches import check_batches
 from .checks import at_most_ten, check_model, warn_user
-from .layer_statistics import Sums, add_up, differentiate, observe
+from .layer_statistics import Sums, add_up, average, differentiate, observe
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
 from .own_text import own_text, writes_without_prompts
 from .ranks import failing_together, full_tensor, gathered, of_all_ranks
@@ -20,7 +20,7 @@ EPSILON = 0.1  # in medians of rms: small features are not blown up without boun
 FLOOR = 1e-3  # in medians of the scale: no feature is lost entirely, so dW keeps its rank
 COST = 250.0  # of a step in all layers together; one learning rate then fits all models
 RESPONSE = 1.5  # of the median layer to a random dW, for models that write no text; likewise
-FEW_TOKENS = 32  # of an expert that saw fewer, the vector is that of all experts
+FEW_TOKENS = 32  # fewer do not tell what varies
 
 Layers = Mapping[str, AdaptedLayer]  # by their names in the model
 
@@ -39,15 +39,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     A few hundred tokens of the training data suffice (docs/evidence.md). Every active adapter on
     Hadamard bases gets the vector ``input_scale`` (in_features,), float32:
 
-        rms = x.square().mean(0).sqrt()             x (tokens, in)
+        rms = x.square().mean(0).sqrt()             x (tokens, in), of the batches
         varying = 1 - (x.mean(0) / rms).square()    the share of its energy that varies
-        scale = varying.square() / (rms + 0.1 * rms.median())
+        scale = (varying * varying_in_own_text).square() / (rms + 0.1 * rms.median())
         scale = scale.clamp_min(scale.median() / 1000)
         scale = scale / scale.square().mean().sqrt()
 
     times the strength of the layer, one number, which is smaller where a step costs more than in
-    the median layer (docs/how-it-works.md). The cost is measured on `own_text`, 8 rows that the
-    base model writes, with the gradients of the summed loss to the layer's outputs, (tokens, out)::
+    the median layer (docs/how-it-works.md). varying_in_own_text is measured on `own_text`, 8 rows
+    that the base model writes. So is the cost, with the gradients of the summed loss to the layer's
+    outputs, (tokens, out)::
 
         cost = gradients.square().mean(0).sum() * (scale * x).square().mean(0).sum()
 
@@ -60,10 +61,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
 
     A step in all layers so costs 250 in every model, and one learning rate serves all. A layer that
     the text does not reach, as of an encoder of images, costs nothing and is as strong as the
-    median layer. If the model gives no ``loss``, needs more than text, or cannot write any (it has
-    no ``generate``, or is an encoder and decoder), all layers get the same strength. With it the
-    median layer, whose outputs are y (tokens, out), answers a random dW as strongly as any other
-    model's::
+    median layer. Where the text brings fewer than 32 tokens, the batches alone tell what varies.
+    They always do if the model gives no ``loss``, needs more than text, or cannot write any (it has
+    no ``generate``, or is an encoder and decoder). Then all layers get the same strength, by which
+    the median layer, whose outputs are y (tokens, out), answers a random dW as strongly as any
+    other model's::
 
         response = ((x * scale).square().sum() / y.square().mean(1).sum()).sqrt()
         strength = 1.5 / statistics.median(responses)
@@ -72,8 +74,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     next to no time, because the vector is a factor of the bases' signs. It belongs to the adapter:
     the layer's buffer ``randlora_input_scale``, which files and state dicts hold. Called again, it
     replaces the vectors. Of adapters of ``target_parameters`` every expert gets a vector of its
-    own, ``input_scale`` (experts, in_features); one that sees fewer than 32 tokens gets that of
-    all. The strength is that of all experts, whose costs count by their tokens.
+    own, ``input_scale`` (experts, in_features); where it sees fewer than 32 tokens, those of all
+    experts count. The strength is that of all experts, whose costs count by their tokens.
 
     A batch takes a forward pass. The text takes `own_text`, and then eight batches of one row, each
     two forward passes and a backward one. No parameter gets a gradient there, and gradient
@@ -99,10 +101,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     tensor or mapping or holds something else; ValueError if no active adapter is on Hadamard bases,
     one has trained (its lambda is not zero) or is merged, no batch comes, or inputs or outputs hold
     NaN or infinity; RuntimeError on the other ranks if one fails. Warns, once, of layers that see
-    no token or only zeros, which stay as they are, of costs that are not finite, of a model that
-    needs more than text, and of an "attention_mask" of another form, whose padding counts.
-    Experts must multiply by their parameter or a part of it, by torch's functions for products (not
-    einsum), as those of transformers do unless ``experts_implementation`` is "batched_mm".
+    no token or only zeros, which stay as they are, of own text on which something is not finite, of
+    a model that needs more than text, and of an "attention_mask" of another form, whose padding
+    counts. Experts must multiply by their parameter or a part of it, by torch's functions for
+    products (not einsum), as those of transformers do unless ``experts_implementation`` is
+    "batched_mm".
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.
@@ -111,8 +114,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     check_batches(batches)
     layers = layers_to_calibrate(model)
     seen = _seen_in_batches(model, batches, layers)
-    scales = _scales(seen)
-    strengths = _strengths(model, layers, scales) or _equal_strengths(scales, seen)
+    own_text = _seen_in_own_text(model, layers)
+    scales = _scales(seen, own_text)
+    strengths = _strengths(scales, own_text) or _equal_strengths(scales, seen)
     for name, strength in strengths.items():
         layer = layers[name]
         input_scale = (strength * scales[name]).float().view(*layer.experts, -1)
@@ -121,17 +125,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     return strengths
 
 
-def input_scale_of(rms: Tensor, mean: Tensor) -> Tensor:
-    """`scale` as `calibrate` says, an input scale before its strength, of the root mean square and
-    the mean of each feature.
+def input_scale_of(rms: Tensor, *shares: Tensor) -> Tensor:
+    """`scale` as `calibrate` says, an input scale before its strength, of the root mean square of
+    each feature and the shares of its energy that vary, which are multiplied.
 
-    Medians of which over half would be zero are those of the other features. Features that are
-    always zero count as varying, and so do all if none varies, as with a single token.
+    A share that would leave no feature varying, as after a single token, is left out. Medians of
+    which over half would be zero are those of the other features.
     """
-    seen = rms > 0
-    varying = torch.where(seen, 1 - (mean / rms).square(), 1).clamp(0, 1)
-    if varying[seen].max() < 1e-6:  # what rounding leaves of zero
-        varying = torch.ones_like(rms)
+    varying = torch.ones_like(rms)
+    for share in shares:
+        if (varying * share)[rms > 0].max() >= 1e-6:  # less is what rounding leaves of zero
+            varying = varying * share
     scale = varying**POWER / (rms + EPSILON * _median(rms))
     scale = scale.clamp_min(FLOOR * _median(scale))
     return scale / scale.square().mean().sqrt()
@@ -143,7 +147,8 @@ def _median(values: Tensor) -> Tensor:
 
 
 def _seen_in_batches(model: nn.Module, batches: Iterable[Any], layers: Layers) -> dict[str, Sums]:
-    """What the layers see on all ranks. ValueError if no rank has a batch."""
+    """What the layers see on all ranks. ValueError if no rank has a batch, or inputs or outputs are
+    not finite."""
     sums = {layer: Sums.of(layer) for layer in layers.values()}
     count = 0
     with failing_together():
@@ -154,73 +159,92 @@ def _seen_in_batches(model: nn.Module, batches: Iterable[Any], layers: Layers) -
     if not any(of_all_ranks(count)):
         raise ValueError("batches must hold at least one batch, got none")
     add_up(sums)
+    for name, layer in layers.items():
+        if not _is_finite(sums[layer]):
+            raise ValueError(f"the inputs or outputs of layer {name!r} hold NaN or infinity")
     return {name: sums[layer] for name, layer in layers.items()}
 
 
 def _seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | None:
-    """Likewise, with gradients, on text that the model writes; None if it gives no loss."""
+    """Likewise, with gradients, on text that the model writes. None if it writes none or gives no
+    loss of it, or, with a warning, if it cannot read it or something is not finite."""
+    if not writes_without_prompts(model):
+        return None
     sums = {layer: Sums.of(layer) for layer in layers.values()}
+    why = ""
     with failing_together():
-        for row in own_text(model):
-            observe(model, row, sums)
-            if not differentiate(model, row, sums):
-                return None
-    add_up(sums)
+        try:
+            for row in own_text(model):
+                observe(model, row, sums)
+                if not differentiate(model, row, sums):
+                    return None
+        except (TypeError, ValueError) as error:  # of a model that needs other arguments, too
+            why = f"the model cannot read text alone: {error}"
+    average(sums)  # all ranks write the same text
+    for name, layer in layers.items():
+        if not _is_finite(sums[layer]):
+            why = why or (
+                f"inputs, outputs or gradients of layer {name!r} are not finite on text that the "
+                "model wrote"
+            )
+    if why := next(filter(None, of_all_ranks(why)), ""):
+        warn_user(f"the batches alone count, and all layers get the same strength: {why}")
+        return None
     return {name: sums[layer] for name, layer in layers.items()}
 
 
-def _scales(sums: Mapping[str, Sums]) -> dict[str, Tensor]:
-    """`scale` as `calibrate` says, (experts, in_features), by the names of layers. ValueError if
-    inputs are not finite; a warning, and none, if a layer has seen nothing."""
+def _is_finite(sums: Sums) -> bool:
+    return all(bool(total.isfinite().all()) for total in vars(sums).values())
+
+
+def _scales(seen: Mapping[str, Sums], own_text: Mapping[str, Sums] | None) -> dict[str, Tensor]:
+    """`scale` as `calibrate` says, (experts, in_features), by the names of layers; a warning, and
+    none, if a layer has seen nothing."""
     scales = {}
     unseen = []
-    for name, of_layer in sums.items():
-        if not all(bool(each.isfinite().all()) for each in (of_layer.squares, of_layer.outputs)):
-            raise ValueError(f"the inputs or outputs of layer {name!r} hold NaN or infinity")
-        if bool(of_layer.squares.any()):
-            scales[name] = _scale_of_experts(of_layer)
+    for name, sums in seen.items():
+        if bool(sums.squares.any()):
+            written = None if own_text is None else own_text[name]
+            scales[name] = _scale_of_experts(sums, written)
         else:
             unseen.append(name)
     if unseen:
         warn_user(
-            f"batches brought no token to {len(unseen)} of {len(sums)} layers, or only masked ones "
+            f"batches brought no token to {len(unseen)} of {len(seen)} layers, or only masked ones "
             f"and zeros; these stay as they were: {at_most_ten(unseen)}"
         )
     return scales
 
 
-def _scale_of_experts(sums: Sums) -> Tensor:
-    """Each has a root mean square of 1. An expert that saw few tokens has that of all experts."""
+def _scale_of_experts(seen: Sums, own_text: Sums | None) -> Tensor:
+    """Each has a root mean square of 1."""
+    rms, varying = _size_and_share(seen)
+    shares = [varying]
+    if own_text is not None and own_text.tokens.sum() >= FEW_TOKENS:
+        shares.append(_size_and_share(own_text)[1])
+    return torch.stack([input_scale_of(*each) for each in zip(rms, *shares, strict=True)])
+
+
+def _size_and_share(sums: Sums) -> tuple[Tensor, Tensor]:
+    """`rms` and `varying`, (experts, in_features); features that are always zero count as varying.
+    An expert that saw few tokens has those of all experts."""
     enough = (sums.tokens >= FEW_TOKENS) & sums.squares.any(1, keepdim=True)
     squares, values, tokens = (
         torch.where(enough, each, each.sum(0)) for each in (sums.squares, sums.values, sums.tokens)
     )
     rms, mean = (squares / tokens).sqrt(), values / tokens
-    return torch.stack([input_scale_of(*each) for each in zip(rms, mean, strict=True)])
+    varying = torch.where(rms > 0, 1 - (mean / rms).square(), 1).clamp(0, 1)
+    return rms, varying
 
 
 def _strengths(
-    model: nn.Module, layers: Layers, scales: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor], own_text: Mapping[str, Sums] | None
 ) -> dict[str, float] | None:
-    """One for each layer, as `calibrate` says; None if the model writes no text or gives no loss of
-    it, or, with a warning, if gradients are not finite."""
-    if not writes_without_prompts(model):
+    """One for each layer, as `calibrate` says; None if the model has written no text, or it reaches
+    no layer."""
+    if own_text is None:
         return None
-    try:
-        sums = _seen_in_own_text(model, layers)
-    except (TypeError, ValueError) as error:  # of a model that needs other arguments, too
-        warn_user(f"the model cannot read text alone, so all layers get the same strength: {error}")
-        return None
-    if sums is None:
-        return None
-    costs = {name: _cost(sums[name], scale) for name, scale in scales.items()}
-    for name, cost in costs.items():
-        if not math.isfinite(cost):
-            warn_user(
-                f"what a step costs in layer {name!r} is {cost}, as its gradients or inputs are "
-                "not finite, so all layers get the same strength"
-            )
-            return None
+    costs = {name: _cost(own_text[name], scale) for name, scale in scales.items()}
     reached = [cost for cost in costs.values() if cost > 0]
     if not reached:
         return None

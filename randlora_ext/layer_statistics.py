@@ -17,7 +17,7 @@ from .nn.adapted_layer import AdaptedLayer
 from .nn.expert_products import ExpertProducts
 from .nn.experts import AdaptedParameter
 from .own_text import NO_LABEL
-from .ranks import add_up_ranks
+from .ranks import add_up_ranks, world_size
 
 
 @dataclass
@@ -61,6 +61,14 @@ def add_up(sums: SumsOfLayers) -> None:
     for of_layer in sums.values():
         for total in vars(of_layer).values():
             add_up_ranks(total)
+
+
+def average(sums: SumsOfLayers) -> None:
+    """Gives all ranks the means over all of them."""
+    add_up(sums)
+    for of_layer in sums.values():
+        for total in vars(of_layer).values():
+            total /= world_size()
 
 
 @torch.no_grad()

@@ -138,7 +138,7 @@ def check_zero3(place: Place):
 def same_when_gathered(model, reference):
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         with deepspeed.zero.GatheredParameters([ours, theirs]):
-            assert relative(ours.data, theirs.data) < 1e-5
+            assert relative(ours.data, theirs.data) < 1e-4
 
 
 def compare(place, adapt, built_partitioned):

@@ -135,6 +135,7 @@ def check_strengths_of_calibration(place: Place):
     for each in (ddp, model):
         found = randlora_ext.calibrate(each, own)
         torch.testing.assert_close([*found.values()], [*want.values()], rtol=1e-4, atol=0)
+        torch.testing.assert_close(scales(each), scales(reference), rtol=1e-3, atol=0)
         assert all(parameter.grad is None for parameter in each.parameters())
         each(**own[0]).loss.backward()
         assert all(full_tensor(p.grad).isfinite().all() for p in trained(each))

@@ -99,12 +99,15 @@ def uneven(*lead, seed=0):
     return x * torch.where(torch.arange(24) < 2, 30.0, 1.0)
 
 
-def input_scale_of(*inputs):
+def input_scale_of(*inputs, own_text=None):
     """By the formula in the docstring of `calibrate`, over the rows of all inputs, of root mean
-    square 1."""
+    square 1. own_text: the inputs in text that the model writes, if it writes some."""
     x = torch.cat([x.detach().flatten(0, -2) for x in inputs]).double()
     energy = x.square().mean(0)
     varying = x.var(0, correction=0) / energy
+    if own_text is not None:
+        written = own_text.double()
+        varying = varying * written.var(0, correction=0) / written.square().mean(0)
     scale = varying**2 / (energy.sqrt() + 0.1 * energy.sqrt().median())
     return normalized(torch.maximum(scale, scale.median() / 1000)).float()
 

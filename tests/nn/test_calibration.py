@@ -18,7 +18,7 @@ from layer_helpers import (
 )
 from torch import nn
 
-from randlora_ext import RandLoraLinear, calibrate
+from randlora_ext import RandLoraLinear, calibrate, calibration
 from randlora_ext.batches import moved_to
 
 SHAPES_OF_A_BATCH = {
@@ -95,6 +95,14 @@ def test_tokens_that_are_all_alike(tokens):
     want = 1 / (x.abs() + 0.1 * x.abs().median())
     scale = layer.randlora_input_scale["default"]
     assert relative(normalized(scale), normalized(want)) < 1e-6
+
+
+def test_own_text_in_which_nothing_else_varies_is_left_out():
+    rms, in_batches = uneven(1)[0].abs(), torch.tensor([1.0, 0.5, 0] * 8)
+    want = calibration.input_scale_of(rms, in_batches)
+    for in_own_text in (1 - in_batches.ceil(), torch.zeros(24)):
+        assert torch.equal(calibration.input_scale_of(rms, in_batches, in_own_text), want)
+    assert not torch.equal(calibration.input_scale_of(rms, in_batches, rms / rms.max()), want)
 
 
 def test_zeros_in_most_features_leave_their_vector_finite():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from language_models import llama
-from layer_helpers import adapt, input_scale_of
+from layer_helpers import adapt, input_scale_of, normalized, relative
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
@@ -88,29 +88,40 @@ def wanted(costs: dict[str, float]) -> dict[str, float]:
     return {name: step * (250 / total) ** 0.5 for name, step in steps.items()}
 
 
-def costs_of(model, batches) -> dict[str, float]:
+def scales_and_costs(model, batches) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in TARGETS]
     x, _ = statistics_of(model, batches, names)
     own_x, gradients = statistics_of(model, own_text(model), names)
-    costs = {}
+    scales, costs = {}, {}
     for name in names:
-        scale = input_scale_of(x[name]).double()
-        scale /= scale.square().mean().sqrt()
-        energy = (own_x[name] * scale).square().mean(0).sum()
-        costs[f"base_model.model.{name}"] = float(gradients[name].square().mean(0).sum() * energy)
-    return costs
+        path = f"base_model.model.{name}"
+        scales[path] = input_scale_of(x[name], own_text=own_x[name])
+        energy = (own_x[name] * scales[path].double()).square().mean(0).sum()
+        costs[path] = float(gradients[name].square().mean(0).sum() * energy)
+    return scales, costs
+
+
+def have_scales_of_batches_alone(model, base, batches) -> bool:
+    names = [n for n, _ in base.named_modules() if n.rpartition(".")[2] in TARGETS]
+    x, _ = statistics_of(base, batches, names)
+    for name in names:
+        scale = model.get_submodule(f"base_model.model.{name}").randlora_input_scale["default"]
+        if relative(normalized(scale), input_scale_of(x[name])) > 1e-4:
+            return False
+    return True
 
 
 def test_layers_of_high_cost_take_smaller_steps():
     base = spread_out(llama())
-    want = wanted(costs_of(base, task()))
+    scales, costs = scales_and_costs(base, task())
+    want = wanted(costs)
     model = adapted(copy.deepcopy(base))
     strengths = randlora_ext.calibrate(model, task())
     assert strengths == pytest.approx(want, 1e-4)
     assert max(want.values()) > 3 * min(want.values())
     for name, strength in strengths.items():
         scale = model.get_submodule(name).randlora_input_scale["default"]
-        assert scale.square().mean().sqrt().item() == pytest.approx(strength, rel=1e-5)
+        torch.testing.assert_close(scale, strength * scales[name], rtol=1e-4, atol=0)
 
 
 def test_labels_of_the_batches_do_not_matter():
@@ -121,11 +132,16 @@ def test_labels_of_the_batches_do_not_matter():
 
 
 def test_a_model_without_a_loss_has_layers_of_one_strength():
-    model = adapted(spread_out(llama()))
+    base = spread_out(llama())
+    model = adapted(copy.deepcopy(base))
     causal = model.get_base_model()
     forward = causal.forward
     causal.forward = lambda labels=None, **kwargs: forward(**kwargs)
     assert len({*randlora_ext.calibrate(model, task()).values()}) == 1
+    assert have_scales_of_batches_alone(model, base, task())
+    with_loss = adapted(copy.deepcopy(base))
+    randlora_ext.calibrate(with_loss, task())
+    assert not have_scales_of_batches_alone(with_loss, base, task())
 
 
 class WithoutLabels(nn.Module):
@@ -253,7 +269,8 @@ def test_a_module_in_two_places_has_one_strength():
     """It sees the tokens of both, and goes by the first of its names."""
     base = spread_out(llama())
     base.model.layers[1].mlp = base.model.layers[0].mlp
-    want = wanted(costs_of(base, task()))
+    _, costs = scales_and_costs(base, task())
+    want = wanted(costs)
     strengths = randlora_ext.calibrate(adapted(base), task())
     assert strengths == pytest.approx(want, 1e-4)
     assert "base_model.model.model.layers.1.mlp.down_proj" not in strengths
@@ -306,14 +323,29 @@ def test_quantized_layers_which_train_afterwards(bits, limit):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_costs_that_are_not_finite_are_told():
-    model = adapted(llama())
+def test_gradients_that_are_not_finite_are_told():
+    base = llama()
+    model = adapted(copy.deepcopy(base))
     head = model.get_base_model().lm_head
     with torch.no_grad():
         head.weight[7] = torch.inf  # of a token that the model will not stop to write
-    with pytest.warns(UserWarning, match="a step costs in layer .* is (nan|inf)"):
+    with pytest.warns(UserWarning, match="not finite on text that the model wrote"):
         strengths = randlora_ext.calibrate(model, task())
     assert len({*strengths.values()}) == 1
+    assert have_scales_of_batches_alone(model, base, task())
+
+
+def test_a_model_that_stops_at_once_has_scales_of_batches_alone(monkeypatch):
+    """Eight rows of three tokens do not tell what varies."""
+    base = spread_out(llama())
+    model = adapted(copy.deepcopy(base))
+    rows = [
+        {"input_ids": torch.tensor([[1, k, 2]]), "labels": torch.tensor([[-100, k, 2]])}
+        for k in range(3, 11)
+    ]
+    monkeypatch.setattr("randlora_ext.calibration.own_text", lambda model: rows)
+    assert len({*randlora_ext.calibrate(model, task()).values()}) > 1
+    assert have_scales_of_batches_alone(model, base, task())
 
 
 def test_a_layer_that_own_text_does_not_reach_is_as_strong_as_the_median_one():
@@ -335,6 +367,9 @@ def test_a_layer_that_own_text_does_not_reach_is_as_strong_as_the_median_one():
     strengths = randlora_ext.calibrate(model, batches)
     vision = strengths.pop("base_model.model.vision")
     assert vision == pytest.approx(max(strengths.values()))  # as the layer of median cost
+    images = torch.cat([batch["images"] for batch in batches])
+    scale = model.get_submodule("base_model.model.vision").randlora_input_scale["default"]
+    assert relative(normalized(scale), input_scale_of(images)) < 1e-5
 
 
 def products_of(model, name, batches, monkeypatch):
@@ -363,7 +398,7 @@ def products_of(model, name, batches, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["eager", "grouped_mm"])
-def test_all_experts_of_a_parameter_have_one_strength(way, monkeypatch):
+def test_experts_have_scales_of_their_own_and_one_strength(way, monkeypatch):
     """Their costs are means over the tokens of all experts."""
     base = expert_models.make("Mixtral")
     base.set_experts_implementation("eager")
@@ -375,15 +410,23 @@ def test_all_experts_of_a_parameter_have_one_strength(way, monkeypatch):
     strengths = randlora_ext.calibrate(model, batches)
     texts, base, costs = own_text(base), base.double(), {}
     for name in names:
+        in_batches = [x for x, _ in products_of(base, name, batches, monkeypatch)]
+        in_own_text = [*products_of(base, name, texts, monkeypatch)]
         module, _, parameter = f"base_model.model.{name}".rpartition(".")
         layer = model.get_submodule(module).adapters[parameter]
-        scales = layer.randlora_input_scale["default"].double()
-        scales = scales / scales.square().mean(1, keepdim=True).sqrt()
+        scales = layer.randlora_input_scale["default"]
         cost = total = 0.0
-        products = products_of(base, name, texts, monkeypatch)
-        for scale, (x, gradients) in zip(scales, products, strict=True):
-            energy = (x * scale).square().mean(0).sum()
+        for expert, (x, gradients) in enumerate(in_own_text):
+            seen = enough(in_batches[expert], in_batches)
+            scale = input_scale_of(seen, own_text=enough(x, [each for each, _ in in_own_text]))
+            assert relative(normalized(scales[expert]), scale) < 1e-3
+            energy = (x * scale.double()).square().mean(0).sum()
             cost += len(x) * gradients.square().mean(0).sum() * energy
             total += len(x)
         costs[f"base_model.model.{name}"] = float(cost / total)
     assert strengths == pytest.approx(wanted(costs), rel=1e-3)
+
+
+def enough(x, of_all):
+    """What an expert saw; what all have seen if these are fewer than 32 tokens."""
+    return x if len(x) >= 32 else torch.cat(of_all)
