@@ -1,6 +1,6 @@
 """What `randlora_ext.calibrate` costs, beside training steps of the same model.
 
-    OMP_NUM_THREADS=1 python benchmarks/calibrate.py        about two minutes
+    OMP_NUM_THREADS=1 python benchmarks/calibrate.py        about six minutes
 
 A SmolLM2-135M-shaped model with random weights, whose MLP or all linear layers have adapters on
 Hadamard bases, in a process of its own. Seconds of a step (the median) with a batch of each size,
@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from memory import MIB, status
-from model_step import LINEAR, SHAPES, adapted, keep_freed_memory
+from memory import MIB, free_unused, status
+from model_step import LINEAR, SHAPES, adapted
 from record import in_a_process, show, write
 
 import randlora_ext
@@ -24,7 +24,6 @@ TARGETS = {"all": LINEAR, "mlp": LINEAR[4:]}
 
 
 def measured(shape: str, targets: str, tokens: int, repeats: int) -> dict[str, float]:
-    keep_freed_memory()
     model = adapted("ours hadamard", shape, TARGETS[targets])
     batches = [
         {name: ids for name in ("input_ids", "labels")}
@@ -34,6 +33,7 @@ def measured(shape: str, targets: str, tokens: int, repeats: int) -> dict[str, f
     randlora_ext.calibrate(model, batches)
     seconds = time.perf_counter() - start
     peak = status("VmHWM") / MIB
+    free_unused()
     # The kernel's record of the peak begins anew.
     Path("/proc/self/clear_refs").write_text("5")
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)

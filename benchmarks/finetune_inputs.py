@@ -4,7 +4,7 @@
 
 By text and kind of layer shares of the inputs' energy, means over SmolLM2's layers. few: of the
 largest 2% of the features. mean: of the mean over the tokens. scaled: of the mean once the inputs
-are divided by their size alone, p = 0; calibrated: by `calibrate`'s vector.
+are divided by their size alone, p = 0; calibrated: weighed by what varies in the batches, too.
 """
 
 import argparse

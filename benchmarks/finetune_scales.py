@@ -42,23 +42,26 @@ def wrap(layer: nn.Module, scale: Tensor) -> None:
 
 @torch.no_grad()
 def other_vectors(tuned, read, own, p: str = "2", strength: str = "one") -> dict:
-    """Beside `calibrate`'s formula.
+    """By formulas in which the share of energy that varies is that of the batches alone.
 
-    p: the power of the share of energy that varies. strength: "one" for all layers, which makes the
-    median layer answer a random dW as strongly as any other model's; or "F-1/2" of each, F what a
-    step of it costs, measured on `own`: `calibrate`'s without a limit.
+    p: the power of that share. strength: "one" for all layers, which makes the median layer answer
+    a random dW as strongly as any other model's; "limited" as `calibrate`'s, by what a step of each
+    layer costs, measured on `own`; "F-1/2" the same without a limit.
     """
     sums = measured(tuned, read)
     vectors = {layer: scale_of(sums[layer], float(p)) for layer in sums}
-    strengths = {"one": equal_strengths, "F-1/2": strengths_by_cost}[strength]
-    of_layers = strengths(tuned, sums, vectors, own)
+    of_layers = {
+        "one": lambda: equal_strengths(sums, vectors),
+        "limited": lambda: strengths_by_cost(tuned, vectors, own, limited=True),
+        "F-1/2": lambda: strengths_by_cost(tuned, vectors, own, limited=False),
+    }[strength]()
     return {
         layer: (of_layers[layer] * vector).float().view(*layer.experts, -1)
         for layer, vector in vectors.items()
     }
 
 
-def equal_strengths(tuned, sums: dict, vectors: dict, own: list) -> dict:
+def equal_strengths(sums: dict, vectors: dict) -> dict:
     responses = [
         float((of.squares * vectors[layer].square()).sum() / of.outputs.sum()) ** 0.5
         for layer, of in sums.items()
@@ -66,14 +69,16 @@ def equal_strengths(tuned, sums: dict, vectors: dict, own: list) -> dict:
     return dict.fromkeys(vectors, RESPONSE / statistics.median(responses))
 
 
-def strengths_by_cost(tuned, sums: dict, vectors: dict, own: list) -> dict:
-    """Of layers of one expert."""
+def strengths_by_cost(tuned, vectors: dict, own: list, limited: bool) -> dict:
+    """Of layers of one expert. All layers together cost COST."""
     costs = {}
     for layer, of in measured(tuned, own, gradients=True).items():
         energy = (vectors[layer].square() * of.squares / of.tokens).sum()
         costs[layer] = float((of.gradients / of.tokens).sum() * energy)
-    # All layers together cost COST, and each of them as much.
-    return {layer: (COST / len(costs) / costs[layer]) ** 0.5 for layer in vectors}
+    least = statistics.median(costs.values()) if limited else 0.0
+    squares = {layer: 1 / max(cost, least) for layer, cost in costs.items()}
+    total = sum(squares[layer] * costs[layer] for layer in costs)
+    return {layer: (COST / total * square) ** 0.5 for layer, square in squares.items()}
 
 
 def measured(tuned, batches: list[dict], gradients: bool = False) -> dict:

@@ -48,11 +48,11 @@ RISES = {  # of the loss on a text; "meter" and "chat" are KL(base, tuned) on ow
     "meter": (0.1, 0.2, 0.3),
     "chat": (0.1, 0.2),
 }
-ONE = "hadamard scaled:strength=one"  # for all layers of a model
 OURS = "hadamard scaled"
+LIMITED = "hadamard scaled:strength=limited"  # by the share that varies in the batches alone
+ONE = "hadamard scaled:strength=one"  # likewise, for all layers of a model
 METHODS = {  # method and layers
     "ours, all linear": (OURS, "all"),
-    "ours, MLP": (OURS, "mlp"),
     "SHiRA, MLP": ("shira", "mlp"),
     "OFT, MLP": ("oft", "mlp"),
     "LoRA, MLP": ("lora", "mlp"),
@@ -69,12 +69,17 @@ STRENGTHS = {  # of the layers of a model, at rises that all of these reach
     for targets in ("all", "mlp")
     for name, method in {
         "one": ONE,
-        "as calibrate": "hadamard scaled",
+        "as calibrate": LIMITED,
         "no limit": "hadamard scaled:strength=F-1/2",
     }.items()
 }
+SHARES = {  # that vary: where they were measured
+    "in the batches": (LIMITED, "all"),
+    "in own text, too": (OURS, "all"),
+}
+BOTH_LAYERS = {"all linear": (LIMITED, "all"), "MLP": (LIMITED, "mlp")}
 SMALL_RISES = 0.03, 0.05, 0.1
-POWERS = {  # of the share that varies, in the formula of `calibrate`
+POWERS = {  # of the share that varies in the batches
     "p = 0": "hadamard scaled:p=0",
     "p = 1": "hadamard scaled:p=1",
     "p = 2, which calibrate takes": ONE,
@@ -131,10 +136,21 @@ def at_equal_forgetting(rows: list[dict], rise: float, methods: dict, text: str 
 
 
 def by_strength(rows: list[dict], rise: float) -> str:
-    """At equal forgetting, of the seeds that `calibrate` has been run with."""
-    seeds = {tuple(row[name] for name in SETTING) for row in selected(rows, method=OURS)}
+    """At equal forgetting, of the seeds that have strengths as those of `calibrate`."""
+    seeds = {tuple(row[name] for name in SETTING) for row in selected(rows, method=LIMITED)}
     mine = [row for row in rows if tuple(row[name] for name in SETTING) in seeds]
     return at_equal_forgetting(mine, rise, STRENGTHS)
+
+
+def of_both(rows: list[dict], rise: float, methods: dict, text: str) -> str:
+    """At equal forgetting, of the seeds that two methods have, at the rate that we recommend."""
+    mine = [row for row in selected(rows, lr=RATE, r=32) if has_curve(row, text)]
+    one, other = (
+        {(row["model"], row["task"], row["seed"]) for row in selected(mine, method=m, targets=t)}
+        for m, t in methods.values()
+    )
+    mine = [row for row in mine if (row["model"], row["task"], row["seed"]) in one & other]
+    return at_equal_forgetting(mine, rise, methods, text)
 
 
 def at_equal_loss(rows: list[dict], methods: dict, text: str = "manual") -> str:
@@ -184,7 +200,7 @@ def dial_and_rate(rows: list[dict]) -> str:
     """Ours: a lower rate as trained, and a higher one whose dW is scaled until it has the same
     loss."""
     found = []
-    mine = selected(rows, method=OURS, r=32)
+    mine = selected(rows, method=LIMITED, r=32)
     for model, task, targets, seed in sorted({tuple(row[k] for k in SETTING) for row in mine}):
         of_rates = selected(mine, model=model, task=task, targets=targets, seed=seed)
         for low, high in pairwise(sorted(of_rates, key=lambda row: row["lr"])):
@@ -280,6 +296,12 @@ def main(arguments: list[str] | None = None) -> None:
         for text in ("manual", "code", "prose", "chat"):
             print(f"what was forgotten of {text} at equal loss\n")
             print(at_equal_loss(usual, methods, text))
+    for text, rise in (("manual", 0.03), ("manual", 0.1), ("prose", 0.1), ("meter", 0.2)):
+        print(f"the share that varies: held-out loss at a rise of {rise} on {text}\n")
+        print(of_both(usual, rise, SHARES, text))
+    for text, rise in (("manual", 0.03), ("manual", 0.1), ("meter", 0.2)):
+        print(f"layers: held-out loss at a rise of {rise} on {text}, at one rate\n")
+        print(of_both(usual, rise, BOTH_LAYERS, text))
     for rise in SMALL_RISES:
         print(f"strengths of the layers: held-out loss at a rise of {rise} on the manual\n")
         print(by_strength(usual, rise))

@@ -112,7 +112,6 @@ def by_density(result: dict):
 
 FRONTS = {  # method and layers; solid lines are those that each method is recommended with
     (OURS, "all"): ("tab:red", "-", "ours, all linear layers"),
-    (OURS, "mlp"): ("tab:red", "--", "ours, MLP"),
     ("shira", "mlp"): ("tab:green", "-", "SHiRA, MLP"),
     ("oft", "mlp"): ("tab:purple", "-", "OFT, MLP"),
     ("lora", "mlp"): ("k", "-", "LoRA, MLP"),
@@ -180,7 +179,7 @@ def of_spelling(*results: list[dict]):
     return by_forgetting(*results, tasks=("spelling",))
 
 
-# Whose dW `by_inputs` looks at: not calibrated, by size alone, and as `calibrate` does.
+# Whose dW `by_inputs` looks at: not calibrated, by size alone, and by what varies in the batches.
 SCALED_INPUTS = ("hadamard", "hadamard scaled:p=0", "hadamard scaled:strength=one")
 USUAL = {"model": "fp32", "task": "spelling", "targets": "four", "steps": 40, "r": 32}
 

@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import randlora_ext
+from randlora_ext import calibration
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}!"
 
@@ -110,7 +111,7 @@ def test_the_dial_of_full_tuning_goes_from_the_base_to_the_trained_weights(toy):
     assert all(map(torch.equal, trained, tuned.parameters()))
 
 
-def test_strengths_without_a_limit_are_those_of_calibrate_where_a_step_costs_much(toy):
+def test_strengths_without_a_limit_are_the_limited_ones_where_a_step_costs_much(toy):
     tuned = adapted(toy, "hadamard", 0, 8, "all")
     batches = spelling.plan_batches(finetune_tasks.examples("roman")[0], 4, 16, 0)
     read = to_calibrate_with("", batches, toy)
@@ -118,13 +119,28 @@ def test_strengths_without_a_limit_are_those_of_calibrate_where_a_step_costs_muc
     unlimited = other_vectors(tuned, read, own, strength="F-1/2")
     one = other_vectors(tuned, read, own)
     assert len({round(rms(vector), 4) for vector in one.values()}) == 1
-    strengths = randlora_ext.calibrate(tuned, read)  # none is above that of the median cost
-    ratios = [rms(unlimited[tuned.get_submodule(name)]) / s for name, s in strengths.items()]
-    most = max(strengths.values())
-    costly = [ratio for ratio, s in zip(ratios, strengths.values(), strict=True) if s < most]
+    limited = other_vectors(tuned, read, own, strength="limited")
+    strengths = [*map(rms, limited.values())]
+    ratios = [rms(unlimited[layer]) / rms(vector) for layer, vector in limited.items()]
+    most = max(strengths) * (1 - 1e-4)  # that of the median cost
+    costly = [ratio for ratio, s in zip(ratios, strengths, strict=True) if s < most]
     assert len(costly) >= len(ratios) // 2 - 1
     assert costly == pytest.approx([costly[0]] * len(costly), rel=1e-4)
     assert all(ratio > costly[0] * (1 - 1e-4) for ratio in ratios)
+
+
+def test_limited_strengths_are_those_of_calibrate_by_the_batches_alone(toy, monkeypatch):
+    tuned = adapted(toy, "hadamard", 0, 8, "all")
+    batches = spelling.plan_batches(finetune_tasks.examples("roman")[0], 4, 16, 0)
+    read = to_calibrate_with("", batches, toy)
+    vectors = other_vectors(tuned, read, written("own", toy), strength="limited")
+    scale_of_experts = calibration._scale_of_experts
+    monkeypatch.setattr(
+        calibration, "_scale_of_experts", lambda seen, _: scale_of_experts(seen, None)
+    )
+    randlora_ext.calibrate(tuned, read)
+    for layer, vector in vectors.items():
+        torch.testing.assert_close(layer.randlora_input_scale["default"], vector, rtol=1e-4, atol=0)
 
 
 def test_what_calibrate_reads(toy):
