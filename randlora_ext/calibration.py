@@ -113,10 +113,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     check_model(model)
     check_batches(batches)
     layers = layers_to_calibrate(model)
-    seen = _seen_in_batches(model, batches, layers)
-    own_text = _seen_in_own_text(model, layers)
-    scales = _scales(seen, own_text)
-    strengths = _strengths(scales, own_text) or _equal_strengths(scales, seen)
+    in_batches = _seen_in_batches(model, batches, layers)
+    in_own_text = _seen_in_own_text(model, layers)
+    scales = _scales(in_batches, in_own_text)
+    strengths = _strengths(scales, in_own_text) or _equal_strengths(scales, in_batches)
     for name, strength in strengths.items():
         layer = layers[name]
         input_scale = (strength * scales[name]).float().view(*layer.experts, -1)
@@ -197,31 +197,33 @@ def _is_finite(sums: Sums) -> bool:
     return all(bool(total.isfinite().all()) for total in vars(sums).values())
 
 
-def _scales(seen: Mapping[str, Sums], own_text: Mapping[str, Sums] | None) -> dict[str, Tensor]:
+def _scales(
+    in_batches: Mapping[str, Sums], in_own_text: Mapping[str, Sums] | None
+) -> dict[str, Tensor]:
     """`scale` as `calibrate` says, (experts, in_features), by the names of layers; a warning, and
     none, if a layer has seen nothing."""
     scales = {}
     unseen = []
-    for name, sums in seen.items():
-        if bool(sums.squares.any()):
-            written = None if own_text is None else own_text[name]
-            scales[name] = _scale_of_experts(sums, written)
+    for name, seen in in_batches.items():
+        if bool(seen.squares.any()):
+            scales[name] = _scale_of_experts(seen, in_own_text[name] if in_own_text else None)
         else:
             unseen.append(name)
     if unseen:
         warn_user(
-            f"batches brought no token to {len(unseen)} of {len(seen)} layers, or only masked ones "
-            f"and zeros; these stay as they were: {at_most_ten(unseen)}"
+            f"batches brought no token to {len(unseen)} of {len(in_batches)} layers, or only "
+            f"masked ones and zeros; these stay as they were: {at_most_ten(unseen)}"
         )
     return scales
 
 
-def _scale_of_experts(seen: Sums, own_text: Sums | None) -> Tensor:
+def _scale_of_experts(in_batches: Sums, in_own_text: Sums | None) -> Tensor:
     """Each has a root mean square of 1."""
-    rms, varying = _size_and_share(seen)
+    rms, varying = _size_and_share(in_batches)
     shares = [varying]
-    if own_text is not None and own_text.tokens.sum() >= FEW_TOKENS:
-        shares.append(_size_and_share(own_text)[1])
+    if in_own_text is not None and in_own_text.tokens.sum() >= FEW_TOKENS:
+        _, varying_in_own_text = _size_and_share(in_own_text)
+        shares.append(varying_in_own_text)
     return torch.stack([input_scale_of(*each) for each in zip(rms, *shares, strict=True)])
 
 
@@ -238,13 +240,13 @@ def _size_and_share(sums: Sums) -> tuple[Tensor, Tensor]:
 
 
 def _strengths(
-    scales: Mapping[str, Tensor], own_text: Mapping[str, Sums] | None
+    scales: Mapping[str, Tensor], in_own_text: Mapping[str, Sums] | None
 ) -> dict[str, float] | None:
     """One for each layer, as `calibrate` says; None if the model has written no text, or it reaches
     no layer."""
-    if own_text is None:
+    if in_own_text is None:
         return None
-    costs = {name: _cost(own_text[name], scale) for name, scale in scales.items()}
+    costs = {name: _cost(in_own_text[name], scale) for name, scale in scales.items()}
     reached = [cost for cost in costs.values() if cost > 0]
     if not reached:
         return None
