@@ -15,7 +15,7 @@ from .nn.adapted_layer import AdaptedLayer, layers_by_name
 from .own_text import own_text, writes_without_prompts
 from .ranks import failing_together, full_tensor, gathered, of_all_ranks
 
-POWER = 2  # of the share of a feature's energy that varies; docs/evidence.md compares others
+POWER = 2  # of the share of a feature's energy that varies; docs/ablations.md compares others
 EPSILON = 0.1  # in medians of rms: small features are not blown up without bound
 FLOOR = 1e-3  # in medians of the scale: no feature is lost entirely, so dW keeps its rank
 COST = 250.0  # of a step in all layers together; one learning rate then fits all models
@@ -36,7 +36,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         loader = torch.utils.data.DataLoader(texts, batch_size=8)  # batches as in training
         randlora_ext.calibrate(model, itertools.islice(loader, 4))
 
-    A few hundred tokens of the training data suffice (docs/evidence.md). Every active adapter on
+    A few hundred tokens of the training data suffice (docs/ablations.md). Every active adapter on
     Hadamard bases gets the vector ``input_scale`` (in_features,), float32:
 
         rms = x.square().mean(0).sqrt()             x (tokens, in), of the batches
