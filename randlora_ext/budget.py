@@ -54,7 +54,8 @@ class ForgettingBudget(TrainerCallback):
     why: as INFO what needs nothing to be done, as if training resumes or the adapter is calibrated
     already, else as WARNING. The trainer sees the batches that it sees without the callback, and
     the random generators of Python, numpy and torch (the CPU's and the current CUDA card's) keep
-    their states. An iterable data set must begin anew whenever it is iterated.
+    their states; generators that a collator or data set owns go on. An iterable data set must begin
+    anew whenever it is iterated.
 
     Of adapters other than ours, such as LoRA, it measures; they have neither calibration nor dial.
     It runs before the trainer's other callbacks, so that what these save or log at the end is what

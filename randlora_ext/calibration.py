@@ -178,8 +178,9 @@ def _seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | Non
                 observe(model, row, sums)
                 if not differentiate(model, row, sums):
                     return None
-        except (TypeError, ValueError) as error:  # of a model that needs other arguments, too
-            why = f"the model cannot read text alone: {error}"
+        # What a model that needs other arguments, too, meets in their place.
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            why = f"the model cannot read text alone: {error!r}"
     average(sums)  # all ranks write the same text
     for name, layer in layers.items():
         if not _is_finite(sums[layer]):

@@ -58,7 +58,7 @@ def forgetting(
             -100; without labels all do that "attention_mask" does not leave out. Of transformers'
             causal models, which predict no first token, those in ``labels[:, 1:]``. By default
             `own_text`: 8 rows of 128 tokens that the base model writes, 1,024 in all.
-        prompts: of a chat model, rows of token numbers, such as
+        prompts: of a chat model, rows of token numbers without padding, such as
             ``tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]``. The
             base model answers them, and the tokens of its answers count.
         seed: of what the base model writes. No random state changes.

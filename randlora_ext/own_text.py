@@ -28,7 +28,8 @@ def own_text(
     """Text that the base model writes by sampling from its full distribution.
 
     Each row begins with the model's first token, "bos" (or "eos" if it has none), or with a prompt,
-    and goes on until the model ends it, for `tokens` tokens at most. Nothing but sampling at a
+    and goes on until the model ends it, for `tokens` tokens at most, or fewer if the model has no
+    more positions. Nothing but sampling at a
     temperature of 1 decides the tokens: the model's own ``generation_config`` (temperature, top_k,
     penalties) does not act, but for the tokens that end a text. Equivalent to, of each row::
 
@@ -41,7 +42,7 @@ def own_text(
             runs in eval mode; afterwards each module is in its old mode.
         rows: how many, if there are no prompts.
         tokens: how many the model writes at most in a row.
-        prompts: rows of token ids, each answered once, as of a chat model
+        prompts: rows of token ids without padding, each answered once, as of a chat model
             ``tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]``.
         seed: of the generator that samples; torch's own generators stay as they are. If FSDP2 or
             DeepSpeed's ZeRO-3 has sharded the model, all ranks must call, with equally many rows.
@@ -52,8 +53,9 @@ def own_text(
         prompt are -100.
 
     Raises TypeError if model is no module or cannot ``generate``, or a prompt holds something else
-    than integers; ValueError if rows or tokens is not positive, a prompt is empty or there are
-    none, or the configuration names neither a first nor a last token.
+    than integers; ValueError if rows or tokens is not positive, a prompt is empty or takes all the
+    model's positions, there are no prompts, or the configuration names neither a first nor a last
+    token.
     """
     check_model(model)
     writer = _writer(model)
@@ -135,7 +137,12 @@ def checked_prompts(prompts: Any) -> list[list[int]]:
     """The prompts as lists of token ids."""
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts must be rows of token ids, got {prompts!r}")
-    rows = [row.tolist() if isinstance(row, Tensor) else row for row in prompts]
+    if hasattr(prompts, "tolist"):  # a tensor or array
+        raise TypeError(
+            "prompts must be rows of token ids without padding, such as lists, got one array, "
+            "whose rows may be padded"
+        )
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in prompts]
     if not rows or not all(rows):
         raise ValueError(f"prompts must be rows of at least one token, got {prompts!r}")
     for row in rows:
@@ -147,6 +154,14 @@ def checked_prompts(prompts: Any) -> list[list[int]]:
 def _answers(model: Any, given: list[list[int]], tokens: int, seed: int) -> list[list[int]]:
     """What the model writes behind each row, its last token included."""
     width = max(map(len, given))
+    positions = _positions(model)
+    if positions is not None:
+        tokens = min(tokens, positions - width)
+    if tokens < 1:
+        raise ValueError(
+            f"prompts must leave room for an answer in the model's {positions} positions, got one "
+            f"of {width} tokens"
+        )
     device = device_of(model)
     padding = [width - len(row) for row in given]
     ends = _ends(model)
@@ -179,6 +194,12 @@ def _answers(model: Any, given: list[list[int]], tokens: int, seed: int) -> list
     return [_up_to_the_end(row[width:], ends) for row in rows.tolist()]
 
 
+def _positions(model: Any) -> int | None:
+    """How many tokens it can read; None if nothing says so."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
+    return getattr(config, "max_position_embeddings", None)
+
+
 def _ends(model: Any) -> list[int]:
     """The tokens that end a text."""
     ends = model.generation_config.eos_token_id
@@ -199,16 +220,18 @@ def _is_sharded(model: nn.Module) -> bool:
 @contextmanager
 def _generating_plainly(model: Any) -> Iterator[None]:
     """`model.generate` follows its arguments alone, and gathers what FSDP2 gathers in forward."""
-    writer = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = writer.generation_config
-    writer.generation_config = type(own)()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # A PeftModel with a configuration of its own gives it to the base.
+    writers = [each for each in (base, model) if "generation_config" in vars(each)]
     registers = dist.is_available() and _registered_with_fsdp(model)
-    try:
-        yield
-    finally:
-        writer.generation_config = own
+    with ExitStack() as held:
+        for writer in writers:
+            own = writer.generation_config
+            held.callback(setattr, writer, "generation_config", own)
+            writer.generation_config = type(own)()
         if registers:
-            del model.generate
+            held.callback(delattr, model, "generate")
+        yield
 
 
 def _registered_with_fsdp(model: nn.Module) -> bool:

@@ -1,9 +1,16 @@
 """`own_text`: that the base model writes it, from its own distribution and nothing else."""
 
+import numpy as np
 import peft
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from randlora_ext.own_text import own_text
 
@@ -60,7 +67,7 @@ def test_a_row_ends_with_the_token_that_ends_a_text(model):
 
 def test_answers_are_those_to_each_prompt_alone(model):
     """Beside a longer prompt as without one: the model does not see the padding."""
-    prompts = [[3, 4], torch.tensor([5, 6, 7, 8, 9])]
+    prompts = [np.array([3, 4]), torch.tensor([5, 6, 7, 8, 9])]
     count = 2000
     batches = own_text(model, tokens=1, prompts=prompts * count)
     for prompt, own in zip(([3, 4], [5, 6, 7, 8, 9]), (batches[::2], batches[1::2]), strict=True):
@@ -94,6 +101,32 @@ def test_random_states_and_the_generation_config_stay(model):
     assert ids[0] == ids[1] != ids[2]
 
 
+def test_a_generation_config_of_the_peft_model_does_not_act(model):
+    """PEFT's generate copies it into the base."""
+    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    alone, own = own_text(tuned), model.generation_config
+    config = GenerationConfig(bos_token_id=1, eos_token_id=2, repetition_penalty=5.0, num_beams=2)
+    tuned.generation_config = config
+    for batch, other in zip(alone, own_text(tuned), strict=True):
+        assert torch.equal(batch["input_ids"], other["input_ids"])
+    assert tuned.generation_config is config and model.generation_config is own
+
+
+def test_a_row_has_no_more_tokens_than_the_model_has_positions():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_positions=6, n_embd=16, n_layer=1, n_head=2, vocab_size=40, bos_token_id=1, eos_token_id=2
+    )
+    model = GPT2LMHeadModel(config)
+    assert max(batch["input_ids"].shape[1] for batch in own_text(model)) == 6
+    text = own_text(model, prompts=[[5, 6, 7]] * 8)
+    assert max(batch["input_ids"].shape[1] for batch in text) == 6
+    with pytest.raises(
+        ValueError, match="room for an answer in the model's 6 positions, got one of 6"
+    ):
+        own_text(model, prompts=[[3], [5] * 6])
+
+
 def test_a_model_without_a_first_token_needs_prompts(model):
     for config in (model.config, model.generation_config):
         config.bos_token_id = config.eos_token_id = None
@@ -111,6 +144,8 @@ def test_a_model_without_a_first_token_needs_prompts(model):
         ({"prompts": [[1], []]}, ValueError, "at least one token"),
         ({"prompts": "hello"}, TypeError, "'hello'"),
         ({"prompts": ["hello"]}, TypeError, "'hello'"),
+        ({"prompts": torch.tensor([[0, 3], [4, 5]])}, TypeError, "without padding"),
+        ({"prompts": np.array([[0, 3], [4, 5]])}, TypeError, "without padding"),
     ],
 )
 def test_arguments_that_are_refused(model, arguments, error, message):

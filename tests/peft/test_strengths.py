@@ -174,6 +174,21 @@ def test_a_model_that_takes_no_labels_is_told_and_has_one_strength(recwarn):
     assert any("cannot read text alone" in str(each.message) for each in recwarn)
 
 
+class WithFeatures(WithoutLabels):
+    """Needs more than text, and says so by whatever Python raises."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None, features=None):
+        inputs = self.inner.get_input_embeddings()(input_ids) + features.sum()
+        return self.inner(inputs_embeds=inputs, attention_mask=attention_mask, labels=labels)
+
+
+def test_a_model_that_needs_more_than_text_is_told_and_has_one_strength(recwarn):
+    model = adapted(WithFeatures(spread_out(llama())), task_type=None)
+    batches = [batch | {"features": torch.ones(3)} for batch in task()]
+    assert len({*randlora_ext.calibrate(model, batches).values()}) == 1
+    assert any("cannot read text alone: AttributeError" in str(each.message) for each in recwarn)
+
+
 def test_a_decoder_inside_of_an_encoder_and_decoder_writes_no_text():
     model = adapted(of_images(), ["q_proj", "query", "c_fc"], task_type=None)
     batch = {"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.randint(1, 50, (2, 5))}
