@@ -12,6 +12,7 @@ which the last column tells the number.
 
 import argparse
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -133,6 +134,19 @@ def of_methods(
 def at_equal_forgetting(rows: list[dict], rise: float, methods: dict, text: str = "manual") -> str:
     measured = [row for row in rows if has_curve(row, text)]
     return of_methods(measured, methods, lambda these, *_: loss_by_seed(these, rise, text))
+
+
+def rates(rows: list[dict]) -> str:
+    """Of each method, and with how many seeds each."""
+    found = []
+    for model, task in EQUAL:
+        cells = [f"{MODELS[model]}, {task}"]
+        for method, targets in METHODS.values():
+            setting = {"model": model, "task": task, "method": method, "targets": targets, "r": 32}
+            seeds = Counter(row["lr"] for row in selected(rows, **setting))
+            cells.append(", ".join(f"{lr:g} ({seeds[lr]})" for lr in sorted(seeds)))
+        found.append(cells)
+    return markdown(["", *METHODS], found)
 
 
 def by_strength(rows: list[dict], rise: float) -> str:
@@ -296,6 +310,8 @@ def main(arguments: list[str] | None = None) -> None:
         for text in ("manual", "code", "prose", "chat"):
             print(f"what was forgotten of {text} at equal loss\n")
             print(at_equal_loss(usual, methods, text))
+    print("rates, and with how many seeds\n")
+    print(rates(usual))
     for text, rise in (("manual", 0.03), ("manual", 0.1), ("prose", 0.1), ("meter", 0.2)):
         print(f"the share that varies: held-out loss at a rise of {rise} on {text}\n")
         print(of_both(usual, rise, SHARES, text))
