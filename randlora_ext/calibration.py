@@ -178,7 +178,7 @@ def _seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | Non
                 observe(model, row, sums)
                 if not differentiate(model, row, sums):
                     return None
-        # What a model that needs other arguments, too, meets in their place.
+        # A model that needs more than text may raise any of these where the rest is missing.
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             why = f"the model cannot read text alone: {error!r}"
     average(sums)  # all ranks write the same text

@@ -28,10 +28,10 @@ def own_text(
     """Text that the base model writes by sampling from its full distribution.
 
     Each row begins with the model's first token, "bos" (or "eos" if it has none), or with a prompt,
-    and goes on until the model ends it, for `tokens` tokens at most, or fewer if the model has no
-    more positions. Nothing but sampling at a
-    temperature of 1 decides the tokens: the model's own ``generation_config`` (temperature, top_k,
-    penalties) does not act, but for the tokens that end a text. Equivalent to, of each row::
+    and goes on until the model ends it, has no more positions, or has written `tokens` tokens.
+    Nothing but sampling at a temperature of 1 decides the tokens: the model's own
+    ``generation_config`` (temperature, top_k, penalties) does not act, but for the tokens that end
+    a text. Equivalent to, of each row::
 
         while len(written) < tokens and row[-1] not in eos:
             row.append(torch.multinomial(model(row).logits[-1].softmax(-1), 1, generator=own))
