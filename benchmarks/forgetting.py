@@ -6,53 +6,44 @@ At equal forgetting means: the held-out loss is interpolated over the logarithm 
 forgotten, for each seed, between factors of dW at each rate; the lowest counts, or that of a run
 that forgot less. At equal loss means: the logarithm of what was forgotten is interpolated over the
 held-out loss, between factors and between rates; the least counts, or that of a run that learned
-more. In tables of all runs a cell has loss and forgetting, means over the seeds, of
-which the last column tells the number.
+more. A cell is a mean over the seeds, whose number stands in parentheses or in the last column.
 """
 
 import argparse
 import statistics
 from collections import Counter
-from collections.abc import Callable
-from itertools import pairwise
-from pathlib import Path
+from functools import partial
 
-from finetune_rows import FACTORS, identity, read_rows
-from forgetting_cells import (
+from finetune_rows import FACTORS, identity
+from forgetting_correlations import correlations, correlations_of_skills, correlations_of_the_task
+from forgetting_curves import at_factor, between, has_curve, least_by_seed, points, selected
+from forgetting_tables import (
+    EQUAL,
     LAYERS,
     MODELS,
+    OURS,
+    TEXTS,
+    Methods,
+    at_equal_forgetting,
     by_setting,
+    by_task,
     markdown,
     mean_cell,
     means,
-    named,
-    seeds_cell,
+    of_methods,
+    of_one_task,
+    read,
+    shown,
 )
-from forgetting_correlations import correlations, correlations_of_skills, correlations_of_the_task
-from forgetting_curves import between, has_curve, least_by_seed, loss_by_seed, points, selected
 
-RESULTS = Path(__file__).parent / "results"
-EQUAL = {  # held-out losses that most methods reach in 40 steps
-    ("fp32", "spelling"): 1.2,
-    ("fp32", "roman"): 1.3,
-    ("fp32", "dates"): 1.39,
-    ("fp32", "json"): 0.04,
-    ("gemma", "spelling"): 0.95,
-    ("gemma", "roman"): 1.1,
-    ("gemma", "dates"): 1.27,
-    ("gemma", "json"): 0.022,
-}
-RISES = {  # of the loss on a text; "meter" and "chat" are KL(base, tuned) on own text and answers
-    "manual": (0.03, 0.1, 0.3),
+RISES = {
+    "manual": (0.1, 0.03, 0.3),
     "code": (0.1,),
     "prose": (0.1,),
-    "meter": (0.1, 0.2, 0.3),
+    "meter": (0.2, 0.1, 0.3),
     "chat": (0.1, 0.2),
 }
-OURS = "hadamard scaled"
-LIMITED = "hadamard scaled:strength=limited"  # by the share that varies in the batches alone
-ONE = "hadamard scaled:strength=one"  # likewise, for all layers of a model
-METHODS = {  # method and layers
+METHODS = {
     "ours, all linear": (OURS, "all"),
     "SHiRA, MLP": ("shira", "mlp"),
     "OFT, MLP": ("oft", "mlp"),
@@ -64,168 +55,92 @@ OTHERS = {
     "OFT, all linear": ("oft", "all"),
     "LoRA, all linear": ("lora", "all"),
 }
-FULL = {"full tuning": ("full", "all")}
-STRENGTHS = {  # of the layers of a model, at rises that all of these reach
-    f"{name}, {LAYERS[targets]}": (method, targets)
-    for targets in ("all", "mlp")
-    for name, method in {
-        "one": ONE,
-        "as calibrate": LIMITED,
-        "no limit": "hadamard scaled:strength=F-1/2",
-    }.items()
-}
-SHARES = {  # that vary: where they were measured
-    "in the batches": (LIMITED, "all"),
-    "in own text, too": (OURS, "all"),
-}
-BOTH_LAYERS = {"all linear": (LIMITED, "all"), "MLP": (LIMITED, "mlp")}
-SMALL_RISES = 0.03, 0.05, 0.1
-POWERS = {  # of the share that varies in the batches
-    "p = 0": "hadamard scaled:p=0",
-    "p = 1": "hadamard scaled:p=1",
-    "p = 2, which calibrate takes": ONE,
-    "p = 4": "hadamard scaled:p=4",
-}
-SIZES = {  # layers and r
-    "MLP alone, 64": ("mlp", 64),
-    "MLP alone, 32": ("mlp", 32),
-    "MLP alone, 16": ("mlp", 16),
-    "q, v, o, down, 32": ("four", 32),
-    "all linear, 64": ("all", 64),
-    "all linear, 32": ("all", 32),
-}
-RATE = 1e-3  # which we recommend
-SETTING = "model", "task", "targets", "seed"
+LONG = METHODS | {"full tuning": ("full", "all")}  # methods of trainings of more than 40 steps
+LONG_FACTORS = 1, 0.7  # of dW
+CHAT = {name: METHODS[name] for name in ("ours, all linear", "SHiRA, MLP", "LoRA, MLP")}
+CHAT_LOSSES = 1.23, 1.43  # of SmolLM2's spelling
 
 
-def read(names: list[str]) -> list[dict]:
-    """The rows that reached a finite loss, of a scaling of 20. Of equal runs what either measured;
-    of what both did, the last."""
-    runs: dict[tuple, dict] = {}
-    for name in names:
-        for row in read_rows(RESULTS / f"forgetting-{name}.jsonl"):
-            run = runs.setdefault(identity(row), {})
-            for key, value in row.items():
-                run[key] = run.get(key, {}) | value if isinstance(value, dict) else value
-    return [run for run in runs.values() if run["scaling"] == 20 and "forgetting" in run]
+def at_equal_loss(rows: list[dict], methods: Methods, text: str = "manual") -> str:
+    """Some rows have the manual alone at factors, so other texts leave them out."""
 
+    def cell(these: list[dict]) -> str:
+        loss = EQUAL[these[0]["model"], these[0]["task"]] if these else 0.0
+        return mean_cell(least_by_seed(these, loss, text))
 
-def of_one_task(rows: list[dict], steps: int = 40) -> list[dict]:
-    """Neither mixed with own text nor followed by another task."""
-    return selected(rows, steps=steps, then=None, mix=None)
-
-
-def of_methods(
-    rows: list[dict], methods: dict, cell: Callable, head: Callable = lambda *key: ""
-) -> str:
-    """A row per model and task, a column per method and its layers; `cell(rows, model, task)` is a
-    loss or what was forgotten, by seeds."""
-    found = []
-    for model, task in EQUAL:
-        if of_task := selected(rows, model=model, task=task):
-            cells = [f"{MODELS[model]}, {task}{head(model, task)}"]
-            for method, targets in methods.values():
-                these = selected(of_task, method=method, targets=targets, r=32)
-                cells.append(mean_cell(cell(these, model, task)))
-            found.append(cells)
-    return markdown(["", *methods], found)
-
-
-def at_equal_forgetting(rows: list[dict], rise: float, methods: dict, text: str = "manual") -> str:
     measured = [row for row in rows if has_curve(row, text)]
-    return of_methods(measured, methods, lambda these, *_: loss_by_seed(these, rise, text))
+    return by_task(measured, of_methods(methods, cell), lambda *key: f", {EQUAL[key]}")
 
 
 def rates(rows: list[dict]) -> str:
     """Of each method, and with how many seeds each."""
+
+    def cell(these: list[dict]) -> str:
+        seeds = Counter(row["lr"] for row in these)
+        return ", ".join(f"{shown(lr)} ({seeds[lr]})" for lr in sorted(seeds))
+
+    return by_task(rows, of_methods(METHODS, cell))
+
+
+def as_trained(rows: list[dict]) -> str:
+    """Of one task: what each method had learned, and what it had forgotten of every text, as
+    trained and with less of dW."""
     found = []
-    for model, task in EQUAL:
-        cells = [f"{MODELS[model]}, {task}"]
-        for method, targets in METHODS.values():
-            setting = {"model": model, "task": task, "method": method, "targets": targets, "r": 32}
-            seeds = Counter(row["lr"] for row in selected(rows, **setting))
-            cells.append(", ".join(f"{lr:g} ({seeds[lr]})" for lr in sorted(seeds)))
-        found.append(cells)
-    return markdown(["", *METHODS], found)
+    for name, (method, targets) in LONG.items():
+        of_method = selected(rows, method=method, targets=targets)
+        for lr in sorted({row["lr"] for row in of_method}):
+            runs = selected(of_method, lr=lr)
+            for factor in LONG_FACTORS:
+                first = [name, shown(lr)] if factor == 1 else [f"the same, times {factor}", ""]
+                cells = [means((at_factor(row, factor)[0],) for row in runs)]
+                for text in TEXTS:
+                    forgotten = [at_factor(row, factor, text)[1] for row in runs]
+                    cells.append("" if None in forgotten else f"{statistics.fmean(forgotten):.3f}")
+                found.append([*first, *cells, str(len(runs))])
+    return markdown(["", "rate", "loss", *TEXTS.values(), "seeds"], found)
 
 
-def by_strength(rows: list[dict], rise: float) -> str:
-    """At equal forgetting, of the seeds that have strengths as those of `calibrate`."""
-    seeds = {tuple(row[name] for name in SETTING) for row in selected(rows, method=LIMITED)}
-    mine = [row for row in rows if tuple(row[name] for name in SETTING) in seeds]
-    return at_equal_forgetting(mine, rise, STRENGTHS)
-
-
-def of_both(rows: list[dict], rise: float, methods: dict, text: str) -> str:
-    """At equal forgetting, of the seeds that two methods have, at the rate that we recommend."""
-    mine = [row for row in selected(rows, lr=RATE, r=32) if has_curve(row, text)]
-    one, other = (
-        {(row["model"], row["task"], row["seed"]) for row in selected(mine, method=m, targets=t)}
-        for m, t in methods.values()
-    )
-    mine = [row for row in mine if (row["model"], row["task"], row["seed"]) in one & other]
-    return at_equal_forgetting(mine, rise, methods, text)
-
-
-def at_equal_loss(rows: list[dict], methods: dict, text: str = "manual") -> str:
-    """Some rows have the manual alone at factors, so other texts leave them out."""
-    return of_methods(
-        [row for row in rows if has_curve(row, text)],
-        methods,
-        lambda these, *key: least_by_seed(these, EQUAL[key], text),
-        lambda *key: f", {EQUAL[key]}",
-    )
-
-
-def by_power(rows: list[dict]) -> str:
-    """Of q, v, o and down_proj at one rate, by seeds."""
-    columns = [key for key in EQUAL if key[1] != "json"]
+def beside_ours(rows: list[dict]) -> str:
+    """Of one task: at the loss of each other method as trained and with less of dW, what it had
+    forgotten of every text, and what ours had at one rate; means over the seeds of both."""
     found = []
-    for name, method in POWERS.items():
-        mine = selected(rows, method=method, targets="four", r=32, lr=RATE)
-        cells = [
-            seeds_cell(least_by_seed(selected(mine, model=model, task=task), EQUAL[model, task]))
-            for model, task in columns
+    ours = {row["seed"]: row for row in selected(rows, method=OURS, targets="all")}
+    for name, (method, targets) in LONG.items():
+        runs = [
+            row for row in selected(rows, method=method, targets=targets) if row["seed"] in ours
         ]
-        found.append([name, *cells])
-    return markdown(["", *(f"{MODELS[m]}, {task}, {EQUAL[m, task]}" for m, task in columns)], found)
+        for factor in LONG_FACTORS if runs and method != OURS else ():
+            cells = [name if factor == 1 else f"the same, times {factor}"]
+            cells.append(means((at_factor(row, factor)[0],) for row in runs))
+            for text in TEXTS:
+                pairs = []
+                for row in runs:
+                    loss, forgotten = at_factor(row, factor, text)
+                    of_ours = between(loss, sorted(points(ours[row["seed"]], text)))
+                    pairs.append((forgotten, of_ours))
+                cells.append("" if any(None in pair for pair in pairs) else means(pairs))
+            if any(cells[2:]):
+                found.append([*cells, str(len(runs))])
+    return markdown(["", "loss", *TEXTS.values(), "seeds"], found)
 
 
-def by_size(rows: list[dict]) -> str:
-    """Spelling with seed 0 at one rate, by layers and r: forgetting at equal loss, and the loss
-    and forgetting as trained."""
-    heads = ["layers, r"]
-    for model, name in MODELS.items():
-        heads += [f"{name}, parameters", f"at {EQUAL[model, 'spelling']}", "as trained"]
+def in_chat(rows: list[dict]) -> str:
+    """SmolLM2's spelling, seed 0: KL on answers, and how often the likeliest token is the same."""
+    mine = selected(rows, model="fp32", task="spelling", seed=0)
+
+    def cell(loss: float, text: str, these: list[dict]) -> str:
+        curves = [sorted(points(row, text)) for row in these if has_curve(row, text)]
+        values = [value for curve in curves if (value := between(loss, curve)) is not None]
+        if not values:
+            return "not reached"
+        return f"{max(values):.0%}" if text == "agreement" else f"{min(values):.3f}"
+
     found = []
-    usual = {"method": ONE, "task": "spelling", "seed": 0, "lr": RATE}
-    for name, (targets, r) in SIZES.items():
-        cells = [name]
-        for model in MODELS:
-            mine = selected(rows, **usual, model=model, targets=targets, r=r)
-            cells.append(f"{mine[0]['parameters'] / 1e6:.2f} M" if mine else "")
-            cells.append(seeds_cell(least_by_seed(mine, EQUAL[model, "spelling"])))
-            cells.append(means(points(row)[0] for row in mine))
-        found.append(cells)
-    return markdown(heads, found)
-
-
-def dial_and_rate(rows: list[dict]) -> str:
-    """Ours: a lower rate as trained, and a higher one whose dW is scaled until it has the same
-    loss."""
-    found = []
-    mine = selected(rows, method=LIMITED, r=32)
-    for model, task, targets, seed in sorted({tuple(row[k] for k in SETTING) for row in mine}):
-        of_rates = selected(mine, model=model, task=task, targets=targets, seed=seed)
-        for low, high in pairwise(sorted(of_rates, key=lambda row: row["lr"])):
-            loss, forgotten = points(low)[0]
-            scaled = between(loss, sorted(points(high)))
-            if scaled is not None:
-                cells = [f"{MODELS[model]}, {task}, {LAYERS[targets]}", f"{seed}", f"{low['lr']:g}"]
-                cells += [f"{loss:.3f}", f"{forgotten:.3f}", f"{high['lr']:g}: {scaled:.3f}"]
-                found.append(cells)
-    heads = ["", "seed", "rate", "loss", "forgot", "a higher rate, scaled, forgot"]
-    return markdown(heads, found)
+    for loss in CHAT_LOSSES:
+        for head, text in (("KL", "chat"), ("the same likeliest token", "agreement")):
+            columns = of_methods(CHAT, partial(cell, loss, text))
+            found.append([f"{head}, at a loss of {loss}", *(of(mine) for of in columns.values())])
+    return markdown(["", *CHAT], found)
 
 
 def runs(rows: list[dict]) -> str:
@@ -246,25 +161,34 @@ def runs(rows: list[dict]) -> str:
     return markdown(heads, found)
 
 
-def skills(rows: list[dict]) -> str:
-    """One task after the other: the share of right answers, of spelling the errors per phoneme, and
-    the held-out loss of both; and what was forgotten in the end."""
-    heads = ["first, second", "method", "layers", "r", "rate", "first", "first, after the second"]
-    heads += ["second", "meter", "manual", "seeds"]
+def named(row: dict) -> list[str]:
+    return [row["method"], LAYERS[row["targets"]], str(row["r"]), shown(row["lr"])]
+
+
+def skills(rows: list[dict], first: str, second: str) -> str:
+    """One task after the other: right answers, held-out loss and, of spelling, errors per phoneme;
+    and what was forgotten in the end."""
     found = []
-    for mine in by_setting([row for row in rows if "then" in row]):
-        first, second = mine[0]["task"], mine[0]["then"]
-        head = f"{MODELS[mine[0]['model']]}, {first}, {second}, {mine[0]['steps']} steps"
-        shown = [(first, 0), (first, 1), (second, 1)]
-        cells = [means(_told(row["skills"][task][stage]) for row in mine) for task, stage in shown]
-        cells += [means([(row["meter"],) for row in mine])]
-        cells += [means([(row["forgetting"]["manual"],) for row in mine]), str(len(mine))]
-        found.append([head, *named(mine[0]), *cells])
-    return markdown(heads, found)
+    for name, (method, targets) in LONG.items():
+        for mine in by_setting(selected(rows, method=method, targets=targets)):
+            cells = [name, shown(mine[0]["lr"])]
+            for task, stage in ((first, 0), (first, 1), (second, 1)):
+                cells.append(skill([row["skills"][task][stage] for row in mine]))
+            cells.append(means((row["forgetting"]["manual"],) for row in mine))
+            cells.append(means((row["meter"],) for row in mine))
+            found.append([*cells, str(len(mine))])
+    heads = ["", "rate", f"{first}, after it", f"{first}, after {second}", second]
+    return markdown([*heads, "manual", "own text", "seeds"], found)
 
 
-def _told(skill: dict) -> tuple[float, float]:
-    return skill.get("phoneme_errors", skill["right"]), skill["held_out_loss"]
+def skill(of_seeds: list[dict]) -> str:
+    right, loss = (
+        statistics.fmean(each[name] for each in of_seeds) for name in ("right", "held_out_loss")
+    )
+    told = f"{right:.0%}; {loss:.3f}"
+    if all("phoneme_errors" in each for each in of_seeds):
+        told += f"; {statistics.fmean(each['phoneme_errors'] for each in of_seeds):.0%}"
+    return told
 
 
 def mixing(rows: list[dict]) -> str:
@@ -283,18 +207,21 @@ def mixing(rows: list[dict]) -> str:
     return markdown(heads, found)
 
 
-def print_more(rows: list[dict]) -> None:
-    """What rows of more than 40 steps, of two tasks and with own text mixed in tell."""
-    for steps in sorted({row["steps"] for row in rows} - {40}):
-        these = of_one_task(rows, steps)
-        for text, rises in RISES.items():
-            for rise in rises:
-                print(f"{steps} steps: held-out loss at a rise of {rise} on {text}\n")
-                print(at_equal_forgetting(these, rise, METHODS | OTHERS | FULL, text))
-    print("one task after the other: wrong or right answers; held-out loss\n")
-    print(skills(rows))
-    print("own text mixed in\n")
-    print(mixing(rows))
+def print_long(rows: list[dict]) -> None:
+    """What trainings of more than 40 steps, of one task and of two, tell."""
+    long = [row for row in rows if row["steps"] > 40 and "mix" not in row]
+    for model, task, steps in dict.fromkeys((r["model"], r["task"], r["steps"]) for r in long):
+        these = selected(of_one_task(long, steps), model=model, task=task)
+        if these:
+            name = f"{MODELS[model]}, {task}, {steps} steps"
+            print(f"{name}: as trained\n\n{as_trained(these)}")
+            print(f"{name}: what each had forgotten, and ours at its loss\n\n{beside_ours(these)}")
+    of_two = [row for row in long if "then" in row]
+    settings = dict.fromkeys((r["model"], r["task"], r["then"], r["steps"]) for r in of_two)
+    for model, first, second, steps in settings:
+        print(f"{MODELS[model]}, {first}, then {second}, {steps} steps each\n")
+        these = selected(of_two, model=model, task=first, then=second, steps=steps)
+        print(skills(these, first, second))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -305,38 +232,27 @@ def main(arguments: list[str] | None = None) -> None:
     for methods in (METHODS, OTHERS):
         for text, rises in RISES.items():
             for rise in rises:
-                print(f"held-out loss at a rise of {rise} on {text}\n")
+                print(f"held-out loss at a rise of {rise} on {TEXTS[text]}\n")
                 print(at_equal_forgetting(usual, rise, methods, text))
         for text in ("manual", "code", "prose", "chat"):
-            print(f"what was forgotten of {text} at equal loss\n")
+            print(f"what was forgotten of {TEXTS[text]} at equal loss\n")
             print(at_equal_loss(usual, methods, text))
     print("rates, and with how many seeds\n")
     print(rates(usual))
-    for text, rise in (("manual", 0.03), ("manual", 0.1), ("prose", 0.1), ("meter", 0.2)):
-        print(f"the share that varies: held-out loss at a rise of {rise} on {text}\n")
-        print(of_both(usual, rise, SHARES, text))
-    for text, rise in (("manual", 0.03), ("manual", 0.1), ("meter", 0.2)):
-        print(f"layers: held-out loss at a rise of {rise} on {text}, at one rate\n")
-        print(of_both(usual, rise, BOTH_LAYERS, text))
-    for rise in SMALL_RISES:
-        print(f"strengths of the layers: held-out loss at a rise of {rise} on the manual\n")
-        print(by_strength(usual, rise))
-    print("by the power p\n")
-    print(by_power(usual))
-    print("by layers and r\n")
-    print(by_size(usual))
-    print("the dial and a lower rate\n")
-    print(dial_and_rate(usual))
-    print_more(rows)
-    for model, task, steps in dict.fromkeys((r["model"], r["task"], r["steps"]) for r in rows):
-        print(f"{model}, {task}, {steps} steps\n")
-        print(runs(selected(of_one_task(rows, steps), model=model, task=task)))
+    print_long(rows)
+    print("answers in chat\n")
+    print(in_chat(usual))
+    print("own text mixed in\n")
+    print(mixing(rows))
     print("rank correlation of the meter with the rise of the loss on a text\n")
     print(correlations(rows))
     print("rank correlation of the meter with what was lost of a first task\n")
     print(correlations_of_skills(rows))
     print("rank correlation of KL on the task with the rise of the loss on the manual\n")
     print(correlations_of_the_task(rows))
+    for model, task, steps in dict.fromkeys((r["model"], r["task"], r["steps"]) for r in rows):
+        print(f"{MODELS[model]}, {task}, {steps} steps: all runs\n")
+        print(runs(selected(of_one_task(rows, steps), model=model, task=task)))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
 import statistics
 
-from forgetting_cells import MODELS, markdown
 from forgetting_curves import forgot, has, has_curve, points, selected
+from forgetting_tables import MODELS, TEXTS, markdown
+
+FEWEST = 4  # runs that have a rank correlation
 
 
 def rank_correlation(pairs: list[tuple[float, float]]) -> str:
     """Spearman's."""
-    if len(pairs) < 4:
+    if len(pairs) < FEWEST:
         return ""
     ranked = []
     for values in zip(*pairs, strict=True):
@@ -21,7 +23,8 @@ def correlations(rows: list[dict]) -> str:
     """Of the meter, KL(base, tuned) on what the base model wrote, with the rise of the loss on
     every text and with KL(base, tuned) on answers in chat: of runs as trained, and of all points of
     the dial."""
-    as_trained, dialed = ("own", "manual", "code", "prose", "chat"), ("own", "manual", "chat")
+    names = {"own": "own text", **TEXTS}
+    as_trained, dialed = ("own", "manual", "code", "prose", "chat"), ("manual", "chat")
     found = []
     for name, mine in by_model_and_task([row for row in rows if "meter" in row]):
         cells = [name, str(len(mine))]
@@ -36,8 +39,10 @@ def correlations(rows: list[dict]) -> str:
                     curves = zip(points(row, "meter"), points(row, text), strict=True)
                     pairs += [(meter, rise) for (_, meter), (_, rise) in curves]
             cells.append(rank_correlation(pairs))
-        found.append(cells)
-    return markdown(["", "runs", *as_trained, "points", *dialed], found)
+        if len(mine) >= FEWEST:
+            found.append(cells)
+    heads = [[names[text] for text in texts] for texts in (as_trained, dialed)]
+    return markdown(["", "runs", *heads[0], "points", *heads[1]], found)
 
 
 def correlations_of_the_task(rows: list[dict]) -> str:
@@ -67,5 +72,5 @@ def by_model_and_task(rows: list[dict]) -> list[tuple[str, list[dict]]]:
         of_model = selected(rows, model=model)
         tasks = dict.fromkeys(row["task"] for row in of_model)
         found += [(f"{name}, {task}", selected(of_model, task=task)) for task in tasks]
-        found += [(f"{name}, all", of_model)] if of_model else []
+        found += [(f"{name}, all tasks", of_model)] if of_model else []
     return found

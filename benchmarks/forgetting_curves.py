@@ -22,6 +22,14 @@ def points(row: dict, text: str = "manual") -> Points:
     return found + [(each["held_out_loss"], each[text]) for each in after if text in each]
 
 
+def at_factor(row: dict, factor: float, text: str = "manual") -> tuple[float, float | None]:
+    """The held-out loss with dW times this, and what was forgotten, if it was measured there."""
+    if factor == 1:
+        return row["held_out_loss"], forgot(row, text)
+    scaled = row[f"x {factor}"]
+    return scaled["held_out_loss"], scaled.get(text)
+
+
 def forgot(row: dict, text: str) -> float:
     return row["forgetting"][text] if text in row["forgetting"] else row[text]
 

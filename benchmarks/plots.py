@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 
 import matplotlib
-from forgetting import OURS
 from forgetting_curves import loss_by_seed
+from forgetting_tables import OURS
 from methods import density_of
 
 matplotlib.use("Agg")

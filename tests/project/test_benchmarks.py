@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
+import ablations
 import approximate
 import budget
 import calibrate
@@ -78,13 +79,20 @@ def test_plots_are_drawn_from_the_results_and_shown(tmp_path):
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")
-def test_forgetting_is_told_from_the_results(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["forgetting.py", "zen5", "zen4-3", "more-zen4"])
-    forgetting.main()
-    page = (ROOT / "docs" / "evidence.md").read_text()
-    told = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| SmolLM2,")]
-    shown = [row for row in told if row in page]
-    assert len(told) > 20 and told[:16] == shown[:16]  # at three rises, and at equal loss
+@pytest.mark.parametrize(
+    "program, page, count", [(forgetting, "evidence", 15), (ablations, "ablations", 8)]
+)
+def test_a_page_has_the_tables_that_its_program_prints(program, page, count, capsys):
+    program.main(["zen5", "zen4-3", "more-zen4"])
+    printed = tables(capsys.readouterr().out)
+    heads = {table.splitlines()[0] for table in printed}
+    shown = tables((ROOT / "docs" / f"{page}.md").read_text())
+    shown = [table for table in shown if table.splitlines()[0] in heads]
+    assert len(shown) == count and set(shown) <= set(printed)
+
+
+def tables(text: str) -> list[str]:
+    return re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")

@@ -169,7 +169,8 @@ def test_one_example_of_eight_becomes_a_row_that_the_base_model_wrote(toy):
 
 
 def row(loss: float, chat: float, **more) -> dict:
-    measured = {"meter": chat, "forgetting": {"manual": chat / 10}, "seconds_per_step": 1.0}
+    rises = dict.fromkeys(("manual", "code", "prose"), chat / 10)
+    measured = {"meter": chat, "forgetting": rises, "seconds_per_step": 1.0}
     scaled = {f"x {f}": {"held_out_loss": 9, "chat": chat, "manual": 0} for f in (0.7, 0.4)}
     setting = {"task": "spelling", "method": "lora", "lr": 1e-3, "seed": 0, "steps": 40, "r": 32}
     setting |= {"targets": "mlp", "model": "fp32", "scaling": 20.0}
@@ -186,9 +187,20 @@ def test_tables_of_chat_skills_and_own_rows():
         for errors, right in ((0.5, 0.75), (0.7, 0.25))
     ]  # fmt: skip
     told = [row(1, 0.1, then="roman", skills=each, seed=i) for i, each in enumerate(skills)]
-    assert "0.600; 1.000 | 0.600; 1.000 | 0.500; 2.000 | 0.100 | 0.010 | 2 |" in forgetting.skills(
-        told
-    )
+    of_both = forgetting.skills(told, "spelling", "roman")
+    assert "20%; 1.000; 60% | 20%; 1.000; 60% | 50%; 2.000 | 0.010 | 0.100 | 2 |" in of_both
     both = forgetting.mixing([*rows, row(1.5, 0.05, mix=8), row(7, 7, then="roman")])
     assert "none | 1.000; 0.040 | 0.400 | 1.000 |" in both
     assert "1 of 8 | 1.500; 0.005 | 0.050 | 1.000 |" in both
+
+
+def test_others_are_compared_with_ours_at_their_loss():
+    lora = row(1.2, 0.4, lr=1.5e-3)
+    ours = row(1.0, 0.4, method="hadamard scaled", targets="all")
+    ours["x 0.7"] |= {"held_out_loss": 1.4, "manual": 0.01}
+    table = forgetting.beside_ours([lora, ours]).splitlines()
+    # of the manual ours forgot 0.04 at 1.0 and 0.01 at 1.4, so 0.02 at 1.2
+    assert table[2].startswith("| LoRA, MLP | 1.200 | 0.040; 0.020 |")
+    trained = forgetting.as_trained([lora, ours]).splitlines()
+    assert trained[2].startswith("| ours, all linear | 1e-3 | 1.000 | 0.040 |")
+    assert trained[4].startswith("| LoRA, MLP | 1.5e-3 | 1.200 | 0.040 |")

@@ -1,0 +1,206 @@
+"""Tables of docs/ablations.md, ours against variants of itself, from the rows of finetune.py.
+
+    python benchmarks/ablations.py zen5 zen4-3 more-zen4
+
+reads results/forgetting-{zen5,zen4-3,more-zen4}.jsonl. forgetting.py says how values are read off.
+"""
+
+import argparse
+from functools import partial
+from itertools import pairwise
+
+from forgetting_curves import (
+    between,
+    forgot,
+    has_curve,
+    least_by_seed,
+    loss_by_seed,
+    points,
+    selected,
+)
+from forgetting_tables import (
+    EQUAL,
+    LAYERS,
+    MODELS,
+    OURS,
+    TEXTS,
+    Methods,
+    at_equal_forgetting,
+    by_task,
+    markdown,
+    mean_cell,
+    means,
+    of_one_task,
+    read,
+    seeds_cell,
+    shown,
+)
+
+LIMITED = "hadamard scaled:strength=limited"  # by the share that varies in the batches alone
+ONE = "hadamard scaled:strength=one"  # likewise, for all layers of a model
+RATE = 1e-3  # which we recommend
+RATES = RATE, 1.5e-3
+SETTING = "model", "task", "targets", "seed"
+SHARES = {"batches": (LIMITED, "all"), "own text, too": (OURS, "all")}  # where it was measured
+BOTH_LAYERS = {"all linear": (LIMITED, "all"), "MLP": (LIMITED, "mlp")}
+STRENGTHS = {  # of the layers of a model
+    f"{name}, {LAYERS[targets]}": (method, targets)
+    for targets in ("all", "mlp")
+    for name, method in {
+        "one": ONE,
+        "as calibrate": LIMITED,
+        "no limit": "hadamard scaled:strength=F-1/2",
+    }.items()
+}
+READ = {  # what calibrate reads
+    "four batches of the task": LIMITED,
+    "the same, each as one row of some 230 tokens": "hadamard scaled:on=long strength=limited",
+    "the model's own text, 8 rows of 128 tokens": "hadamard scaled:on=own strength=limited",
+}
+POWERS = {  # of the share that varies in the batches
+    "p = 0": "hadamard scaled:p=0",
+    "p = 1": "hadamard scaled:p=1",
+    "p = 2": ONE,
+    "p = 4": "hadamard scaled:p=4",
+}
+SIZES = {  # layers and r
+    "MLP, 64": ("mlp", 64),
+    "MLP, 32": ("mlp", 32),
+    "MLP, 16": ("mlp", 16),
+    "q, v, o, down, 32": ("four", 32),
+    "all linear, 64": ("all", 64),
+    "all linear, 32": ("all", 32),
+}
+
+
+def side_by_side(rows: list[dict], methods: Methods, rises: list[tuple[str, float]]) -> str:
+    """At equal forgetting of each text, at the rate that we recommend: of the seeds that all of
+    these methods have."""
+
+    def cell(name: str, text: str, rise: float, these: list[dict]) -> str:
+        mine = [row for row in selected(these, lr=RATE, r=32) if has_curve(row, text)]
+        runs = {
+            each: {row["seed"]: row for row in selected(mine, method=method, targets=targets)}
+            for each, (method, targets) in methods.items()
+        }
+        shared = set.intersection(*map(set, runs.values()))
+        return mean_cell(loss_by_seed([runs[name][seed] for seed in shared], rise, text))
+
+    columns = {
+        f"{TEXTS[text]} {rise}: {name}": partial(cell, name, text, rise)
+        for text, rise in rises
+        for name in methods
+    }
+    return by_task(rows, columns)
+
+
+def by_strength(rows: list[dict], rise: float) -> str:
+    """At equal forgetting, of the seeds that have strengths as those of `calibrate`."""
+    seeds = {tuple(row[name] for name in SETTING) for row in selected(rows, method=LIMITED)}
+    mine = [row for row in rows if tuple(row[name] for name in SETTING) in seeds]
+    return at_equal_forgetting(mine, rise, STRENGTHS)
+
+
+def by_text_read(rows: list[dict]) -> str:
+    """SmolLM2's spelling, all linear layers, seed 0, as trained."""
+    usual = {"model": "fp32", "task": "spelling", "targets": "all", "r": 32, "lr": RATE, "seed": 0}
+    found = []
+    for name, method in READ.items():
+        for row in selected(rows, method=method, **usual):
+            forgotten = [f"{forgot(row, text):.3f}" for text in TEXTS]
+            found.append([name, f"{row['held_out_loss']:.3f}", *forgotten])
+    return markdown(["read", "loss", *TEXTS.values()], found)
+
+
+def by_rate(rows: list[dict]) -> str:
+    """Loss and forgetting as trained, and the loss at equal forgetting, at each rate."""
+
+    def as_trained(lr: float, these: list[dict]) -> str:
+        return means(points(row)[0] for row in selected(these, lr=lr))
+
+    def at_rise(lr: float, rise: float, these: list[dict]) -> str:
+        return mean_cell(loss_by_seed(selected(these, lr=lr), rise))
+
+    columns = {}
+    for lr in RATES:
+        columns[f"{shown(lr)}: as trained"] = partial(as_trained, lr)
+        for rise in (0.03, 0.1):
+            columns[f"{shown(lr)}: at {rise}"] = partial(at_rise, lr, rise)
+    return by_task(selected(rows, method=OURS, targets="all", r=32), columns)
+
+
+def by_power(rows: list[dict]) -> str:
+    """Of q, v, o and down_proj at one rate, what each seed had forgotten at equal loss."""
+
+    def cell(method: str, these: list[dict]) -> str:
+        mine = selected(these, method=method)
+        loss = EQUAL[mine[0]["model"], mine[0]["task"]] if mine else 0.0
+        return seeds_cell(least_by_seed(mine, loss))
+
+    columns = {name: partial(cell, method) for name, method in POWERS.items()}
+    mine = selected(rows, targets="four", r=32, lr=RATE)
+    return by_task(mine, columns, lambda *key: f", {EQUAL[key]}")
+
+
+def by_size(rows: list[dict]) -> str:
+    """Spelling with seed 0 at one rate, by layers and r: forgetting at equal loss, and the loss
+    and forgetting as trained."""
+    heads = ["layers, r"]
+    for model, name in MODELS.items():
+        at = f"forgotten at {EQUAL[model, 'spelling']}"
+        heads += [f"{name}: trained", at, "as trained"]
+    found = []
+    usual = {"method": ONE, "task": "spelling", "seed": 0, "lr": RATE}
+    for name, (targets, r) in SIZES.items():
+        cells = [name]
+        for model in MODELS:
+            mine = selected(rows, **usual, model=model, targets=targets, r=r)
+            cells.append(f"{mine[0]['parameters'] / 1e6:.2f} M" if mine else "")
+            cells.append(seeds_cell(least_by_seed(mine, EQUAL[model, "spelling"])))
+            cells.append(means(points(row)[0] for row in mine))
+        found.append(cells)
+    return markdown(heads, found)
+
+
+def dial_and_rate(rows: list[dict]) -> str:
+    """A lower rate as trained, and a higher one whose dW is scaled until it has the same loss."""
+    found = []
+    mine = selected(rows, method=LIMITED, r=32)
+    for model, task, targets, seed in sorted({tuple(row[k] for k in SETTING) for row in mine}):
+        of_rates = selected(mine, model=model, task=task, targets=targets, seed=seed)
+        for low, high in pairwise(sorted(of_rates, key=lambda row: row["lr"])):
+            loss, forgotten = points(low)[0]
+            scaled = between(loss, sorted(points(high)))
+            if scaled is not None:
+                cells = [f"{MODELS[model]}, {task}, {LAYERS[targets]}", f"{seed}", shown(low["lr"])]
+                cells += [f"{loss:.3f}", f"{forgotten:.3f}", f"{shown(high['lr'])}: {scaled:.3f}"]
+                found.append(cells)
+    heads = ["", "seed", "rate", "loss", "forgot", "a higher rate, scaled, forgot"]
+    return markdown(heads, found)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+")
+    rows = of_one_task(read(parser.parse_args(arguments).names))
+    print("the share that varies: held-out loss at rises of texts\n")
+    print(side_by_side(rows, SHARES, [("manual", 0.03), ("manual", 0.1), ("meter", 0.2)]))
+    print("layers: held-out loss at rises of texts\n")
+    print(side_by_side(rows, BOTH_LAYERS, [("manual", 0.1), ("manual", 0.03), ("meter", 0.2)]))
+    for rise in (0.1, 0.05, 0.03):
+        print(f"strengths of the layers: held-out loss at a rise of {rise} on the manual\n")
+        print(by_strength(rows, rise))
+    print("by what calibrate reads\n")
+    print(by_text_read(rows))
+    print("by the rate\n")
+    print(by_rate(rows))
+    print("by the power p: what was forgotten at equal loss\n")
+    print(by_power(rows))
+    print("by layers and r\n")
+    print(by_size(rows))
+    print("the dial and a lower rate\n")
+    print(dial_and_rate(rows))
+
+
+if __name__ == "__main__":
+    main()
