@@ -1,8 +1,8 @@
 """PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -10,7 +10,6 @@ import torch
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..checks import at_most_ten, check_alpha, check_r, meant_targets, warn_of_unmatched, warn_user
@@ -28,13 +27,15 @@ from ..nn.experts import ADAPTERS, AdaptedModule, sizes_of_matching
 from ..nn.input_scale import tensor_misfits
 from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
 from ..nn.merging import check_mergeable
-from ..nn.state_dict import DIAGONALS, refuse_misfits
+from ..nn.state_dict import refuse_misfits
 from ..nn.uncalibrated import watch_calibration
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, description_of_matrix, largest, new_bases
 from .config import description_of_config, target_parameters
 from .layer import AcceleratedLinear, AcceleratedParameter
+from .misfits import check_names
 from .quantized import QuantizedLinear
+from .rows import adapters_by_row
 
 _PREFIX = "base_model.model."  # of names in a PeftModel, and in files
 
@@ -266,43 +267,10 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names=None, **call):
-        """For ``model(..., adapter_names=[...])``: row b is computed with adapter_names[b].
-
-        "__base__" means none. `call` has the keyword arguments of the model's call: ``generate``
-        repeats every input max(num_beams, num_return_sequences) times, but not in the encoder of a
-        T5. Raises ValueError before anything is computed.
-        """
         if adapter_names is None:
             yield
             return
-        if self.training:
-            raise ValueError("adapter_names cannot be given in training mode; call model.eval()")
-        take_names = AcceleratedLinear, AuxiliaryTrainingWrapper
-        modules = [module for module in self.modules() if isinstance(module, take_names)]
-        if any(isinstance(m, AcceleratedParameter) for m in modules):
-            raise ValueError(
-                "adapter_names cannot choose among adapters of target_parameters: one W + dW "
-                "serves the whole batch"
-            )
-        known = {name for m in modules for name in getattr(m, "randlora_lambda", ())}
-        unknown = sorted(set(adapter_names) - known - {"__base__"})
-        if unknown:
-            raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
-        config = call.get("generation_config")
-        counted = "num_beams", "num_return_sequences"
-        copies = max(call.get(name, getattr(config, name, None)) or 1 for name in counted)
-
-        def give_names(module, args, kwargs):
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            times = copies if len(inputs) == copies * len(adapter_names) else 1
-            each = [name for name in adapter_names for _ in range(times)]
-            if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's, which wants all adapters
-                each = [name if name in module._adapters else "__base__" for name in each]
-            return args, {**kwargs, "adapter_names": each}
-
-        with ExitStack() as hooks:
-            for module in modules:
-                hooks.enter_context(module.register_forward_pre_hook(give_names, with_kwargs=True))
+        with adapters_by_row(self, adapter_names, call):
             yield
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
@@ -363,57 +331,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
         from_folder = f" (its configuration is from {folder})" if folder else ""
         what = f"what is loaded into adapter {name!r}{from_folder}"
         refuse_misfits(layers_by_path(model), named, what)
-        _check_names(model, name, named, what)
+        check_names(model, name, named, what)
         return named
-
-
-def _check_names(
-    model: nn.Module, adapter_name: str, named: Mapping[str, Tensor], what: str
-) -> None:
-    """Warns if tensors, by their names in `model`, fit an adapter only in part. PEFT returns such
-    names, and few look at them.
-
-    Raises RuntimeError if names differ by ``base_layer`` alone: then a layer's tensors are there
-    and would not be used.
-
-    Args:
-        what: is said not to fit.
-    """
-    places: set[str] = set()
-    expected: set[str] = set()
-    for path, layer in layers_by_path(model).items():
-        if adapter_name not in layer.randlora_lambda:
-            continue
-        path = path.replace("_fsdp_wrapped_module.", "")
-        own = {f"{path}.{diagonal}.{adapter_name}" for diagonal in DIAGONALS}
-        places |= own
-        if isinstance(layer, AcceleratedLinear):  # a RandLoraLinear is no part of the adapter
-            expected |= own
-    given = {key for key in named if any(f".{diagonal}" in key for diagonal in DIAGONALS)}
-    without_place = sorted(given - places)
-    missing = sorted(expected - given)
-
-    def shortened(key: str) -> str:
-        # PEFT has added the adapter's name to what has a place alone.
-        return key.removesuffix(f".{adapter_name}").replace(".base_layer", "")
-
-    found = {shortened(key) for key in without_place}
-    renamed = [key for key in missing if shortened(key) in found]
-    if renamed:
-        raise RuntimeError(
-            f"{what} does not fit: in it the names of {at_most_ten(renamed)} differ by base_layer. "
-            "There or here alone target_parameters adapt the module around these layers; load it "
-            "into a model with the same target_parameters"
-        )
-    for keys, why in (
-        (without_place, "tensors have no place in the model and are not used"),
-        (missing, "tensors of the adapter are missing and stay as they were"),
-    ):
-        if keys:
-            warn_user(
-                f"the tensors fit adapter {adapter_name!r} only in part: {len(keys)} {why}: "
-                f"{at_most_ten(keys)}"
-            )
 
 
 def layer_class(base_layer: nn.Module) -> type[AcceleratedLinear]:
