@@ -18,7 +18,7 @@ from .batches import check_batches
 from .calibration import adapters_to_calibrate, calibrate, layers_to_calibrate
 from .checks import check_number
 from .dial import dialed, set_dial
-from .forgetting_meter import forgetting, own_text_of
+from .forgetting_meter import check_text, forgetting, own_text_of
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
 from .own_text import checked_prompts
 from .ranks import of_all_ranks
@@ -69,7 +69,8 @@ class ForgettingBudget(TrainerCallback):
         batches: likewise.
 
     Raises TypeError or ValueError: trainer is no Trainer, max_rise no positive finite number,
-    prompts are no rows of token ids, batches are not several, or both are given.
+    prompts are no rows of token ids, batches are not several or hold no token that counts (as an
+    iterator that was used up), or both are given.
 
     Source: ours.
     """
@@ -99,6 +100,7 @@ class ForgettingBudget(TrainerCallback):
             check_batches(batches)
             with _random_states_kept():
                 self.text = list(batches)
+            check_text(self.text)
         self.can_measure = True
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:

@@ -100,18 +100,20 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     Raises, and leaves every adapter as it was: TypeError if model is no module, or batches is one
     tensor or mapping or holds something else; ValueError if no active adapter is on Hadamard bases,
     one has trained (its lambda is not zero) or is merged, no batch comes, or inputs or outputs hold
-    NaN or infinity; RuntimeError on the other ranks if one fails. Warns, once, of layers that see
-    no token or only zeros, which stay as they are, of own text on which something is not finite, of
-    a model that needs more than text, and of an "attention_mask" of another form, whose padding
-    counts. Experts must multiply by their parameter or a part of it, by torch's functions for
-    products (not einsum), as those of transformers do unless ``experts_implementation`` is
-    "batched_mm".
+    NaN or infinity; RuntimeError in torch.inference_mode, and on the other ranks if one fails.
+    Warns, once, of layers that see no token or only zeros, which stay as they are, of own text on
+    which something is not finite, of a model that needs more than text, and of an "attention_mask"
+    of another form, whose padding counts. Experts must multiply by their parameter or a part of it,
+    by torch's functions for products (not einsum), as those of transformers do unless
+    ``experts_implementation`` is "batched_mm".
 
     Source: ours. The same statistic serves quantization in AWQ and SmoothQuant; PEFT's EVA and
     CorDA measure activations to initialize LoRA.
     """
     check_model(model)
     check_batches(batches)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("calibrate takes gradients; call it outside of torch.inference_mode")
     layers = layers_to_calibrate(model)
     in_batches = _seen_in_batches(model, batches, layers)
     in_own_text = _seen_in_own_text(model, layers)
@@ -178,8 +180,10 @@ def _seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | Non
                 observe(model, row, sums)
                 if not differentiate(model, row, sums):
                     return None
-        # A model that needs more than text may raise any of these where the rest is missing.
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        # A model that needs more than text may fail in any way where the rest is missing.
+        except Exception as error:
             why = f"the model cannot read text alone: {error!r}"
     average(sums)  # all ranks write the same text
     for name, layer in layers.items():

@@ -80,8 +80,8 @@ def check_number(
 ) -> None:
     """Raises TypeError or ValueError, naming `name`, unless `value` is a number that fits."""
     is_number = isinstance(value, types) and not isinstance(value, bool)
-    if not is_number or not fits(value):
-        is_huge = isinstance(value, int) and value.bit_length() > 1000
+    is_huge = isinstance(value, int) and value.bit_length() > 1000  # more than a float holds
+    if not is_number or is_huge or not fits(value):
         shown = f"an integer of {value.bit_length()} bits" if is_huge else repr(value)
         error = ValueError if is_number else TypeError
         raise error(f"{name} must be {allowed}, got {shown}")

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .batches import check_batches, moved_to
-from .checks import check_model
+from .checks import check_model, check_seed
 from .eval_mode import in_eval_mode
 from .nn.linear import RandLoraLinear
 from .own_text import NO_LABEL, adapters_disabled, own_text
 from .ranks import failing_together, of_all_ranks, rank
 
 NUMBERS_AT_ONCE = 2**24  # of logits in float32, so that a large vocabulary takes no more memory
+
+_NO_TOKENS = f"batches must hold tokens that count, labels other than {NO_LABEL}"
 
 
 class Forgetting(NamedTuple):
@@ -77,6 +79,7 @@ def forgetting(
     """
     check_model(model)
     _check_adapters(model)
+    check_seed("seed", seed)
     if batches is None:
         batches = own_text_of(model, prompts, seed)
     elif prompts is not None:
@@ -139,7 +142,7 @@ def _check_adapters(model: nn.Module) -> None:
 
 def _measure(model: nn.Module, batch: Any) -> list[tuple[float, int]]:
     """Of each row of the batch the sum over its tokens that count, and how many these are."""
-    arguments = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    arguments = _arguments(batch)
     labels = _labels(arguments)
     predicts_next = _predicts_next(model)
     if predicts_next:
@@ -165,12 +168,24 @@ def _measure(model: nn.Module, batch: Any) -> list[tuple[float, int]]:
     return list(zip(sums.sum(1).tolist(), counted.sum(1).tolist(), strict=True))
 
 
-def _labels(arguments: Any) -> Tensor:
-    if not isinstance(arguments, Mapping):
+def check_text(batches: Sequence[Any]) -> None:
+    """Raises TypeError or ValueError unless `forgetting` can measure on these batches."""
+    if not any(bool((_labels(_arguments(batch)) != NO_LABEL).any()) for batch in batches):
+        raise ValueError(_NO_TOKENS)
+
+
+def _arguments(batch: Any) -> Mapping[str, Any]:
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    if not isinstance(batch, Mapping):
         raise TypeError(
             "batches must hold tensors of token numbers, or mappings of the model's arguments, "
-            f"got {arguments!r}"
+            f"got {batch!r}"
         )
+    return batch
+
+
+def _labels(arguments: Mapping[str, Any]) -> Tensor:
     labels = arguments.get("labels")
     if labels is None:
         labels, mask = arguments.get("input_ids"), arguments.get("attention_mask")
@@ -208,7 +223,7 @@ def _divergence(base: Tensor, tuned: Tensor) -> Tensor:
 def _mean(rows: list[tuple[float, int]]) -> Forgetting:
     rows = [(total, tokens) for total, tokens in rows if tokens]
     if not rows:
-        raise ValueError(f"batches must hold tokens that count, labels other than {NO_LABEL}")
+        raise ValueError(_NO_TOKENS)
     counted = sum(tokens for _, tokens in rows)
     nats = sum(total for total, _ in rows) / counted
     if not math.isfinite(nats):

@@ -1,5 +1,6 @@
 """`own_text`: what a language model writes by itself, from which can be told what it knows."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .batches import device_of
-from .checks import check_model
+from .checks import check_model, check_seed
 from .eval_mode import in_eval_mode
 from .ranks import is_dtensor
 
@@ -53,9 +54,9 @@ def own_text(
         prompt are -100.
 
     Raises TypeError if model is no module or cannot ``generate``, or a prompt holds something else
-    than integers; ValueError if rows or tokens is not positive, a prompt is empty or takes all the
-    model's positions, there are no prompts, or the configuration names neither a first nor a last
-    token.
+    than integers, or seed is none; ValueError if rows or tokens is not positive, seed is not in [0,
+    2**64), a prompt is empty, has a token that is not in the vocabulary or takes all the model's
+    positions, there are no prompts, or the configuration names neither a first nor a last token.
     """
     check_model(model)
     writer = _writer(model)
@@ -66,7 +67,9 @@ def own_text(
         )
     if tokens < 1 or rows < 1:
         raise ValueError(f"rows and tokens must be positive, got {rows} and {tokens}")
+    check_seed("seed", seed)
     given = _beginnings(writer, rows) if prompts is None else checked_prompts(prompts)
+    _check_vocabulary(writer, given)
     written = _answers(writer, given, tokens, seed)
     device = device_of(writer)
     return [_batch(of, new, device) for of, new in zip(given, written, strict=True)]
@@ -111,9 +114,19 @@ def adapters_disabled(model: Any) -> Iterator[None]:
             parameter.requires_grad_(did)
 
 
+def _vocabulary(model: Any) -> float:
+    return getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+
+
+def _check_vocabulary(model: Any, rows: list[list[int]]) -> None:
+    size = _vocabulary(model)
+    for token in itertools.chain(*rows):
+        if not 0 <= token < size:
+            raise ValueError(f"prompts must hold tokens in [0, {size}), got {token}")
+
+
 def _first_token(model: Any) -> int | None:
-    # Small models keep the tokens of a larger one's configuration.
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    vocabulary = _vocabulary(model)  # small models keep the tokens of a larger one's configuration
     for name in FIRST_TOKENS:
         token = getattr(model.generation_config, name, None)
         token = getattr(model.config, name, None) if token is None else token
@@ -146,7 +159,7 @@ def checked_prompts(prompts: Any) -> list[list[int]]:
     if not rows or not all(rows):
         raise ValueError(f"prompts must be rows of at least one token, got {prompts!r}")
     for row in rows:
-        if not isinstance(row, Sequence) or not all(isinstance(token, int) for token in row):
+        if not isinstance(row, Sequence) or not all(type(token) is int for token in row):
             raise TypeError(f"prompts must be rows of token ids, got one with {row!r}")
     return [list(row) for row in rows]
 

@@ -23,18 +23,21 @@ def watch_calibration(model: nn.Module, adapter: str) -> None:
 
 def warn_if_uncalibrated(layer: Any, names: Sequence[str]) -> None:
     """Called in forward of an `AdaptedLayer`. In the first one that trains an adapter of
-    ``layer.uncalibrated``, it warns if that is new and not calibrated; it does not look again.
-    Compiled code does not look at all."""
+    ``layer.uncalibrated``, it warns if that is new and not calibrated; once it has seen numbers it
+    does not look again. Compiled code does not look at all."""
     if torch.compiler.is_compiling() or not layer.training or not torch.is_grad_enabled():
         return
     for name in names:
         lam = layer.randlora_lambda[name]
         if name not in layer.uncalibrated or not lam.requires_grad:
             continue
-        layer.uncalibrated = layer.uncalibrated - {name}
         scales = layer.randlora_input_scale  # which a later adapter of that name may lack
-        has_trained = bool(lam.any())
-        if has_trained or name not in scales or scales.are_calibrated(name):
+        try:
+            needless = bool(lam.any()) or name not in scales or scales.are_calibrated(name)
+        except RuntimeError:  # no numbers to look at: on the meta device, fake, or inside vmap
+            continue
+        layer.uncalibrated = layer.uncalibrated - {name}
+        if needless:
             continue
         warn_user(
             f"RandLoRA adapter {name!r} is trained without calibration, so the model will forget "

@@ -93,6 +93,7 @@ LOST = "factor .* would make elements of lambda infinite or zero, in layer '[02]
         (model, (0,), ValueError, "factor must be a positive finite number, got 0"),
         (model, (-0.5,), ValueError, "factor must be a positive finite number, got -0.5"),
         (model, (torch.inf,), ValueError, "factor must be a positive finite number, got inf"),
+        (model, (10**400,), ValueError, "must be a positive finite number, got an integer of 1329"),
         (model, (None,), TypeError, "factor must be a positive finite number, got None"),
         (model, (0.5, "two"), ValueError, "adapter_name must be one of"),
         (merged, (0.5,), ValueError, "is merged; unmerge it first"),

@@ -215,6 +215,25 @@ def test_of_experts():
     assert told(model.train(), tokens) == 1
 
 
+def test_not_where_there_are_no_numbers():
+    model = adapted().to("meta")
+    assert told(model, TOKENS.to("meta")) == 0
+
+
+def test_inside_vmap_it_looks_when_there_are_numbers():
+    model = adapted(dtype=torch.float32)
+    trained = {
+        n: torch.stack([p.detach()] * 2) for n, p in model.named_parameters() if p.requires_grad
+    }
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (TOKENS,)).square().mean()
+
+    gradients = torch.func.vmap(torch.func.grad(loss))(trained)
+    assert all(gradients[name].shape == trained[name].shape for name in trained)
+    assert told(model) == 1
+
+
 def test_compiled_code_does_not_look(fresh_dynamo):
     model = adapted()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

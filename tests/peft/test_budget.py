@@ -197,6 +197,8 @@ def test_a_loader_as_its_text_draws_no_random_number_of_the_training(tmp_path):
     "given, error, told",
     [
         ({"batches": ROWS[0]}, TypeError, "batches must be several"),
+        ({"batches": iter([])}, ValueError, "batches must hold tokens that count"),
+        ({"batches": [5]}, TypeError, "batches must hold tensors of token numbers, .* got 5"),
         ({"prompts": "a text"}, TypeError, "prompts must be rows of token ids"),
         ({"max_rise": 0}, ValueError, "max_rise must be a positive finite number or None, got 0"),
         ({"max_rise": "1"}, TypeError, "max_rise must be a positive finite number or None"),

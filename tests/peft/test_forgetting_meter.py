@@ -261,6 +261,9 @@ def merged(model):
         (ours, {"batches": [{"x": IDS}]}, ValueError, "must hold \"labels\".* with \\['x'\\]"),
         (ours, {"batches": []}, ValueError, "must hold tokens that count"),
         (ours, {"batches": [IDS[:, :1]]}, ValueError, "must hold tokens that count"),
+        (ours, {"seed": "a"}, TypeError, "seed must be an integer in"),
+        (ours, {"seed": 2**70}, ValueError, "seed must be an integer in"),
+        (ours, {"prompts": [[3, 1000]]}, ValueError, "prompts must hold tokens in .*, got 1000"),
     ],
 )  # fmt: skip
 def test_what_is_refused(make, given, error, told):

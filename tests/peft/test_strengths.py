@@ -11,6 +11,7 @@ import transformers
 from language_models import llama
 from layer_helpers import adapt, input_scale_of, normalized, relative
 from peft.utils.integrations import dequantize_module_weight
+from peft_helpers import are_calibrated
 from torch import nn
 
 import randlora_ext
@@ -175,18 +176,52 @@ def test_a_model_that_takes_no_labels_is_told_and_has_one_strength(recwarn):
 
 
 class WithFeatures(WithoutLabels):
-    """Needs more than text, and says so by whatever Python raises."""
+    """Needs more than text, and says so by whatever it raises."""
+
+    @staticmethod
+    def check(features):
+        """By default nothing, so that Python raises."""
 
     def forward(self, input_ids, attention_mask=None, labels=None, features=None):
+        self.check(features)
         inputs = self.inner.get_input_embeddings()(input_ids) + features.sum()
         return self.inner(inputs_embeds=inputs, attention_mask=attention_mask, labels=labels)
 
 
-def test_a_model_that_needs_more_than_text_is_told_and_has_one_strength(recwarn):
-    model = adapted(WithFeatures(spread_out(llama())), task_type=None)
+@pytest.mark.parametrize(
+    "error", [AttributeError, AssertionError, NotImplementedError, RuntimeError]
+)
+def test_a_model_that_needs_more_than_text_is_told_and_has_one_strength(error, recwarn):
+    class Refusing(WithFeatures):
+        @staticmethod
+        def check(features):
+            if features is None and error is not AttributeError:
+                raise error("give features")
+
+    model = adapted(Refusing(spread_out(llama())), task_type=None)
     batches = [batch | {"features": torch.ones(3)} for batch in task()]
     assert len({*randlora_ext.calibrate(model, batches).values()}) == 1
-    assert any("cannot read text alone: AttributeError" in str(each.message) for each in recwarn)
+    told = f"cannot read text alone: {error.__name__}"
+    assert any(told in str(each.message) for each in recwarn)
+
+
+def test_too_little_memory_is_no_reason_to_calibrate_otherwise(monkeypatch):
+    def fail(model):
+        raise torch.OutOfMemoryError("out of memory")
+
+    model = adapted(llama())
+    monkeypatch.setattr("randlora_ext.calibration.own_text", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        randlora_ext.calibrate(model, task())
+    assert not any(are_calibrated(model))
+
+
+def test_gradients_cannot_be_had_in_inference_mode():
+    model = adapted(llama())
+    refused = pytest.raises(RuntimeError, match="outside of torch.inference_mode")
+    with torch.inference_mode(), refused:
+        randlora_ext.calibrate(model, task())
+    assert not any(are_calibrated(model))
 
 
 def test_a_decoder_inside_of_an_encoder_and_decoder_writes_no_text():
