@@ -9,7 +9,7 @@ import peft
 import torch
 from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..checks import at_most_ten, check_alpha, check_r, meant_targets, warn_of_unmatched, warn_user
@@ -52,11 +52,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
-        if not _is_linear(target):
-            raise ValueError(
-                f"Target module {target} is not supported: it is no nn.Linear, no Conv1D of "
-                "transformers and no quantized linear layer"
-            )
+        _check_linear(target)
         stored_transposed = is_conv1d(target)
         if config.fan_in_fan_out != stored_transposed:
             warn_user(
@@ -205,6 +201,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 f"{type(model).__name__}{meant_targets(config.target_modules, unadapted)}; its "
                 f"linear layers are called {at_most_ten(unadapted)}"
             )
+        for module in self._targets(config).values():
+            _check_linear(module)
         _warn_of_unmatched(config, model, parameters)
         for name, module in linear.items():
             check_no_plan(model, name, f"target {name!r}")
@@ -221,10 +219,19 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _linear_targets(self, config: peft.RandLoraConfig) -> dict[str, nn.Module]:
         """By name, the linear layers that ``target_modules`` match, adapted ones included."""
+        targets = self._targets(config).items()
+        return {name: module for name, module in targets if _is_linear(module)}
+
+    def _targets(self, config: peft.RandLoraConfig) -> dict[str, nn.Module]:
+        """What ``target_modules`` match, but for what lies inside of layers with adapters."""
+        named = dict(self.model.named_modules())
+        adapted = tuple(f"{name}." for name in named if isinstance(named[name], BaseTunerLayer))
         return {
             name: module
-            for name, module in self.model.named_modules()
-            if _is_linear(module) and self._check_target_module_exists(config, name)
+            for name, module in named.items()
+            if name
+            and not name.startswith(adapted)
+            and self._check_target_module_exists(config, name)
         }
 
     def _sizes(self, config: peft.RandLoraConfig) -> list[tuple[int, int]]:
@@ -354,6 +361,14 @@ def _warn_of_unmatched(
     # PEFT looks for these without a dot before them.
     saved = {name for name in saved if not any(path.endswith(name) for path in modules)}
     warn_of_unmatched("modules_to_save", saved, modules, module_of)
+
+
+def _check_linear(target: nn.Module) -> None:
+    if not _is_linear(target):
+        raise ValueError(
+            f"Target module {target} is not supported: it is no nn.Linear, no Conv1D of "
+            "transformers and no quantized linear layer"
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -198,6 +198,17 @@ def test_wrong_targets_list_the_layers_that_exist(targets):
     assert type(base.c) is nn.Linear and list(model.peft_config) == ["default"]
 
 
+def test_a_target_that_is_no_linear_layer_is_refused_before_any_is_adapted():
+    base = nn.ModuleDict({"c": nn.Linear(8, 8), "norm": nn.LayerNorm(8)})
+    model = adapted(copy.deepcopy(base), "c")
+    before = [*model.state_dict()]
+    wrong = accelerated.RandLoraConfig(r=2, target_modules=["c", "norm"])
+    for add in (lambda: peft.get_peft_model(base, wrong), lambda: model.add_adapter("two", wrong)):
+        with pytest.raises(ValueError, match="Target module LayerNorm.* is not supported"):
+            add()
+    assert type(base.c) is nn.Linear and [*model.state_dict()] == before
+
+
 @pytest.mark.parametrize("kind", [{"sparse": True}, {"basis": "hadamard"}, {}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_graph_for_any_number_of_tokens(kind, dtype):
