@@ -45,11 +45,14 @@ def has_curve(row: dict, text: str) -> bool:
 
 
 def between(loss: float, curve: Points) -> float | None:
-    """What was forgotten at this loss, between the two neighbours around it."""
+    """What was forgotten at this loss, between the two neighbours around it; on a straight line if
+    one of them forgot nothing, else on one of logarithms."""
     for (low, more), (high, less) in pairwise(curve):
-        if low <= loss < high and more > 0 and less > 0:
+        if low <= loss < high:
             share = (loss - low) / (high - low)
-            return math.exp((1 - share) * math.log(more) + share * math.log(less))
+            if more > 0 and less > 0:
+                return math.exp((1 - share) * math.log(more) + share * math.log(less))
+            return (1 - share) * more + share * less
     return None
 
 
