@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib
 from forgetting_curves import loss_by_seed
-from forgetting_tables import OURS
+from forgetting_tables import OURS, of_one_task
 from methods import density_of
 
 matplotlib.use("Agg")
@@ -138,8 +138,8 @@ def by_forgetting(*results: list[dict], tasks=("spelling", "roman", "dates", "js
     docs/evidence.md is read off at 0.1."""
     rows = [
         row
-        for row in chain.from_iterable(results)
-        if row["steps"] == 40 and row["r"] == 32 and "x 0.7" in row
+        for row in of_one_task([*chain.from_iterable(results)])
+        if row["r"] == 32 and "x 0.7" in row
     ]
     size = (11, 6.4) if len(tasks) > 1 else (9, 3.6)
     panels = [(model, task) for model in MODEL_NAMES for task in tasks]
@@ -214,11 +214,12 @@ def by_inputs(inputs: dict, rows: list[dict]):
     return figure
 
 
+FORGETTING = [f"forgetting-{name}.jsonl" for name in ("zen5", "zen4-3", "more-zen4")]
 FIGURES = {  # how each is drawn, and of which results
     "bench-tokens.png": (by_tokens, "layer-xeon-167.json"),
     "bench-density.png": (by_density, "density-epyc-zen4.json"),
-    "equal-forgetting.png": (of_spelling, "forgetting-zen5.jsonl", "forgetting-zen4-3.jsonl"),
-    "forgetting.png": (by_forgetting, "forgetting-zen5.jsonl", "forgetting-zen4-3.jsonl"),
+    "equal-forgetting.png": (of_spelling, *FORGETTING),
+    "forgetting.png": (by_forgetting, *FORGETTING),
     "inputs.png": (by_inputs, "inputs-zen5.json", "forgetting-zen5.jsonl"),
 }
 
