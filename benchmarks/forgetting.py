@@ -102,26 +102,35 @@ def as_trained(rows: list[dict]) -> str:
 
 def beside_ours(rows: list[dict]) -> str:
     """Of one task: at the loss of each other method as trained and with less of dW, what it had
-    forgotten of every text, and what ours had at one rate; means over the seeds of both."""
+    forgotten of every text, and what ours had at the best of its rates; means over the seeds of
+    both."""
     found = []
-    ours = {row["seed"]: row for row in selected(rows, method=OURS, targets="all")}
+    ours = selected(rows, method=OURS, targets="all")
+    seeds = {row["seed"] for row in ours}
     for name, (method, targets) in LONG.items():
-        runs = [
-            row for row in selected(rows, method=method, targets=targets) if row["seed"] in ours
+        of_method = [
+            r for r in selected(rows, method=method, targets=targets) if r["seed"] in seeds
         ]
-        for factor in LONG_FACTORS if runs and method != OURS else ():
-            cells = [name if factor == 1 else f"the same, times {factor}"]
-            cells.append(means((at_factor(row, factor)[0],) for row in runs))
-            for text in TEXTS:
-                pairs = []
-                for row in runs:
-                    loss, forgotten = at_factor(row, factor, text)
-                    of_ours = between(loss, sorted(points(ours[row["seed"]], text)))
-                    pairs.append((forgotten, of_ours))
-                cells.append("" if any(None in pair for pair in pairs) else means(pairs))
-            if any(cells[2:]):
-                found.append([*cells, str(len(runs))])
+        for lr in sorted({row["lr"] for row in of_method}) if method != OURS else ():
+            runs = selected(of_method, lr=lr)
+            for factor in LONG_FACTORS:
+                cells = [f"{name}, {shown(lr)}" if factor == 1 else f"the same, times {factor}"]
+                cells.append(means((at_factor(row, factor)[0],) for row in runs))
+                for text in TEXTS:
+                    pairs = [with_ours(row, ours, factor, text) for row in runs]
+                    cells.append("" if any(None in pair for pair in pairs) else means(pairs))
+                if any(cells[2:]):
+                    found.append([*cells, str(len(runs))])
     return markdown(["", "loss", *TEXTS.values(), "seeds"], found)
+
+
+def with_ours(
+    row: dict, ours: list[dict], factor: float, text: str
+) -> tuple[float | None, float | None]:
+    """What a run had forgotten, and the least that runs of ours had with its seed at its loss."""
+    loss, forgotten = at_factor(row, factor, text)
+    seed = row["seed"]
+    return forgotten, least_by_seed(selected(ours, seed=seed), loss, text)[seed]
 
 
 def in_chat(rows: list[dict]) -> str:
