@@ -6,7 +6,8 @@ At equal forgetting means: the held-out loss is interpolated over the logarithm 
 forgotten, for each seed, between factors of dW at each rate; the lowest counts, or that of a run
 that forgot less. At equal loss means: the logarithm of what was forgotten is interpolated over the
 held-out loss, between factors and between rates; the least counts, or that of a run that learned
-more. A cell is a mean over the seeds, whose number stands in parentheses or in the last column.
+more. Where nothing or less was forgotten, a straight line takes the place of that over logarithms.
+A cell is a mean over the seeds, whose number stands in parentheses or in the last column.
 """
 
 import argparse
@@ -186,7 +187,7 @@ def skills(rows: list[dict], first: str, second: str) -> str:
             cells.append(means((row["forgetting"]["manual"],) for row in mine))
             cells.append(means((row["meter"],) for row in mine))
             found.append([*cells, str(len(mine))])
-    heads = ["", "rate", f"{first}, after it", f"{first}, after {second}", second]
+    heads = ["", "rate", f"{first}, right after", f"{first}, after {second}", second]
     return markdown([*heads, "manual", "own text", "seeds"], found)
 
 

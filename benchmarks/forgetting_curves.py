@@ -67,8 +67,11 @@ def loss_at(rise: float, curve: Points) -> list[float]:
     """The losses of those that forgot at most this much, and what lies between two neighbours."""
     found = [loss for loss, forgotten in curve if forgotten <= rise]
     for (low, more), (high, less) in pairwise(curve):
-        if 0 < less < rise <= more:
-            share = math.log(rise / less) / math.log(more / less)
+        if less < rise <= more:
+            if less > 0:
+                share = math.log(rise / less) / math.log(more / less)
+            else:
+                share = (rise - less) / (more - less)
             found.append(high + share * (low - high))
     return found
 

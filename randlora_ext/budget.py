@@ -21,7 +21,7 @@ from .dial import dialed, set_dial
 from .forgetting_meter import check_text, forgetting, own_text_of
 from .nn.adapted_layer import AdaptedLayer, layers_by_name
 from .own_text import checked_prompts
-from .ranks import of_all_ranks
+from .ranks import failing_together, of_all_ranks
 from .trainer_batches import UnreadableData, sample
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class ForgettingBudget(TrainerCallback):
         self.text: list[Any] | None = None
         if batches is not None:
             check_batches(batches)
-            with _random_states_kept():
+            with failing_together(), _random_states_kept():
                 self.text = list(batches)
             check_text(self.text)
         self.can_measure = True

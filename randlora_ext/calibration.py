@@ -180,10 +180,9 @@ def _seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | Non
                 observe(model, row, sums)
                 if not differentiate(model, row, sums):
                     return None
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        # A model that needs more than text may fail in any way where the rest is missing.
         except Exception as error:
+            if not _refuses_text(error):
+                raise
             why = f"the model cannot read text alone: {error!r}"
     average(sums)  # all ranks write the same text
     for name, layer in layers.items():
@@ -196,6 +195,14 @@ def _seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | Non
         warn_user(f"the batches alone count, and all layers get the same strength: {why}")
         return None
     return {name: sums[layer] for name, layer in layers.items()}
+
+
+def _refuses_text(error: Exception) -> bool:
+    """A model that needs more than text may fail in any way where the rest is missing. A
+    RuntimeError is torch's: too little memory, a device or a rank that failed."""
+    if isinstance(error, NotImplementedError):
+        return True
+    return not isinstance(error, (RuntimeError, MemoryError))
 
 
 def _is_finite(sums: Sums) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import math
 import os
 import sys
 import warnings
@@ -80,7 +81,7 @@ def check_number(
 ) -> None:
     """Raises TypeError or ValueError, naming `name`, unless `value` is a number that fits."""
     is_number = isinstance(value, types) and not isinstance(value, bool)
-    is_huge = isinstance(value, int) and value.bit_length() > 1000  # more than a float holds
+    is_huge = isinstance(value, int) and value.bit_length() > 1023  # a float may not hold it
     if not is_number or is_huge or not fits(value):
         shown = f"an integer of {value.bit_length()} bits" if is_huge else repr(value)
         error = ValueError if is_number else TypeError
@@ -102,8 +103,7 @@ def check_r(r: int) -> None:
 
 
 def check_alpha(name: str, alpha: float) -> None:
-    # An int may be larger than any float.
-    check_number(name, alpha, "a finite number", lambda v: abs(v) <= sys.float_info.max)
+    check_number(name, alpha, "a finite number", math.isfinite)
 
 
 def check_dropout(dropout: float) -> None:

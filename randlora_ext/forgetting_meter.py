@@ -169,8 +169,11 @@ def _measure(model: nn.Module, batch: Any) -> list[tuple[float, int]]:
 
 
 def check_text(batches: Sequence[Any]) -> None:
-    """Raises TypeError or ValueError unless `forgetting` can measure on these batches."""
-    if not any(bool((_labels(_arguments(batch)) != NO_LABEL).any()) for batch in batches):
+    """Raises TypeError or ValueError unless these batches have the form that `forgetting` takes,
+    and those of some rank have a token that counts; all ranks must call."""
+    with failing_together():
+        counted = [bool((_labels(_arguments(batch)) != NO_LABEL).any()) for batch in batches]
+    if not any(of_all_ranks(any(counted))):
         raise ValueError(_NO_TOKENS)
 
 

@@ -54,9 +54,10 @@ def own_text(
         prompt are -100.
 
     Raises TypeError if model is no module or cannot ``generate``, or a prompt holds something else
-    than integers, or seed is none; ValueError if rows or tokens is not positive, seed is not in [0,
-    2**64), a prompt is empty, has a token that is not in the vocabulary or takes all the model's
-    positions, there are no prompts, or the configuration names neither a first nor a last token.
+    than integers, or seed is no integer; ValueError if rows or tokens is not positive, seed is not
+    in [0, 2**64), a prompt is empty, has a token that is not in the vocabulary or takes all the
+    model's positions, there are no prompts, or the configuration names neither a first nor a last
+    token.
     """
     check_model(model)
     writer = _writer(model)
@@ -115,7 +116,10 @@ def adapters_disabled(model: Any) -> Iterator[None]:
 
 
 def _vocabulary(model: Any) -> float:
-    return getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    except NotImplementedError:
+        return math.inf
 
 
 def _check_vocabulary(model: Any, rows: list[list[int]]) -> None:
