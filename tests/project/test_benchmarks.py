@@ -80,7 +80,7 @@ def test_plots_are_drawn_from_the_results_and_shown(tmp_path):
 
 @pytest.mark.skipif(not (ROOT / "benchmarks/results").is_dir(), reason="an sdist has no results")
 @pytest.mark.parametrize(
-    "program, page, count", [(forgetting, "evidence", 15), (ablations, "ablations", 8)]
+    "program, page, count", [(forgetting, "evidence", 15), (ablations, "ablations", 9)]
 )
 def test_a_page_has_the_tables_that_its_program_prints(program, page, count, capsys):
     program.main(["zen5", "zen4-3", "more-zen4"])
