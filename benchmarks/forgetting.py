@@ -109,10 +109,11 @@ def beside_ours(rows: list[dict]) -> str:
     ours = selected(rows, method=OURS, targets="all")
     seeds = {row["seed"] for row in ours}
     for name, (method, targets) in LONG.items():
-        of_method = [
-            r for r in selected(rows, method=method, targets=targets) if r["seed"] in seeds
-        ]
-        for lr in sorted({row["lr"] for row in of_method}) if method != OURS else ():
+        if method == OURS:
+            continue
+        of_method = selected(rows, method=method, targets=targets)
+        of_method = [row for row in of_method if row["seed"] in seeds]
+        for lr in sorted({row["lr"] for row in of_method}):
             runs = selected(of_method, lr=lr)
             for factor in LONG_FACTORS:
                 cells = [f"{name}, {shown(lr)}" if factor == 1 else f"the same, times {factor}"]

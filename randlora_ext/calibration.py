@@ -200,7 +200,7 @@ def _seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | Non
 def _refuses_text(error: Exception) -> bool:
     """A model that needs more than text may fail in any way where the rest is missing. A
     RuntimeError is torch's: too little memory, a device or a rank that failed."""
-    if isinstance(error, NotImplementedError):
+    if isinstance(error, NotImplementedError):  # a RuntimeError to Python, but not of torch
         return True
     return not isinstance(error, (RuntimeError, MemoryError))
 
