@@ -1,11 +1,11 @@
 """Tables of docs/ablations.md, ours against variants of itself, from the rows of finetune.py.
 
-    python benchmarks/ablations.py zen5 zen4-3 more-zen4
+    python benchmarks/ablations.py          from the stored runs
+    python benchmarks/ablations.py NAME     from results/forgetting-NAME.jsonl
 
-reads results/forgetting-{zen5,zen4-3,more-zen4}.jsonl. forgetting.py says how values are read off.
+forgetting.py says how values are read off.
 """
 
-import argparse
 from functools import partial
 from itertools import pairwise
 
@@ -31,7 +31,7 @@ from forgetting_tables import (
     mean_cell,
     means,
     of_one_task,
-    read,
+    rows_named,
     seeds_cell,
     shown,
 )
@@ -181,9 +181,7 @@ def dial_and_rate(rows: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+")
-    rows = of_one_task(read(parser.parse_args(arguments).names))
+    rows = of_one_task(rows_named(arguments, __doc__.splitlines()[0]))
     print("the share that varies: held-out loss at rises of texts\n")
     print(side_by_side(rows, SHARES, [("manual", 0.03), ("manual", 0.1), ("meter", 0.2)]))
     of_layers = [("manual", 0.1), ("manual", 0.03), ("meter", 0.2)]

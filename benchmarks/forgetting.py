@@ -1,6 +1,7 @@
 """Tables of docs/evidence.md from the rows of finetune.py.
 
-    python benchmarks/forgetting.py zen5 zen4-3     reads results/forgetting-{zen5,zen4-3}.jsonl
+    python benchmarks/forgetting.py          from the stored runs
+    python benchmarks/forgetting.py NAME     from results/forgetting-NAME.jsonl
 
 At equal forgetting means: the held-out loss is interpolated over the logarithm of what was
 forgotten, for each seed, between factors of dW at each rate; the lowest counts, or that of a run
@@ -10,7 +11,6 @@ more. Where nothing or less was forgotten, a straight line takes the place of th
 A cell is a mean over the seeds, whose number stands in parentheses or in the last column.
 """
 
-import argparse
 import statistics
 from collections import Counter
 from functools import partial
@@ -33,7 +33,7 @@ from forgetting_tables import (
     means,
     of_methods,
     of_one_task,
-    read,
+    rows_named,
     shown,
 )
 
@@ -236,17 +236,15 @@ def print_long(rows: list[dict]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+")
-    rows = read(parser.parse_args(arguments).names)
+    rows = rows_named(arguments, __doc__.splitlines()[0])
     usual = of_one_task(rows)
-    for methods in (METHODS, OTHERS):
+    for of, methods in ("", METHODS), ("of others, ", OTHERS):
         for text, rises in RISES.items():
             for rise in rises:
-                print(f"held-out loss at a rise of {rise} on {TEXTS[text]}\n")
+                print(f"{of}held-out loss at a rise of {rise} on {TEXTS[text]}\n")
                 print(at_equal_forgetting(usual, rise, methods, text))
         for text in ("manual", "code", "prose", "chat"):
-            print(f"what was forgotten of {TEXTS[text]} at equal loss\n")
+            print(f"{of}what was forgotten of {TEXTS[text]} at equal loss\n")
             print(at_equal_loss(usual, methods, text))
     print("rates, and with how many seeds\n")
     print(rates(usual))

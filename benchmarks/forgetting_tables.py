@@ -1,5 +1,6 @@
 """What the tables of forgetting.py and ablations.py share: the rows, the cells, a row per task."""
 
+import argparse
 import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -9,6 +10,7 @@ from finetune_rows import identity, read_rows
 from forgetting_curves import has_curve, loss_by_seed, selected
 
 RESULTS = Path(__file__).parent / "results"
+STORED = "zen5", "zen4-3", "more-zen4"  # runs of which the pages tell
 MODELS = {"fp32": "SmolLM2", "gemma": "Gemma"}
 LAYERS = {"all": "all linear", "mlp": "MLP", "four": "q, v, o, down", "experts": "experts"}
 TEXTS = {  # whose loss rises; of the last two it is KL(base, tuned)
@@ -32,7 +34,14 @@ OURS = "hadamard scaled"
 Methods = dict[str, tuple[str, str]]  # of each column: method and layers
 
 
-def read(names: list[str]) -> list[dict]:
+def rows_named(arguments: list[str] | None, about: str) -> list[dict]:
+    """Of results/forgetting-NAME.jsonl for every NAME among the arguments."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("names", nargs="*", default=STORED, metavar="NAME")
+    return read(parser.parse_args(arguments).names)
+
+
+def read(names: Iterable[str]) -> list[dict]:
     """The rows that reached a finite loss, of a scaling of 20. Of equal runs what either measured;
     of what both did, the last."""
     runs: dict[tuple, dict] = {}

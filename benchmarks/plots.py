@@ -12,7 +12,7 @@ from pathlib import Path
 
 import matplotlib
 from forgetting_curves import loss_by_seed
-from forgetting_tables import OURS, of_one_task
+from forgetting_tables import OURS, STORED, of_one_task
 from methods import density_of
 
 matplotlib.use("Agg")
@@ -214,7 +214,7 @@ def by_inputs(inputs: dict, rows: list[dict]):
     return figure
 
 
-FORGETTING = [f"forgetting-{name}.jsonl" for name in ("zen5", "zen4-3", "more-zen4")]
+FORGETTING = [f"forgetting-{name}.jsonl" for name in STORED]
 FIGURES = {  # how each is drawn, and of which results
     "bench-tokens.png": (by_tokens, "layer-xeon-167.json"),
     "bench-density.png": (by_density, "density-epyc-zen4.json"),
