@@ -56,6 +56,13 @@ OTHERS = {
     "OFT, all linear": ("oft", "all"),
     "LoRA, all linear": ("lora", "all"),
 }
+WITH_VECTORS = {  # and strengths that calibrate measures
+    "ours": (OURS, "mlp"),
+    "SHiRA with vectors": ("shira scaled", "mlp"),
+    "SHiRA": ("shira", "mlp"),
+    "LoRA with vectors": ("lora scaled", "mlp"),
+    "LoRA": ("lora", "mlp"),
+}
 LONG = METHODS | {"full tuning": ("full", "all")}  # methods of trainings of more than 40 steps
 LONG_FACTORS = 1, 0.7  # of dW
 CHAT = {name: METHODS[name] for name in ("ours, all linear", "SHiRA, MLP", "LoRA, MLP")}
@@ -246,6 +253,11 @@ def main(arguments: list[str] | None = None) -> None:
         for text in ("manual", "code", "prose", "chat"):
             print(f"{of}what was forgotten of {TEXTS[text]} at equal loss\n")
             print(at_equal_loss(usual, methods, text))
+    of_one_seed = selected(usual, model="fp32", task="spelling", seed=0)
+    print("bases or vectors: held-out loss at a rise of 0.1 on manual\n")
+    print(at_equal_forgetting(of_one_seed, 0.1, WITH_VECTORS))
+    print("bases or vectors: what was forgotten of manual at equal loss\n")
+    print(at_equal_loss(of_one_seed, WITH_VECTORS))
     print("rates, and with how many seeds\n")
     print(rates(usual))
     print_long(rows)
