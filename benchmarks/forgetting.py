@@ -123,7 +123,7 @@ def beside_ours(rows: list[dict]) -> str:
         for lr in sorted({row["lr"] for row in of_method}):
             runs = selected(of_method, lr=lr)
             for factor in LONG_FACTORS:
-                cells = [f"{name}, {shown(lr)}" if factor == 1 else f"the same, times {factor}"]
+                cells = [f"{name}, {shown(lr)}" + ("" if factor == 1 else f", times {factor}")]
                 cells.append(means((at_factor(row, factor)[0],) for row in runs))
                 for text in TEXTS:
                     pairs = [with_ours(row, ours, factor, text) for row in runs]

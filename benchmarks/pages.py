@@ -19,7 +19,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PROGRAMS = {"evidence": forgetting, "ablations": ablations}
 TABLE = r"(?:^\|.*\n)+"
 PRINTED = re.compile(rf"^(\w.*)\n\n({TABLE})", re.MULTILINE)
-ON_A_PAGE = re.compile(rf"^<!-- table: (.*) -->\n\n(?:{TABLE})?", re.MULTILINE)
+ON_A_PAGE = re.compile(rf"^<!-- table: (.*) -->\n\n(?:{TABLE}\n?)?", re.MULTILINE)
 
 
 def printed(program: ModuleType) -> dict[str, str]:
@@ -34,7 +34,7 @@ def printed(program: ModuleType) -> dict[str, str]:
 
 
 def filled(page: str, tables: dict[str, str]) -> str:
-    return ON_A_PAGE.sub(lambda of: f"<!-- table: {of[1]} -->\n\n{tables[of[1]]}", page)
+    return ON_A_PAGE.sub(lambda of: f"<!-- table: {of[1]} -->\n\n{tables[of[1]]}\n", page)
 
 
 def main() -> None:
