@@ -53,8 +53,6 @@ import sys
 from itertools import product
 from pathlib import Path
 
-import torch
-
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # spelling.py
 
 from finetune_batches import BATCH, mixed, use_packed_batches
@@ -79,7 +77,6 @@ def run_one(
     model: str, then: str | None = None, mix: int | None = None, brief: bool = False,
 ) -> dict:  # fmt: skip
     """One training run: what it learned, what it forgot and what it cost."""
-    torch.manual_seed(seed)
     values = task, method, lr, seed, steps, scaling, r, targets, model
     result = dict(zip(KEY, values, strict=True))
     result |= {name: value for name, value in zip(MORE, (then, mix), strict=True) if value}

@@ -54,6 +54,7 @@ def mixture(model: nn.Module) -> nn.Module:
 def adapted(model: str, method: str, seed: int, r: int, targets: str) -> nn.Module:
     """A copy of the model, in which only the method's parameters require gradients."""
     base = copy.deepcopy(loaded(model)[1])
+    torch.manual_seed(seed)  # behind `loaded`, whose first call may draw numbers
     if method == "full":
         return base.requires_grad_(True)
     common: dict = {"target_modules": TARGETS[targets], "task_type": "CAUSAL_LM"}

@@ -46,6 +46,7 @@ def toy(monkeypatch, stock_peft):
     for name in ("make_batch", "answer_logits"):
         monkeypatch.setattr(spelling, name, getattr(spelling, name))
     monkeypatch.setattr(spelling, "load_model", lambda source: toy_model())
+    loaded.cache_clear()  # each test loads it first
     for name, fewer in (("OWN_ROWS", 64), ("OWN_TOKENS", 8), ("ANSWER_TOKENS", 8)):
         monkeypatch.setattr(finetune_batches, name, fewer)
     monkeypatch.setattr(finetune_measures, "SCORED", 4)
