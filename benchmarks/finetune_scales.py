@@ -1,6 +1,6 @@
 """What finetune.py scales the inputs by: the vectors of `randlora_ext.calibrate`, and others."""
 
-import statistics
+import math
 from unittest import mock
 
 import torch
@@ -8,9 +8,7 @@ from finetune_batches import to_calibrate_with, written
 from finetune_models import adapted
 from torch import Tensor, nn
 
-import randlora_ext
-from randlora_ext.calibration import COST, EPSILON, FLOOR, RESPONSE
-from randlora_ext.layer_statistics import Sums, differentiate, observe
+from randlora_ext import calibration
 
 
 def scale_inputs(tuned: nn.Module, method: str, on: str, batches: list, targets, model) -> None:
@@ -27,8 +25,8 @@ def scale_inputs(tuned: nn.Module, method: str, on: str, batches: list, targets,
     read = to_calibrate_with(options.pop("on", ""), batches, model)
     own = written(options.pop("own", "own"), model)
     if not options:
-        with mock.patch("randlora_ext.calibration.own_text", lambda writer: own):
-            randlora_ext.calibrate(tuned, read)
+        with mock.patch.object(calibration, "own_text", lambda writer: own):
+            calibration.calibrate(tuned, read)
         return
     for layer, vector in other_vectors(tuned, read, own, **options).items():
         layer.set_input_scale("default", vector)
@@ -48,58 +46,27 @@ def other_vectors(tuned, read, own, p: str = "2", strength: str = "one") -> dict
     a random dW as strongly as any other model's; "limited" as `calibrate`'s, by what a step of each
     layer costs, measured on `own`; "F-1/2" the same without a limit.
     """
-    sums = measured(tuned, read)
-    vectors = {layer: scale_of(sums[layer], float(p)) for layer in sums}
-    of_layers = {
-        "one": lambda: equal_strengths(sums, vectors),
-        "limited": lambda: strengths_by_cost(tuned, vectors, own, limited=True),
-        "F-1/2": lambda: strengths_by_cost(tuned, vectors, own, limited=False),
-    }[strength]()
+    layers = calibration.layers_to_calibrate(tuned)
+    in_batches = calibration.seen_in_batches(tuned, read, layers)
+    with mock.patch.object(calibration, "POWER", float(p)):
+        scales = calibration.scales_of(in_batches, None)
+    if strength == "one":
+        strengths = calibration.equal_strengths(scales, in_batches)
+    else:
+        with mock.patch.object(calibration, "own_text", lambda writer: own):
+            in_own_text = calibration.seen_in_own_text(tuned, layers)
+        by_cost = {"limited": calibration.strengths_by_cost, "F-1/2": unlimited}[strength]
+        strengths = by_cost(scales, in_own_text)
     return {
-        layer: (of_layers[layer] * vector).float().view(*layer.experts, -1)
-        for layer, vector in vectors.items()
+        layer: (strengths[name] * scales[name]).float().view(*layer.experts, -1)
+        for name, layer in layers.items()
     }
 
 
-def equal_strengths(sums: dict, vectors: dict) -> dict:
-    responses = [
-        float((of.squares * vectors[layer].square()).sum() / of.outputs.sum()) ** 0.5
-        for layer, of in sums.items()
-    ]
-    return dict.fromkeys(vectors, RESPONSE / statistics.median(responses))
-
-
-def strengths_by_cost(tuned, vectors: dict, own: list, limited: bool) -> dict:
-    """Of layers of one expert. All layers together cost COST."""
-    costs = {}
-    for layer, of in measured(tuned, own, gradients=True).items():
-        energy = (vectors[layer].square() * of.squares / of.tokens).sum()
-        costs[layer] = float((of.gradients / of.tokens).sum() * energy)
-    least = statistics.median(costs.values()) if limited else 0.0
-    squares = {layer: 1 / max(cost, least) for layer, cost in costs.items()}
-    total = sum(squares[layer] * costs[layer] for layer in costs)
-    return {layer: (COST / total * square) ** 0.5 for layer, square in squares.items()}
-
-
-def measured(tuned, batches: list[dict], gradients: bool = False) -> dict:
-    layers = [layer for layer in tuned.modules() if hasattr(layer, "set_input_scale")]
-    sums = {layer: Sums.of(layer) for layer in layers}
-    for batch in batches:
-        batch = {**batch, "use_cache": False}  # beside a cache packed texts see each other
-        observe(tuned, batch, sums)
-        if gradients:
-            differentiate(tuned, batch, sums)
-    return sums
-
-
-def scale_of(sums: Sums, power: float) -> Tensor:
-    """(experts, in_features), each with a root mean square of 1."""
-
-    def median(values: Tensor) -> Tensor:
-        return values.median(1, keepdim=True).values
-
-    rms, mean = (sums.squares / sums.tokens).sqrt(), sums.values / sums.tokens
-    varies = (1 - (mean / rms).square()).nan_to_num(1).clamp(min=0)
-    scale = varies**power / (rms + EPSILON * median(rms))
-    scale = scale.clamp(min=FLOOR * median(scale))
-    return scale / scale.square().mean(1, keepdim=True).sqrt()
+def unlimited(scales: dict, in_own_text: dict) -> dict[str, float]:
+    """A step costs the same in every layer, and COST in all together."""
+    of_each = calibration.COST / len(scales)
+    return {
+        name: math.sqrt(of_each / calibration.cost_of(in_own_text[name], scale))
+        for name, scale in scales.items()
+    }

@@ -115,10 +115,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     if torch.is_inference_mode_enabled():
         raise RuntimeError("calibrate takes gradients; call it outside of torch.inference_mode")
     layers = layers_to_calibrate(model)
-    in_batches = _seen_in_batches(model, batches, layers)
-    in_own_text = _seen_in_own_text(model, layers)
-    scales = _scales(in_batches, in_own_text)
-    strengths = _strengths(scales, in_own_text) or _equal_strengths(scales, in_batches)
+    in_batches = seen_in_batches(model, batches, layers)
+    in_own_text = seen_in_own_text(model, layers)
+    scales = scales_of(in_batches, in_own_text)
+    strengths = strengths_by_cost(scales, in_own_text) or equal_strengths(scales, in_batches)
     for name, strength in strengths.items():
         layer = layers[name]
         input_scale = (strength * scales[name]).float().view(*layer.experts, -1)
@@ -148,7 +148,7 @@ def _median(values: Tensor) -> Tensor:
     return median if median > 0 else values[values > 0].median()
 
 
-def _seen_in_batches(model: nn.Module, batches: Iterable[Any], layers: Layers) -> dict[str, Sums]:
+def seen_in_batches(model: nn.Module, batches: Iterable[Any], layers: Layers) -> dict[str, Sums]:
     """What the layers see on all ranks. ValueError if no rank has a batch, or inputs or outputs are
     not finite."""
     sums = {layer: Sums.of(layer) for layer in layers.values()}
@@ -167,7 +167,7 @@ def _seen_in_batches(model: nn.Module, batches: Iterable[Any], layers: Layers) -
     return {name: sums[layer] for name, layer in layers.items()}
 
 
-def _seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | None:
+def seen_in_own_text(model: nn.Module, layers: Layers) -> dict[str, Sums] | None:
     """Likewise, with gradients, on text that the model writes. None if it writes none or gives no
     loss of it, or, with a warning, if it cannot read it or something is not finite."""
     if not writes_without_prompts(model):
@@ -209,7 +209,7 @@ def _is_finite(sums: Sums) -> bool:
     return all(bool(total.isfinite().all()) for total in vars(sums).values())
 
 
-def _scales(
+def scales_of(
     in_batches: Mapping[str, Sums], in_own_text: Mapping[str, Sums] | None
 ) -> dict[str, Tensor]:
     """`scale` as `calibrate` says, (experts, in_features), by the names of layers; a warning, and
@@ -251,14 +251,14 @@ def _size_and_share(sums: Sums) -> tuple[Tensor, Tensor]:
     return rms, varying
 
 
-def _strengths(
+def strengths_by_cost(
     scales: Mapping[str, Tensor], in_own_text: Mapping[str, Sums] | None
 ) -> dict[str, float] | None:
     """One for each layer, as `calibrate` says; None if the model has written no text, or it reaches
     no layer."""
     if in_own_text is None:
         return None
-    costs = {name: _cost(in_own_text[name], scale) for name, scale in scales.items()}
+    costs = {name: cost_of(in_own_text[name], scale) for name, scale in scales.items()}
     reached = [cost for cost in costs.values() if cost > 0]
     if not reached:
         return None
@@ -268,7 +268,7 @@ def _strengths(
     return {name: unit * strength for name, strength in strengths.items()}
 
 
-def _equal_strengths(scales: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, float]:
+def equal_strengths(scales: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, float]:
     responses = [_response(sums[name], scale) for name, scale in scales.items()]
     responses = [response for response in responses if math.isfinite(response)]  # outputs are zero
     strength = RESPONSE / statistics.median(responses) if responses else 1.0
@@ -282,7 +282,7 @@ def _response(sums: Sums, scale: Tensor) -> float:
     return float((added / sums.outputs.sum()).sqrt())
 
 
-def _cost(sums: Sums, scale: Tensor) -> float:
+def cost_of(sums: Sums, scale: Tensor) -> float:
     """As `calibrate` says; of experts the mean, by their tokens."""
     tokens = sums.tokens.clamp_min(1)
     gradients = (sums.gradients / tokens).sum(1)
