@@ -6,6 +6,7 @@ Of layers only float32 rows are drawn, so that no line mixes types.
 """
 
 import argparse
+import hashlib
 import json
 from itertools import chain
 from pathlib import Path
@@ -232,6 +233,12 @@ def results(file: str):
     return json.loads(text)
 
 
+def digest(files: list[str]) -> str:
+    """Of files of results, by which a test tells whether a figure was drawn from them."""
+    contents = b"".join((ROOT / "results" / file).read_bytes() for file in files)
+    return hashlib.sha256(contents).hexdigest()
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT.parent / "docs" / "figures")
@@ -239,7 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     for name, (draw, *files) in FIGURES.items():
-        draw(*map(results, files)).savefig(args.out / name, dpi=110)
+        metadata = {"Results": digest(files)}
+        draw(*map(results, files)).savefig(args.out / name, dpi=110, metadata=metadata)
 
 
 if __name__ == "__main__":
