@@ -109,9 +109,8 @@ def as_trained(rows: list[dict]) -> str:
 
 
 def beside_ours(rows: list[dict]) -> str:
-    """Of one task: at the loss of each other method as trained and with less of dW, what it had
-    forgotten of every text, and what ours had at the best of its rates; means over the seeds of
-    both."""
+    """Of one task: at the loss of each other method as trained and with less of dW, how many times
+    as much it had forgotten of every text as ours at the best of its rates."""
     found = []
     ours = selected(rows, method=OURS, targets="all")
     seeds = {row["seed"] for row in ours}
@@ -127,10 +126,17 @@ def beside_ours(rows: list[dict]) -> str:
                 cells.append(means((at_factor(row, factor)[0],) for row in runs))
                 for text in TEXTS:
                     pairs = [with_ours(row, ours, factor, text) for row in runs]
-                    cells.append("" if any(None in pair for pair in pairs) else means(pairs))
+                    cells.append("" if any(None in pair for pair in pairs) else times(pairs))
                 if any(cells[2:]):
                     found.append([*cells, str(len(runs))])
     return markdown(["", "loss", *TEXTS.values(), "seeds"], found)
+
+
+def times(pairs: list[tuple[float, float]]) -> str:
+    """The ratio of the means of two columns, and the means; no ratio of what is no loss."""
+    other, ours = (statistics.fmean(column) for column in zip(*pairs, strict=True))
+    ratio = f"{other / ours:.1f} " if min(other, ours) > 0 else ""
+    return f"{ratio}({other:.3f}, {ours:.3f})"
 
 
 def with_ours(
@@ -233,7 +239,8 @@ def print_long(rows: list[dict]) -> None:
         if these:
             name = f"{MODELS[model]}, {task}, {steps} steps"
             print(f"{name}: as trained\n\n{as_trained(these)}")
-            print(f"{name}: what each had forgotten, and ours at its loss\n\n{beside_ours(these)}")
+            print(f"{name}: times as much forgotten as ours at the same loss\n")
+            print(beside_ours(these))
     of_two = [row for row in long if "then" in row]
     settings = dict.fromkeys((r["model"], r["task"], r["then"], r["steps"]) for r in of_two)
     for model, first, second, steps in settings:

@@ -74,13 +74,13 @@ def cuda_refusal(device: torch.device) -> str:
     return why
 
 
-def cuda_serves(device: torch.device) -> bool:
+def has_cuda_kernels(device: torch.device) -> bool:
     """Whether the CUDA kernels run on tensors of this device."""
     return not cuda_refusal(device)
 
 
-def serve(device: torch.device) -> bool:
+def has_kernels(device: torch.device) -> bool:
     """Whether any of our kernels run on tensors of this device."""
     if device.type == "cpu" and not (_SERVES_CPU and _C.cuda_build()):
         return True
-    return cuda_serves(device)
+    return has_cuda_kernels(device)

@@ -17,7 +17,7 @@ from . import _C, build_info
 from .basis import Basis
 from .basis.description import SPECIFICATIONS
 from .basis.ternary import generate_planes
-from .devices import cuda_serves
+from .devices import has_cuda_kernels
 from .ops.functional import delta_weight, linear, merged_weight
 from .reference import delta_weight_reference, linear_reference
 
@@ -75,7 +75,7 @@ def self_check() -> list[tuple[str, float, float]]:
     if torch.cuda.is_available():
         torch.cuda.init()  # or no card could be asked
         cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-        devices += [card for card in cards if cuda_serves(card)]
+        devices += [card for card in cards if has_cuda_kernels(card)]
     checks = [(f"{device} generated basis", _wrong_basis(device), 0.0) for device in devices]
     drawn = [Basis(*shape, seed=1) for shape in _SHAPES]
     kinds = {
@@ -138,5 +138,5 @@ def _cards() -> str:
 
 def _card(index: int) -> str:
     facts = torch.cuda.get_device_properties(index)
-    without = "" if cuda_serves(torch.device("cuda", index)) else ", without our kernels"
+    without = "" if has_cuda_kernels(torch.device("cuda", index)) else ", without our kernels"
     return f"{facts.name} (sm_{facts.major}{facts.minor}, {facts.total_memory >> 30} GiB{without})"

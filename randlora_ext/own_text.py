@@ -221,7 +221,9 @@ def _ends(model: Any) -> list[int]:
     """The tokens that end a text."""
     ends = model.generation_config.eos_token_id
     ends = getattr(model.config, "eos_token_id", None) if ends is None else ends
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if ends is None:
+        return []
+    return [ends] if isinstance(ends, int) else list(ends)
 
 
 def _up_to_the_end(row: list[int], ends: list[int]) -> list[int]:

@@ -74,7 +74,9 @@ def main() -> None:
     options = parser.parse_args()
     card, keys = Card(options.dry), HADAMARD if options.hadamard else ALL
     sizes = [(64, 64), (72, 64)] if card.dry else SIZES
-    every = [20, 1] if card.dry else TOKENS[:3] if options.hadamard else TOKENS
+    every = TOKENS[:3] if options.hadamard else TOKENS
+    if card.dry:
+        every = [20, 1]
     made: dict[tuple[int, int], dict[Key, nn.Module]] = {}
     for tokens in every:
         for size in sizes:

@@ -345,7 +345,8 @@ template <class C>
 RANDLORA_INLINE int64_t tile_width(bool reduce, int64_t rows) {
   constexpr int kLanes = kVectorBytes / int(sizeof(C));
   const int64_t kB = rows * int64_t(sizeof(C)) >> 10;
-  return reduce || kB > 16 ? kLanes : kB > 8 ? 2 * kLanes : 4 * kLanes;
+  if (reduce || kB > 16) return kLanes;
+  return kB > 8 ? 2 * kLanes : 4 * kLanes;
 }
 
 template <class S>

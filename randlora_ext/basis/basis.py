@@ -152,7 +152,7 @@ class Basis(Shape):
         # Where our kernels cannot pack, what the CPU has packed is copied. So it is to "meta": the
         # lengths of lists depend on the elements.
         of_cpu = None
-        if self.kind != "dense" and not devices.serve(device):
+        if self.kind != "dense" and not devices.has_kernels(device):
             of_cpu = self.packed()  # outside `make`, which must not ask the cache
 
         def make() -> Packed:
@@ -200,8 +200,8 @@ class Basis(Shape):
     ) -> tuple[Tensor, Tensor]:
         """The scaled dense bases A (r, d) and B (D, K), newly made: for tests, export and study."""
         on = torch.device(device)
-        served = self.kind == "dense" or devices.serve(on)
-        A, B = self._matrices.dense(self, on if served else torch.device("cpu"), dtype)
+        with_kernels = self.kind == "dense" or devices.has_kernels(on)
+        A, B = self._matrices.dense(self, on if with_kernels else torch.device("cpu"), dtype)
         return A.to(on), B.to(on)
 
     def canonical(self) -> "Basis":

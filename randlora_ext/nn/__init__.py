@@ -1,1 +1,1 @@
-"""`RandLoraLinear`, merging, and putting it into a model."""
+"""Layers with adapters: `RandLoraLinear`, what PEFT's layers share with it, and merging."""

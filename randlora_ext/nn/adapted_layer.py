@@ -12,12 +12,12 @@ from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import do_nothing, plain_operands, refuse_cut
 from .input_scale import input_scale_misfits
-from .merging import KeepsWeight
+from .merging import Mergeable
 from .state_dict import refuse_misfits
 from .uncalibrated import warn_if_uncalibrated
 
 
-class AdaptedLayer(KeepsWeight):
+class AdaptedLayer(Mergeable):
     """``base_layer(x) + sum over adapters of scaling * dropout(x) dW^T``, dW itself, and merging.
 
     Classes that mix it in make the adapters, choose the active ones, and say which basis and which
@@ -27,7 +27,7 @@ class AdaptedLayer(KeepsWeight):
     base_layer: nn.Module
     _modules: dict[str, Any]  # read directly: nn.Module's __getattr__ takes half a microsecond
     fan_in_fan_out: bool  # whether the weight is (in, out)
-    # Of each adapter, by its name, as what `KeepsWeight` names.
+    # Of each adapter, by its name, as what `Mergeable` names.
     r: dict[str, int]
     bases: dict[str, Basis]
     scaling: dict[str, float]

@@ -13,7 +13,7 @@ from ..ranks import full_tensor, local_tensor
 from .input_scale import InputScales
 
 # By each of a weight's `_marks`, the layer that was merged into it last.
-_last_merged: "weakref.WeakValueDictionary[int, KeepsWeight]" = weakref.WeakValueDictionary()
+_last_merged: "weakref.WeakValueDictionary[int, Mergeable]" = weakref.WeakValueDictionary()
 
 
 def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,7 +21,7 @@ def adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class KeepsWeight(nn.Module):
+class Mergeable(nn.Module):
     """Writes adapters into the base layer's weight, and keeps W on the CPU until `unmerge`.
 
     Quantized layers replace the methods from `_held_weight` to `_restorer`. Layers that mix this in
@@ -214,10 +214,10 @@ def _place(weight: Tensor) -> int:
     return local_tensor(weight).data_ptr() or id(weight)  # torchao's weights tell no place
 
 
-def check_mergeable(layers: Mapping[str, KeepsWeight]) -> None:
+def check_mergeable(layers: Mapping[str, Mergeable]) -> None:
     """Raises, before one of a model's adapted layers is merged, what forbids it: RuntimeError if
     two layers share a weight, and the errors of merging."""
-    first: dict[int, KeepsWeight] = {}
+    first: dict[int, Mergeable] = {}
     for path, layer in layers.items():
         layer.path = path
         weight = layer._held_weight()

@@ -5,7 +5,7 @@ from typing import Any
 
 from .adapter_record import RECORD, other_adapter
 from .input_scale import input_scale_misfits, tensor_misfits
-from .merging import KeepsWeight
+from .merging import Mergeable
 
 DIAGONALS = ("randlora_lambda", "randlora_gamma")
 INPUT_SCALE = "randlora_input_scale"
@@ -13,7 +13,7 @@ MOST_TOLD = 10  # misfits in one message: every layer of a large model may have 
 
 
 def refuse_misfits(
-    layers: Mapping[str, KeepsWeight], state_dict: Mapping[str, Any], what: str
+    layers: Mapping[str, Mergeable], state_dict: Mapping[str, Any], what: str
 ) -> None:
     """Raises RuntimeError if entries of a state dict do not fit the layers with these paths.
 
@@ -43,7 +43,7 @@ def refuse_misfits(
     raise RuntimeError(f"{what} does not fit:\n\t" + "\n\t".join(lines))
 
 
-def _misfits(layer: KeepsWeight, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def _misfits(layer: Mergeable, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for name, lam in layer.randlora_lambda.items():
         lam_key, gam_key = (f"{prefix}{diagonal}.{name}" for diagonal in DIAGONALS)
         for key, own in ((lam_key, lam), (gam_key, layer.randlora_gamma[name])):
@@ -65,7 +65,7 @@ def _misfits(layer: KeepsWeight, state_dict: Mapping[str, Any], prefix: str) -> 
             yield f"{path} has merged {layer.merged_adapters} into its weight; call unmerge() first"
 
 
-def _other_records(layer: KeepsWeight, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+def _other_records(layer: Mergeable, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
     found = []
     for name, record in layer.randlora_record.items():
         key = f"{prefix}{RECORD}.{name}._extra_state"

@@ -21,7 +21,7 @@ from ..basis import Basis
 from ..basis.hadamard import sylvester
 from ..basis.packed import PackedSigns
 from ..checks import check_diagonals, check_dimensions, check_linear, check_operand
-from ..devices import cuda_serves, serve
+from ..devices import has_cuda_kernels, has_kernels
 from .registration import Operator, entry, fake, gradients, linear_entry, plain
 
 _ops = torch.ops.randlora
@@ -99,11 +99,11 @@ def plus_delta(
 
 
 def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype, kernels: str) -> str:
-    if cuda_serves(device):  # as far as the card's shared memory is large enough
+    if has_cuda_kernels(device):  # as far as the card's shared memory is large enough
         sizes = basis.D, basis.d, basis.r, basis.n
         fits = _C.hadamard_fits(*sizes, dtype == torch.float64, device.index or 0)
         return kernels if fits else "plain torch"
-    return kernels if serve(device) else "plain torch"
+    return kernels if has_kernels(device) else "plain torch"
 
 
 # ---- plain torch ---------------------------------------------------------------------------

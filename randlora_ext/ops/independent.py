@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..basis import Basis
 from ..basis.packed import PackedLists, PackedPlanes
-from ..devices import cuda_refusal, serve
+from ..devices import cuda_refusal, has_kernels
 from . import dense
 from .registration import fake, linear_entry
 
@@ -28,7 +28,7 @@ def basis_arguments(
     `expand` and `scale`. Raises ValueError where our kernels do not run."""
     assert input_scale is None  # goes with Hadamard bases
     on = torch.device(device)
-    if not (serve(on) or on.type == "meta"):
+    if not (has_kernels(on) or on.type == "meta"):
         raise ValueError(
             f"x is on {device}, where independent bases need our kernels, which are "
             f"{cuda_refusal(on)}; Hadamard and dense bases work without, in plain torch"
@@ -60,7 +60,7 @@ plus_delta = dense.plus_delta
 
 
 def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype, kernels: str) -> str:
-    if serve(device):
+    if has_kernels(device):
         return kernels
     return f"nothing: these bases need kernels, which are {cuda_refusal(device)}"
 

@@ -4,7 +4,8 @@
 
     import peft, randlora_ext.peft
     randlora_ext.peft.enable()
-    model = peft.get_peft_model(model, peft.RandLoraConfig(sparse=True, target_modules=...))
+    config = randlora_ext.peft.RandLoraConfig(basis="hadamard", target_modules=...)
+    model = peft.get_peft_model(model, config)
 
 After `enable`, every RandLoRA model that PEFT makes or loads computes its layers with
 `torch.ops.randlora`.

@@ -255,10 +255,10 @@ class PackedBufferDict(MutableMapping, BufferDict):
 
 @ordinary_tensors
 def layer_basis(
-    A: Tensor, B: Tensor, in_features: int, out_features: int, r: int, served: bool = True
+    A: Tensor, B: Tensor, in_features: int, out_features: int, r: int, with_kernels: bool = True
 ) -> Basis:
-    """The basis of one layer shape of A (r, 1, >= d) and B (>= D, >= n, r), of kind "dense" if one
-    is not ternary, or if no kernels are there for packed bases (`served`).
+    """The basis of one layer shape of A (r, 1, >= d) and B (>= D, >= n, r): of kind "dense" if one
+    is not ternary, or if the device has no kernels for packed bases (`with_kernels`).
 
     A layer uses the leading slices; in PEFT's flat order those of B are its first K columns. Raises
     ValueError if they are too small.
@@ -274,7 +274,7 @@ def layer_basis(
             f"{in_features} -> {out_features} features at r={r}, which needs ({r}, 1, >= {d}) and "
             f"(>= {D}, >= {n}, {r})"
         )
-    if served and isinstance(A, PackedBasis) and isinstance(B, PackedBasis):
+    if with_kernels and isinstance(A, PackedBasis) and isinstance(B, PackedBasis):
         basis = Basis.of(*sizes, _ternary(A, B))
     else:
         basis = Basis.of(*sizes, _dense(A, B))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..basis import Basis
 from ..checks import check_model, warn_user
-from ..devices import cuda_refusal, serve
+from ..devices import cuda_refusal, has_kernels
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.adapter_record import RECORD, AdapterRecord
 from ..nn.base_layer import is_conv1d
@@ -179,9 +179,11 @@ class AcceleratedLinear(AdaptedLayer, Linear):
 
     def _make_basis(self, adapter: str, device: torch.device) -> Basis:
         A, B = self.randlora_A[adapter], self.randlora_B[adapter]
-        served = device.type == "meta" or serve(device)
-        basis = layer_basis(A, B, self.in_features, self.out_features, self.r[adapter], served)
-        if not served and basis.kind == "dense" and isinstance(A, PackedBasis):
+        with_kernels = device.type == "meta" or has_kernels(device)
+        basis = layer_basis(
+            A, B, self.in_features, self.out_features, self.r[adapter], with_kernels
+        )
+        if not with_kernels and basis.kind == "dense" and isinstance(A, PackedBasis):
             warn_user(
                 "RandLoRA layers multiply by dense bases: the CUDA kernels of randlora_ext are "
                 f"{cuda_refusal(device)}"

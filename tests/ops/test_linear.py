@@ -179,14 +179,14 @@ def test_plain_torch_computes_what_a_card_cannot_hold(monkeypatch):
     # On the CUDA kernels compiled for the CPU (CONTRIBUTING.md) this asks them: of these sizes
     # N is 65536.
     basis = Basis(33024, 33024, 256, kind="hadamard")
-    if devices.cuda_serves(torch.device("cpu")):
+    if devices.has_cuda_kernels(torch.device("cpu")):
         assert functional.what_computes(basis, torch.device("cpu"), torch.float32) == "plain torch"
         x, lam = torch.randn(2, 33024), torch.randn(256, 129)
         gam = torch.zeros(129, 33024).index_fill(1, torch.arange(0, 33024, 511), 1 / 33024)
         layer = Layer(basis, x, None, None, lam, gam, torch.randn(2, 33024))
         for name, value in ours(layer).items():
             assert torch.equal(value, by_plain_torch(layer)[name]), name
-    monkeypatch.setattr(hadamard, "cuda_serves", lambda device: True)
+    monkeypatch.setattr(hadamard, "has_cuda_kernels", lambda device: True)
     for fits, told in ((False, "plain torch"), (True, f"{_C.isa()} kernels")):
         monkeypatch.setattr(_C, "hadamard_fits", lambda *sizes, fits=fits: fits)
         assert functional.what_computes(basis, torch.device("cpu"), torch.float32) == told

@@ -130,7 +130,7 @@ def test_changed_bases_are_noticed(x, write):
 def no_kernels(monkeypatch):
     def turn_off():
         for module in ("peft.layer", "devices"):
-            monkeypatch.setattr(f"randlora_ext.{module}.serve", lambda device_type: False)
+            monkeypatch.setattr(f"randlora_ext.{module}.has_kernels", lambda device_type: False)
 
     return turn_off
 

@@ -201,7 +201,7 @@ def test_others_are_compared_with_ours_at_their_loss():
     ours["x 0.7"] |= {"held_out_loss": 1.4, "manual": 0.01}
     table = forgetting.beside_ours([lora, ours]).splitlines()
     # of the manual ours forgot 0.04 at 1.0 and 0.01 at 1.4, so 0.02 at 1.2
-    assert table[2].startswith("| LoRA, MLP, 1.5e-3 | 1.200 | 0.040; 0.020 |")
+    assert table[2].startswith("| LoRA, MLP, 1.5e-3 | 1.200 | 2.0 (0.040, 0.020) |")
     trained = forgetting.as_trained([lora, ours]).splitlines()
     assert trained[2].startswith("| ours, all linear | 1e-3 | 1.000 | 0.040 |")
     assert trained[4].startswith("| LoRA, MLP | 1.5e-3 | 1.200 | 0.040 |")
