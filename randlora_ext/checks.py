@@ -33,36 +33,6 @@ def warn_user(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def warn_of_unmatched(argument: str, targets: Any, names: Iterable[str], what: str) -> None:
-    """Warns of each target that matches no name: none is equal to it or ends in ``.target``.
-
-    One regular expression is not checked. `what` says what the names are of.
-    """
-    if targets is None or isinstance(targets, str):
-        return
-    ends = set()
-    for name in names:
-        modules = name.split(".")
-        ends |= {".".join(modules[begin:]) for begin in range(len(modules))}
-    unmatched = []
-    for target in sorted(set(targets) - ends):
-        as_long = sorted(end for end in ends if end.count(".") == target.count("."))
-        near = difflib.get_close_matches(target, as_long, n=1)
-        unmatched.append(f"{target!r} (did you mean {near[0]!r}?)" if near else repr(target))
-    if unmatched:
-        warn_user(f"{argument} that match no {what}: {', '.join(unmatched)}")
-
-
-def meant_targets(targets: Any, names: Iterable[str]) -> str:
-    """For a message about targets that match nothing: which of `names` were perhaps meant."""
-    ends = sorted({name.rpartition(".")[2] for name in names})
-    if isinstance(targets, str):
-        hint = f"; a text must match a whole name: did you mean [{targets!r}]?"
-        return hint if targets in ends else ""
-    near = {end for each in targets or () for end in difflib.get_close_matches(each, ends, n=1)}
-    return f"; did you mean {sorted(near)}?" if near else ""
-
-
 def at_most_ten(names: list[str]) -> str:
     """At most ten of them, for a message."""
     return f"{names[:10]}{' ...' if len(names) > 10 else ''}"

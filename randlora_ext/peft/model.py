@@ -1,31 +1,27 @@
 """PEFT's RandLoRA model with accelerated layers over packed bases, of every kind and density."""
 
 import sys
-from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import Any
 
 import peft
 import torch
-from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.randlora.model import RandLoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from ..checks import at_most_ten, check_alpha, check_r, meant_targets, warn_of_unmatched, warn_user
+from ..checks import check_alpha, check_r, warn_user
 from ..nn.adapted_layer import layers_by_path
 from ..nn.adapter_record import RECORD
 from ..nn.base_layer import (
     check_is_called,
-    check_no_plan,
-    check_whole,
     disable_nested_tensors,
     features,
     is_conv1d,
 )
 from ..nn.experts import ADAPTERS, AdaptedModule, sizes_of_matching
 from ..nn.input_scale import tensor_misfits
-from ..nn.linear import DEFAULT_SCALING, RandLoraLinear, more_than_d
+from ..nn.linear import DEFAULT_SCALING, more_than_d
 from ..nn.merging import check_mergeable
 from ..nn.state_dict import refuse_misfits
 from ..nn.uncalibrated import watch_calibration
@@ -36,11 +32,9 @@ from .layer import AcceleratedLinear, AcceleratedParameter
 from .misfits import check_names
 from .quantized import QuantizedLinear
 from .rows import adapters_by_row
+from .targets import check_linear, check_targets, is_linear
 
 _PREFIX = "base_model.model."  # of names in a PeftModel, and in files
-
-# PEFT adds these names to ``modules_to_save`` of classifiers, of which each has one.
-_SAVED_ANYWAY = {"classifier", "score", "qa_outputs"}
 
 
 class AcceleratedRandLoraModel(RandLoraModel):
@@ -52,7 +46,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
-        _check_linear(target)
+        check_linear(target)
         stored_transposed = is_conv1d(target)
         if config.fan_in_fan_out != stored_transposed:
             warn_user(
@@ -191,28 +185,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _prepare_model(self, config, model) -> None:
         """Checks the targets before anything is drawn or replaced."""
         config = _maybe_include_all_linear_layers(config, model)
-        parameters = sizes_of_matching(model, target_parameters(config))
-        linear = self._linear_targets(config)
-        if not linear and (config.target_modules or not parameters):
-            names = [name for name, module in model.named_modules() if _is_linear(module)]
-            unadapted = [name for name in names if not name.endswith(".base_layer")]
-            raise ValueError(
-                f"target_modules {config.target_modules!r} matches no linear layer of "
-                f"{type(model).__name__}{meant_targets(config.target_modules, unadapted)}; its "
-                f"linear layers are called {at_most_ten(unadapted)}"
-            )
-        for module in self._targets(config).values():
-            _check_linear(module)
-        _warn_of_unmatched(config, model, parameters)
-        for name, module in linear.items():
-            check_no_plan(model, name, f"target {name!r}")
-            if not isinstance(module, RandLoraLayer):
-                check_whole(getattr(module, "weight", None), f"target {name!r}")
-            # PEFT leaves out what lies inside its own layers.
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
-                raise ValueError(
-                    f"target {name!r} lies inside a RandLoraLinear, and adapters cannot be nested"
-                )
+        check_targets(model, config, self._targets(config))
         smallest = min(map(min, self._sizes(config)))
         if config.r > smallest:
             warn_user(more_than_d(config.r, smallest))
@@ -220,7 +193,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
     def _linear_targets(self, config: peft.RandLoraConfig) -> dict[str, nn.Module]:
         """By name, the linear layers that ``target_modules`` match, adapted ones included."""
         targets = self._targets(config).items()
-        return {name: module for name, module in targets if _is_linear(module)}
+        return {name: module for name, module in targets if is_linear(module)}
 
     def _targets(self, config: peft.RandLoraConfig) -> dict[str, nn.Module]:
         """What ``target_modules`` match, but for what lies inside of layers with adapters."""
@@ -345,31 +318,3 @@ class AcceleratedRandLoraModel(RandLoraModel):
 def layer_class(base_layer: nn.Module) -> type[AcceleratedLinear]:
     """That of a layer with adapters over `base_layer`."""
     return QuantizedLinear if quantized.backend_of(base_layer) else AcceleratedLinear
-
-
-def _warn_of_unmatched(
-    config: peft.RandLoraConfig, model: nn.Module, parameters: Iterable[str]
-) -> None:
-    """Warns of names in the configuration that match nothing in the model."""
-    module_of = f"module of {type(model).__name__}"
-    parameter_of = f"parameter of {type(model).__name__}"
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    warn_of_unmatched("target_modules", config.target_modules, modules, module_of)
-    named = target_parameters(config)
-    warn_of_unmatched("target_parameters", named, parameters, parameter_of)
-    saved = set(config.modules_to_save or ()) - _SAVED_ANYWAY
-    # PEFT looks for these without a dot before them.
-    saved = {name for name in saved if not any(path.endswith(name) for path in modules)}
-    warn_of_unmatched("modules_to_save", saved, modules, module_of)
-
-
-def _check_linear(target: nn.Module) -> None:
-    if not _is_linear(target):
-        raise ValueError(
-            f"Target module {target} is not supported: it is no nn.Linear, no Conv1D of "
-            "transformers and no quantized linear layer"
-        )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module) or bool(quantized.backend_of(module))

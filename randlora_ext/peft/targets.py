@@ -1,0 +1,110 @@
+"""Which modules of a model a configuration means: checks before anything is drawn or replaced."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import peft
+from peft.tuners.randlora.layer import RandLoraLayer
+from torch import nn
+
+from ..checks import at_most_ten, warn_user
+from ..nn.base_layer import check_no_plan, check_whole, is_conv1d
+from ..nn.experts import sizes_of_matching
+from ..nn.linear import RandLoraLinear
+from .config import target_parameters
+from .quantized import backend_of
+
+# PEFT adds these names to ``modules_to_save`` of classifiers, of which each has one.
+_SAVED_ANYWAY = {"classifier", "score", "qa_outputs"}
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module) or bool(backend_of(module))
+
+
+def check_linear(target: nn.Module) -> None:
+    """Raises ValueError unless it is a linear layer."""
+    if not is_linear(target):
+        raise ValueError(
+            f"Target module {target} is not supported: it is no nn.Linear, no Conv1D of "
+            "transformers and no quantized linear layer"
+        )
+
+
+def check_targets(
+    model: nn.Module, config: peft.RandLoraConfig, targets: Mapping[str, nn.Module]
+) -> None:
+    """Raises ValueError if the configuration names nothing that can be adapted, or something that
+    cannot; warns of names that match nothing.
+
+    Args:
+        targets: by name, the modules that ``target_modules`` match.
+    """
+    parameters = sizes_of_matching(model, target_parameters(config))
+    if not any(map(is_linear, targets.values())) and (config.target_modules or not parameters):
+        _refuse_unmatched(model, config.target_modules)
+    for target in targets.values():
+        check_linear(target)
+    _warn_of_unmatched(model, config, parameters)
+    for name, target in targets.items():
+        check_no_plan(model, name, f"target {name!r}")
+        if not isinstance(target, RandLoraLayer):
+            check_whole(getattr(target, "weight", None), f"target {name!r}")
+        # PEFT leaves out what lies inside its own layers.
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
+            raise ValueError(
+                f"target {name!r} lies inside a RandLoraLinear, and adapters cannot be nested"
+            )
+
+
+def _refuse_unmatched(model: nn.Module, targets: Any) -> None:
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    unadapted = [name for name in linear if not name.endswith(".base_layer")]
+    raise ValueError(
+        f"target_modules {targets!r} matches no linear layer of {type(model).__name__}"
+        f"{_meant(targets, unadapted)}; its linear layers are called {at_most_ten(unadapted)}"
+    )
+
+
+def _meant(targets: Any, names: Iterable[str]) -> str:
+    """Which of `names` were perhaps meant."""
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    if isinstance(targets, str):
+        hint = f"; a text must match a whole name: did you mean [{targets!r}]?"
+        return hint if targets in ends else ""
+    near = {end for each in targets or () for end in difflib.get_close_matches(each, ends, n=1)}
+    return f"; did you mean {sorted(near)}?" if near else ""
+
+
+def _warn_of_unmatched(
+    model: nn.Module, config: peft.RandLoraConfig, parameters: Iterable[str]
+) -> None:
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    saved = set(config.modules_to_save or ()) - _SAVED_ANYWAY
+    # PEFT looks for these without a dot before them.
+    saved = {name for name in saved if not any(path.endswith(name) for path in modules)}
+    of_model = f"of {type(model).__name__}"
+    for field, targets, names, kind in (
+        ("target_modules", config.target_modules, modules, "module"),
+        ("target_parameters", target_parameters(config), parameters, "parameter"),
+        ("modules_to_save", saved, modules, "module"),
+    ):
+        # A text is a regular expression, which has matched.
+        unmatched = [] if isinstance(targets, str) else _unmatched(targets or (), names)
+        if unmatched:
+            warn_user(f"{field} that match no {kind} {of_model}: {', '.join(unmatched)}")
+
+
+def _unmatched(targets: Iterable[str], names: Iterable[str]) -> list[str]:
+    """In words, each target that is no name, nor the end of one, ``.target``."""
+    ends = set()
+    for name in names:
+        modules = name.split(".")
+        ends |= {".".join(modules[begin:]) for begin in range(len(modules))}
+    found = []
+    for target in sorted(set(targets) - ends):
+        as_long = sorted(end for end in ends if end.count(".") == target.count("."))
+        near = difflib.get_close_matches(target, as_long, n=1)
+        found.append(f"{target!r} (did you mean {near[0]!r}?)" if near else repr(target))
+    return found
