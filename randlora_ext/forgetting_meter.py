@@ -1,18 +1,17 @@
 """`forgetting`: how far a tuned model is from its base model, a number that needs no data."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .base_model import base_of, layers_without_peft, peft_models
 from .batches import check_batches, moved_to
 from .checks import check_model, check_seed
 from .eval_mode import in_eval_mode
-from .nn.linear import RandLoraLinear
-from .own_text import NO_LABEL, adapters_disabled, own_text
+from .own_text import NO_LABEL, own_text
 from .ranks import failing_together, of_all_ranks, rank
 
 NUMBERS_AT_ONCE = 2**24  # of logits in float32, so that a large vocabulary takes no more memory
@@ -92,27 +91,6 @@ def forgetting(
     return _mean([row for of_rank in of_all_ranks(rows) for row in of_rank])
 
 
-@contextmanager
-def base_of(model: nn.Module) -> Iterator[None]:
-    """Inside it the model computes what it does without adapters."""
-    with ExitStack() as held:
-        for part in _peft_models(model):
-            held.enter_context(adapters_disabled(part))
-        for layer in _layers_without_peft(model):
-            held.callback(setattr, layer, "disabled", layer.disabled)
-            layer.disabled = True
-        yield
-
-
-def _peft_models(model: nn.Module) -> list[nn.Module]:
-    """The model itself, or what wrappers such as DistributedDataParallel hold."""
-    return [module for module in model.modules() if hasattr(type(module), "disable_adapter")]
-
-
-def _layers_without_peft(model: nn.Module) -> list[RandLoraLinear]:
-    return [module for module in model.modules() if isinstance(module, RandLoraLinear)]
-
-
 def own_text_of(model: nn.Module, prompts: Any = None, seed: int = 0) -> list[dict[str, Tensor]]:
     """`own_text` by the base of a model; other text on every rank."""
     with failing_together(), base_of(model):
@@ -121,8 +99,8 @@ def own_text_of(model: nn.Module, prompts: Any = None, seed: int = 0) -> list[di
 
 def _check_adapters(model: nn.Module) -> None:
     """ValueError unless disabling the adapters gives the base model, and enabling them this one."""
-    parts: list[Any] = _peft_models(model)
-    if not parts and not _layers_without_peft(model):
+    parts: list[Any] = peft_models(model)
+    if not parts and not layers_without_peft(model):
         raise ValueError(
             "model has no adapter to disable: give a PeftModel, or one with RandLoraLinear layers"
         )

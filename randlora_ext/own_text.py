@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .base_model import adapters_disabled
 from .batches import device_of
 from .checks import check_model, check_seed
 from .eval_mode import in_eval_mode
@@ -94,25 +95,6 @@ def _generates(module: Any) -> bool:
     # Some have the method, and None for its configuration: transformers' parts of a model.
     configured = getattr(module, "generation_config", None) is not None
     return callable(getattr(module, "generate", None)) and configured
-
-
-@contextmanager
-def adapters_disabled(model: Any) -> Iterator[None]:
-    """Inside it a PeftModel is its base model; another model stays as it is.
-
-    PEFT's own context makes every parameter of an active adapter trainable, at its end, even one
-    that was frozen; this one gives them back as they were.
-    """
-    if not hasattr(model, "disable_adapter"):
-        yield
-        return
-    trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, did in trains.items():
-            parameter.requires_grad_(did)
 
 
 def _vocabulary(model: Any) -> float:
