@@ -13,15 +13,16 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+# In thousands of tiny calls, waking a second thread would take longer than the work.
+# ops/test_determinism.py shows that it changes no bit of ours; it may of torch's. At once, because
+# fixtures of a whole file come before those of a test.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """In thousands of tiny calls, waking a second thread would take longer than the work.
-    ops/test_determinism.py shows that it changes no bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

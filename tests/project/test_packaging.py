@@ -45,7 +45,7 @@ def bare(tmp_path, monkeypatch):
     for name in ("setup.py", "VERSION"):
         shutil.copy(ROOT / name, tmp_path)
     sources = [f"cpu/isa_{isa}.cpp" for isa in ("portable", "avx2", "avx512")]
-    sources += ["cpu/dispatch.cpp", "cpu/packing.cpp", "python/binding.cpp", "cuda/one.cu"]
+    sources += ["cpu/dispatch.cpp", "cpu/packing.cpp", "python/module.cpp", "cuda/one.cu"]
     for source in sources:
         path = tmp_path / "csrc" / source
         path.parent.mkdir(parents=True, exist_ok=True)
