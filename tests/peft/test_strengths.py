@@ -284,7 +284,7 @@ def test_packed_texts_are_told_apart_by_their_positions():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_saves_memory_and_changes_nothing(reentrant, monkeypatch):
+def test_gradient_checkpointing_acts_and_changes_nothing(reentrant, monkeypatch):
     base = spread_out(llama())
     want = randlora_ext.calibrate(adapted(copy.deepcopy(base)), task())
     model = adapted(copy.deepcopy(base))
