@@ -36,11 +36,16 @@ def check_targets(
     model: nn.Module, config: peft.RandLoraConfig, targets: Mapping[str, nn.Module]
 ) -> None:
     """Raises ValueError if the configuration names nothing that can be adapted, or something that
-    cannot; warns of names that match nothing.
+    cannot, or the model has adapters without PEFT; warns of names that match nothing.
 
     Args:
         targets: by name, the modules that ``target_modules`` match.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, RandLoraLinear):
+            raise ValueError(
+                f"module {name!r} is a RandLoraLinear: adapt all layers by PEFT, or all without it"
+            )
     parameters = sizes_of_matching(model, target_parameters(config))
     if not any(map(is_linear, targets.values())) and (config.target_modules or not parameters):
         _refuse_unmatched(model, config.target_modules)
@@ -51,11 +56,6 @@ def check_targets(
         check_no_plan(model, name, f"target {name!r}")
         if not isinstance(target, RandLoraLayer):
             check_whole(getattr(target, "weight", None), f"target {name!r}")
-        # PEFT leaves out what lies inside its own layers.
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), RandLoraLinear):
-            raise ValueError(
-                f"target {name!r} lies inside a RandLoraLinear, and adapters cannot be nested"
-            )
 
 
 def _refuse_unmatched(model: nn.Module, targets: Any) -> None:

@@ -232,12 +232,13 @@ def test_an_injected_model_is_loaded_as_a_whole_or_not_at_all():
     assert not model[1].randlora_lambda["default"].any()
 
 
-def test_adapters_of_peft_cannot_be_nested_in_ours():
+@pytest.mark.parametrize("target", ["base_layer", "1"])
+def test_a_model_with_adapters_without_peft_is_refused(target):
     accelerated.enable()
-    model = nn.Sequential(RandLoraLinear(nn.Linear(24, 24), r=4))
-    with pytest.raises(ValueError, match=r"'0\.base_layer' lies inside a RandLoraLin.*be nested"):
-        peft.get_peft_model(model, config(4, targets=["base_layer"], sparse=True))
-    assert type(model[0].base_layer) is nn.Linear
+    model = nn.Sequential(RandLoraLinear(nn.Linear(24, 24), r=4), nn.Linear(24, 24))
+    with pytest.raises(ValueError, match="module '0' is a RandLoraLinear: adapt all layers by PE"):
+        peft.get_peft_model(model, config(4, targets=[target], sparse=True))
+    assert type(model[0].base_layer) is type(model[1]) is nn.Linear
 
 
 def test_a_second_adapter_that_targets_base_layers_is_not_nested_in_the_first():

@@ -13,8 +13,6 @@ from peft_helpers import (
 )
 from torch import nn
 
-from randlora_ext import RandLoraLinear
-
 pytestmark = pytest.mark.filterwarnings("ignore:RandLoRA layers multiply by dense")
 
 SEED = {"basis": "independent", "density": 0.2, "projection_prng_key": 7}
@@ -103,14 +101,6 @@ class TestFilesThatFitInPart:
         (message,) = self.warnings(tmp_path, recwarn, way, 3)
         assert "2 tensors of the adapter are missing and stay as they were" in message
         assert "model.2.q.randlora_lambda" in message and "no place" not in message
-
-    @pytest.mark.parametrize("name", ["default", "two"])
-    def test_a_layer_without_peft_is_no_part_of_the_adapter(self, tmp_path, recwarn, name):
-        adapted(blocks(2), "q", sparse=True).save_pretrained(tmp_path)
-        base = blocks(2)
-        base[0]["v"] = RandLoraLinear(base[0]["v"], r=4)
-        adapted(base, "q", sparse=True).load_adapter(tmp_path, name)
-        assert not [w for w in recwarn if "only in part" in str(w.message)]
 
     def test_both_are_told(self, tmp_path, recwarn):
         alone, missing = self.warnings(tmp_path, recwarn, load_over, 2, "v")
