@@ -1,7 +1,7 @@
 """Tables of docs/ablations.md, ours against variants of itself, from the rows of finetune.py.
 
-    python benchmarks/ablations.py          from the stored runs
-    python benchmarks/ablations.py NAME     from results/forgetting-NAME.jsonl
+    python benchmarks/ablations.py          of the stored rows, results/forgetting.jsonl
+    python benchmarks/ablations.py FILE     of others
 
 forgetting.py says how values are read off.
 """

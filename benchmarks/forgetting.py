@@ -1,7 +1,7 @@
 """Tables of docs/evidence.md from the rows of finetune.py.
 
-    python benchmarks/forgetting.py          from the stored runs
-    python benchmarks/forgetting.py NAME     from results/forgetting-NAME.jsonl
+    python benchmarks/forgetting.py          of the stored rows, results/forgetting.jsonl
+    python benchmarks/forgetting.py FILE     of others
 
 At equal forgetting means: the held-out loss is interpolated over the logarithm of what was
 forgotten, for each seed, between factors of dW at each rate; the lowest counts, or that of a run

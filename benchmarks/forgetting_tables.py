@@ -10,7 +10,7 @@ from finetune_rows import identity, read_rows
 from forgetting_curves import has_curve, loss_by_seed, selected
 
 RESULTS = Path(__file__).parent / "results"
-STORED = "zen5", "zen4-3", "more-zen4"  # runs of which the pages tell
+STORED = RESULTS / "forgetting.jsonl"  # the runs of which the pages tell
 MODELS = {"fp32": "SmolLM2", "gemma": "Gemma"}
 LAYERS = {"all": "all linear", "mlp": "MLP", "four": "q, v, o, down", "experts": "experts"}
 TEXTS = {  # whose loss rises; of the last two it is KL(base, tuned)
@@ -35,21 +35,20 @@ Methods = dict[str, tuple[str, str]]  # of each column: method and layers
 
 
 def rows_named(arguments: list[str] | None, about: str) -> list[dict]:
-    """Of results/forgetting-NAME.jsonl for every NAME among the arguments."""
+    """Of the file that the arguments name, by default the stored one."""
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("names", nargs="*", default=STORED, metavar="NAME")
-    return read(parser.parse_args(arguments).names)
+    parser.add_argument("file", nargs="?", type=Path, default=STORED, help="of finetune.py")
+    return read(parser.parse_args(arguments).file)
 
 
-def read(names: Iterable[str]) -> list[dict]:
+def read(file: Path) -> list[dict]:
     """The rows that reached a finite loss, of a scaling of 20. Of equal runs what either measured;
     of what both did, the last."""
     runs: dict[tuple, dict] = {}
-    for name in names:
-        for row in read_rows(RESULTS / f"forgetting-{name}.jsonl"):
-            run = runs.setdefault(identity(row), {})
-            for key, value in row.items():
-                run[key] = run.get(key, {}) | value if isinstance(value, dict) else value
+    for row in read_rows(file):
+        run = runs.setdefault(identity(row), {})
+        for key, value in row.items():
+            run[key] = run.get(key, {}) | value if isinstance(value, dict) else value
     return [run for run in runs.values() if run["scaling"] == 20 and "forgetting" in run]
 
 

@@ -8,12 +8,11 @@ Of layers only float32 rows are drawn, so that no line mixes types.
 import argparse
 import hashlib
 import json
-from itertools import chain
 from pathlib import Path
 
 import matplotlib
 from forgetting_curves import loss_by_seed
-from forgetting_tables import OURS, STORED, of_one_task
+from forgetting_tables import OURS, of_one_task, read
 from methods import density_of
 
 matplotlib.use("Agg")
@@ -134,14 +133,10 @@ def front(rows: list[dict]) -> list[tuple[float, float]]:
     return points
 
 
-def by_forgetting(*results: list[dict], tasks=("spelling", "roman", "dates", "json")):
+def by_forgetting(rows: list[dict], tasks=("spelling", "roman", "dates", "json")):
     """Of each method the lowest held-out loss over what was forgotten; the table of README and
     docs/evidence.md is read off at 0.1."""
-    rows = [
-        row
-        for row in of_one_task([*chain.from_iterable(results)])
-        if row["r"] == 32 and "x 0.7" in row
-    ]
+    rows = [row for row in of_one_task(rows) if row["r"] == 32 and "x 0.7" in row]
     size = (11, 6.4) if len(tasks) > 1 else (9, 3.6)
     panels = [(model, task) for model in MODEL_NAMES for task in tasks]
     shape = (2, len(tasks)) if len(tasks) > 1 else (1, 2)
@@ -175,9 +170,9 @@ def by_forgetting(*results: list[dict], tasks=("spelling", "roman", "dates", "js
     return figure
 
 
-def of_spelling(*results: list[dict]):
+def of_spelling(rows: list[dict]):
     """The same of one task, for README."""
-    return by_forgetting(*results, tasks=("spelling",))
+    return by_forgetting(rows, tasks=("spelling",))
 
 
 # Whose dW `by_inputs` looks at: not calibrated, by size alone, and by what varies in the batches.
@@ -215,22 +210,19 @@ def by_inputs(inputs: dict, rows: list[dict]):
     return figure
 
 
-FORGETTING = [f"forgetting-{name}.jsonl" for name in STORED]
 FIGURES = {  # how each is drawn, and of which results
     "bench-tokens.png": (by_tokens, "layer-xeon-167.json"),
     "bench-density.png": (by_density, "density-epyc-zen4.json"),
-    "equal-forgetting.png": (of_spelling, *FORGETTING),
-    "forgetting.png": (by_forgetting, *FORGETTING),
-    "inputs.png": (by_inputs, "inputs-zen5.json", "forgetting-zen5.jsonl"),
+    "equal-forgetting.png": (of_spelling, "forgetting.jsonl"),
+    "forgetting.png": (by_forgetting, "forgetting.jsonl"),
+    "inputs.png": (by_inputs, "inputs-zen5.json", "forgetting.jsonl"),
 }
 
 
 def results(file: str):
-    """A file of results: of JSON as it is, of JSON lines a list."""
-    text = (ROOT / "results" / file).read_text()
-    if file.endswith(".jsonl"):
-        return [json.loads(line) for line in text.splitlines()]
-    return json.loads(text)
+    """A file of results: of JSON as it is, of finetune.py the rows."""
+    path = ROOT / "results" / file
+    return read(path) if file.endswith(".jsonl") else json.loads(path.read_text())
 
 
 def digest(files: list[str]) -> str:
