@@ -3,8 +3,10 @@
 import logging
 import math
 import random
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,7 +62,8 @@ class ForgettingBudget(TrainerCallback):
     Of adapters other than ours, such as LoRA, it measures; they have neither calibration nor dial.
     It runs before the trainer's other callbacks, so that what these save or log at the end is what
     the budget leaves. In a search for hyperparameters whose objective is the sum of all metrics, as
-    by default, forgetting is logged but is none of them.
+    by default, forgetting is logged but is none of them; and a trial's objective is that before the
+    dial is turned, so search without `max_rise`.
 
     Args:
         trainer: the one that it is added to.
@@ -135,10 +138,11 @@ class ForgettingBudget(TrainerCallback):
         error = _raised_by(act)
         if error is None:
             return True
-        if not isinstance(error, _Cannot):
+        if not isinstance(error, _Cannot) and not _is_refusal(error):
             logger.warning("%s: %s", otherwise, error, exc_info=error)
         elif self.trainer.state.is_world_process_zero:
-            logger.log(error.level, "%s: %s", otherwise, error)
+            level = getattr(error, "level", logging.WARNING)
+            logger.log(level, "%s: %s", otherwise, error)
         return False
 
     def _log(self, **numbers: float) -> None:
@@ -269,6 +273,13 @@ def _raised_by(act: Callable[[], Any]) -> Exception | None:
     return None
 
 
+def _is_refusal(error: Exception) -> bool:
+    """Whether this package raised it: then its message is a sentence that needs no traceback."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    raised_in = Path(frames[-1][0].f_code.co_filename) if frames else Path()
+    return isinstance(error, (TypeError, ValueError)) and Path(__file__).parent in raised_in.parents
+
+
 def _why_needless(model: nn.Module, step: int) -> str:
     """Why nothing is left to calibrate; "" if something is."""
     if step:
@@ -278,7 +289,7 @@ def _why_needless(model: nn.Module, step: int) -> str:
         return "the model has no RandLoRA adapter"
     active = [(layer, name) for layer in layers for name in adapters_to_calibrate(layer)]
     if not active:
-        return "no active adapter is on Hadamard bases, and only these can scale their inputs"
+        return "no active adapter that trains is on Hadamard bases, which alone scale their inputs"
     done = sorted({name for layer, name in active if layer.is_calibrated(name)})
     if done:  # and perhaps trained, too
         return f"adapter {', '.join(map(repr, done))} is calibrated already"

@@ -37,7 +37,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
         randlora_ext.calibrate(model, itertools.islice(loader, 4))
 
     A few hundred tokens of the training data suffice (docs/ablations.md). Every active adapter on
-    Hadamard bases gets the vector ``input_scale`` (in_features,), float32:
+    Hadamard bases, unless it is frozen, gets the vector ``input_scale`` (in_features,), float32:
 
         rms = x.square().mean(0).sqrt()             x (tokens, in), of the batches
         varying = 1 - (x.mean(0) / rms).square()    the share of its energy that varies
@@ -88,7 +88,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
             mapping of keyword arguments. These are moved to the device of the model's first
             parameter. If the mapping has an "attention_mask" (batch, tokens), its zeros leave out
             tokens in layers whose inputs are (batch, tokens, in_features) or (batch * tokens,
-            in_features); experts do not leave out any.
+            in_features); experts do not leave out any. A decoder beside an encoder leaves out the
+            zeros of "decoder_attention_mask", or else labels of -100.
 
     Returns:
         The strength of every layer that saw a token, by its name in the model.
@@ -300,14 +301,14 @@ def _check_batch(batch: Any) -> None:
 
 
 def layers_to_calibrate(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """Those with active adapters on Hadamard bases; ValueError if there are none, or one of these
-    adapters cannot be calibrated."""
+    """Those with adapters to calibrate; ValueError if there are none, or one of these adapters
+    cannot be calibrated."""
     found = layers_by_name(model).items()
     layers = {name: layer for name, layer in found if adapters_to_calibrate(layer)}
     if not layers:
         raise ValueError(
-            "model has no active adapter on Hadamard bases; only these can scale their inputs; add "
-            'one with basis="hadamard"'
+            "model has no active adapter on Hadamard bases that trains; only these can scale their "
+            'inputs; add one with basis="hadamard"'
         )
     with gathered(lam for layer in layers.values() for lam in layer.randlora_lambda.values()):
         for name, layer in layers.items():
@@ -316,8 +317,13 @@ def layers_to_calibrate(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def adapters_to_calibrate(layer: AdaptedLayer) -> list[str]:
+    """The active ones on Hadamard bases that train; one that is frozen keeps what it has."""
     active = [] if layer.disabled else layer.active_adapters
-    return [adapter for adapter in active if adapter in layer.randlora_input_scale]
+    return [
+        adapter
+        for adapter in active
+        if adapter in layer.randlora_input_scale and layer.randlora_lambda[adapter].requires_grad
+    ]
 
 
 def _refuse_merged_or_trained(name: str, layer: AdaptedLayer) -> None:

@@ -1,7 +1,7 @@
 """`forgetting`: how far a tuned model is from its base model, a number that needs no data."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,9 @@ from .own_text import NO_LABEL, own_text
 from .ranks import failing_together, of_all_ranks, rank
 
 NUMBERS_AT_ONCE = 2**24  # of logits in float32, so that a large vocabulary takes no more memory
+
+# By PEFT's ``init_lora_weights``: W becomes W - BA.
+_CHANGE_THE_BASE = "pissa", "olora", "corda", "loftq", "milora", "lora_ga"
 
 _NO_TOKENS = f"batches must hold tokens that count, labels other than {NO_LABEL}"
 
@@ -57,7 +60,8 @@ def forgetting(
         batches: mappings of the model's arguments; or tensors (rows, tokens) of token numbers,
             without padding. "labels" (rows, tokens) say which tokens count, those that are not
             -100; without labels all do that "attention_mask" does not leave out. Of transformers'
-            causal models, which predict no first token, those in ``labels[:, 1:]``. By default
+            causal models, which predict no first token, those in ``labels[:, 1:]``, but none that
+            is predicted from a token that the mask leaves out. By default
             `own_text`: 8 rows of 128 tokens that the base model writes, 1,024 in all.
         prompts: of a chat model, rows of token numbers without padding, such as
             ``tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]``. The
@@ -68,8 +72,9 @@ def forgetting(
     many if the model is sharded; every rank writes other text, and all get the number of all rows.
     If one rank fails, the others raise RuntimeError.
 
-    Raises TypeError or ValueError: model is no module, has no adapter or one that is merged or
-    trains biases, which PEFT cannot take back; both batches and prompts are given; a batch is
+    Raises TypeError or ValueError: model is no module, or has no adapter; PEFT cannot take an
+    adapter back, because it is merged, trains biases or other weights of the base model, or began
+    by changing these (LoRA's "pissa" and its like); both batches and prompts are given; a batch is
     something else; no token counts; the model gives no logits for each token, or they are not
     finite; or as `own_text`.
 
@@ -116,6 +121,31 @@ def _check_adapters(model: nn.Module) -> None:
                     f"adapter {adapter!r} trains biases (bias={bias!r}), which stay when it is "
                     "disabled, so the base model is not at hand"
                 )
+            started = getattr(part.peft_config[adapter], "init_lora_weights", None)
+            if isinstance(started, str) and started.startswith(_CHANGE_THE_BASE):
+                raise ValueError(
+                    f"adapter {adapter!r} was initialized by {started!r}, which changes the base "
+                    "weights, so the base model is not at hand"
+                )
+        for name in _trained_beside_adapters(part):
+            raise ValueError(
+                f"parameter {name!r} of the base model trains, and stays when adapters are "
+                "disabled, so the base model is not at hand; PEFT's modules_to_save keeps both"
+            )
+
+
+def _trained_beside_adapters(model: Any) -> Iterator[str]:
+    """The names of parameters that train and that neither PEFT nor this package manages."""
+    base = model.get_base_model()
+    managed: set[nn.Module] = set()
+    for module in base.modules():
+        if type(module).__module__.partition(".")[0] in ("peft", "randlora_ext"):
+            managed.update(module.modules())
+    for path, module in base.named_modules():
+        if module not in managed:
+            for name, parameter in module.named_parameters(path, recurse=False):
+                if parameter.requires_grad:
+                    yield name
 
 
 def _measure(model: nn.Module, batch: Any) -> list[tuple[float, int]]:
@@ -125,7 +155,9 @@ def _measure(model: nn.Module, batch: Any) -> list[tuple[float, int]]:
     predicts_next = _predicts_next(model)
     if predicts_next:
         arguments = {name: value for name, value in arguments.items() if name != "labels"}
-    counted = labels[:, 1:] != NO_LABEL if predicts_next else labels != NO_LABEL
+    counted = labels != NO_LABEL
+    if predicts_next:
+        counted = counted[:, 1:] & ~_is_padding(arguments, labels)[:, :-1]
 
     def logits() -> Tensor:
         found = getattr(model(**moved_to(model, arguments)), "logits", None)
@@ -178,6 +210,13 @@ def _labels(arguments: Mapping[str, Any]) -> Tensor:
             f"{labels if labels is None else tuple(labels.shape)} in one with {[*arguments]}"
         )
     return labels
+
+
+def _is_padding(arguments: Mapping[str, Any], labels: Tensor) -> Tensor:
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return torch.zeros_like(labels, dtype=torch.bool)
+    return (mask == 0).to(labels.device)
 
 
 def _predicts_next(model: nn.Module) -> bool:

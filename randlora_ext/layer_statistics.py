@@ -74,14 +74,11 @@ def average(sums: SumsOfLayers) -> None:
 @torch.no_grad()
 def observe(model: nn.Module, batch: Any, sums: SumsOfLayers) -> None:
     """Calls the model in eval mode, and adds what its layers take and give to `sums`, but where
-    the batch's "attention_mask" (batch, tokens) is zero."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        mask = None
-        warn_user("attention_mask is no tensor (batch, tokens), so padding is measured, too")
+    the mask of `_masks` is zero."""
 
     def add(layer, args, kwargs, y) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
+        mask = mask_of(layer, x)
         places = x.shape[:-1]
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         if mask is not None and places in (mask.shape, (mask.numel(),)):
@@ -92,8 +89,50 @@ def observe(model: nn.Module, batch: Any, sums: SumsOfLayers) -> None:
     def add_of_expert(layer, x, y, expert) -> None:
         sums[layer].add(x, y, expert)
 
-    with _plain(model, sums), _hooked(sums, add, add_of_expert):
-        _call(model, batch)
+    with _masks(model, batch) as mask_of:
+        with _plain(model, sums), _hooked(sums, add, add_of_expert):
+            _call(model, batch)
+
+
+@contextmanager
+def _masks(model: nn.Module, batch: Any) -> Iterator[Callable[[nn.Module, Tensor], Tensor | None]]:
+    """Gives a function of a layer and its inputs: the mask (batch, tokens) of these, if any.
+
+    It is the batch's "attention_mask". In an encoder and decoder that is the encoder's; a decoder
+    leaves out the tokens of its own mask, or those whose label does not count, unless the layer
+    reads what the encoder gave.
+    """
+    arguments = batch if isinstance(batch, Mapping) else {}
+    mask = arguments.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        mask = None
+        warn_user("attention_mask is no tensor (batch, tokens), so padding is measured, too")
+    both = (m for m in model.modules() if getattr(_config(m), "is_encoder_decoder", False))
+    outermost: Any = next(both, None)
+    if outermost is None:
+        yield lambda layer, x: mask
+        return
+    encoder = outermost.get_encoder()
+    of_encoder = set(encoder.modules())
+    of_decoder = arguments.get("decoder_attention_mask")
+    labels = arguments.get("labels")
+    if of_decoder is None and isinstance(labels, Tensor):
+        of_decoder = labels != NO_LABEL
+    encoded: list[Tensor] = []
+
+    def keep(module, args, output) -> None:
+        encoded[:] = [output[0]]
+
+    def mask_of(layer: nn.Module, x: Tensor) -> Tensor | None:
+        reads_encoder = any(x.data_ptr() == states.data_ptr() for states in encoded)
+        return mask if layer in of_encoder or reads_encoder else of_decoder
+
+    with encoder.register_forward_hook(keep):
+        yield mask_of
+
+
+def _config(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
 
 
 def differentiate(model: nn.Module, batch: Mapping[str, Tensor], sums: SumsOfLayers) -> bool:
@@ -181,7 +220,7 @@ def _plain(model: nn.Module, layers: SumsOfLayers) -> Iterator[None]:
     beside which transformers does not tell packed texts apart by their positions."""
     with ExitStack() as held:
         for module in model.modules():
-            config: Any = getattr(module, "config", None)
+            config = _config(module)
             if getattr(config, "use_cache", False):
                 held.callback(setattr, config, "use_cache", config.use_cache)
                 config.use_cache = False

@@ -196,7 +196,8 @@ def _answers(model: Any, given: list[list[int]], tokens: int, seed: int) -> list
 def _positions(model: Any) -> int | None:
     """How many tokens it can read; None if nothing says so."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
-    return getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if positions and positions > 0 else None  # XLNet's are -1: any number
 
 
 def _ends(model: Any) -> list[int]:

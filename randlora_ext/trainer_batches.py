@@ -1,5 +1,6 @@
 """Batches of a Trainer's data, read apart from the training."""
 
+import copy
 import inspect
 import random
 from collections.abc import Mapping
@@ -10,6 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from .ranks import rank, world_size
+
+# What tells tokens apart, of which models take some by ``**kwargs`` and hand them on.
+_HANDED_ON = {
+    "attention_mask", "position_ids", "token_type_ids", "seq_idx",
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+}  # fmt: skip
 
 
 class UnreadableData(Exception):
@@ -31,6 +38,7 @@ def sample(model: nn.Module, loader: DataLoader, size: int, count: int) -> list[
     if loader.batch_sampler is None:  # batch_size=None: each row is a batch
         size = 1
     rows = _rows(dataset, count * size)
+    rows = copy.deepcopy(rows)  # collators may change what they get, and data sets give it again
     if loader.batch_sampler is None:
         batches = [loader.collate_fn(row) for row in rows]
     else:
@@ -66,6 +74,8 @@ def _arguments(model: nn.Module, batch: Any) -> dict[str, Any]:
     if all(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in known):
         return dict(batch)
     names = {each.name for each in known}
+    if any(each.kind == each.VAR_KEYWORD for each in known):
+        names |= _HANDED_ON
     found = {name: value for name, value in batch.items() if name in names}
     if not found:
         raise UnreadableData(

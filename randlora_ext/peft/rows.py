@@ -4,15 +4,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
 
 from .layer import AcceleratedLinear, AcceleratedParameter
 
 
 @contextmanager
 def adapters_by_row(
-    model: nn.Module, adapter_names: Sequence[str], call: Mapping[str, Any]
+    model: BaseTuner, adapter_names: Sequence[str], call: Mapping[str, Any]
 ) -> Iterator[None]:
     """Within it, row b is computed with adapter_names[b]; "__base__" means none.
 
@@ -35,7 +35,7 @@ def adapters_by_row(
     unknown = sorted(set(adapter_names) - known - {"__base__"})
     if unknown:
         raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
-    config = call.get("generation_config")
+    config = call.get("generation_config") or getattr(model.model, "generation_config", None)
     counted = "num_beams", "num_return_sequences"
     copies = max(call.get(name, getattr(config, name, None)) or 1 for name in counted)
 

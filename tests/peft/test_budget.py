@@ -109,6 +109,14 @@ def test_other_adapters_have_no_dial(tmp_path, caplog):
     assert len(logged(run, "eval_forgetting")) == 4 and run.state.global_step == 3
 
 
+def test_a_refusal_is_told_in_a_line(tmp_path, caplog):
+    run = trainer(model(bias="all"), tmp_path, budget={"max_rise": 1e-8}, **EVALUATED)
+    found = told_by(run, caplog)
+    assert [level for level, _ in found] == ["WARNING"] * 2  # not shown, and not kept
+    assert all("'default' trains biases" in line for _, line in found)
+    assert not any(record.exc_info for record in caplog.records)
+
+
 def test_a_budget_that_no_factor_keeps(free, tmp_path, caplog):
     run = trainer(model(), tmp_path, budget={"max_rise": 1e-9}, **EVALUATED)
     ((level, line),) = told_by(run, caplog)

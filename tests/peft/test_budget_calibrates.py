@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from trainers import ROWS, base, is_calibrated, lora, model, scales, told_by, trainer
 
 from randlora_ext import calibrate
+from randlora_ext.trainer_batches import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -87,7 +88,7 @@ UNCALIBRATED = {
     "independent bases": (
         lambda: model(basis="independent", density=0.3),
         "INFO",
-        "no active adapter is on Hadamard bases",
+        "no active adapter that trains is on Hadamard bases",
     ),
     "LoRA": (lora, "INFO", "the model has no RandLoRA adapter"),
     "calibrated": (calibrated, "INFO", "adapter 'default' is calibrated already"),
@@ -194,6 +195,60 @@ def test_a_model_of_any_arguments(tmp_path, caplog):
     run = trainer(net, tmp_path, remove_unused_columns=False, label_names=["labels"])
     told_by(run, caplog)
     assert is_calibrated(net)
+
+
+class TakesSome(TakesAll):
+    """Names a part of what it passes on."""
+
+    def forward(self, input_ids, labels=None, **arguments):
+        return self.inner(input_ids=input_ids, labels=labels, **arguments)
+
+
+def padded(rows):
+    """Collates, and pads every other row in place."""
+    for row in rows[::2]:
+        row["input_ids"][3:] = 0
+        row["labels"] = row["input_ids"].clone()
+    ids = torch.stack([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids, "attention_mask": (ids != 0).long()}
+
+
+@pytest.mark.parametrize("of", [TakesSome, TakesAll, None])
+def test_padding_is_left_out_whatever_names_the_mask(of, tmp_path):
+    net = base() if of is None else of(base())
+    net = randomize(adapted(net, ["down_proj"], r=4, basis="hadamard"), size=0)
+    run = trainer(net, tmp_path, copy.deepcopy(ROWS[:8]), remove_unused_columns=False)
+    run.data_collator = padded
+    run.train()
+    other = randomize(adapted(base(), ["down_proj"], r=4, basis="hadamard"), size=0)
+    chosen = random.Random(0).sample(range(8), 8)
+    batches = [padded([copy.deepcopy(ROWS[i]) for i in chosen[k : k + 2]]) for k in range(0, 8, 2)]
+    calibrate(other, batches)
+    for one, two in zip(scales(net).values(), scales(other).values(), strict=True):
+        torch.testing.assert_close(one / one.norm(), two / two.norm())
+
+
+def test_a_collator_that_changes_its_rows_gets_copies(tmp_path):
+    rows = copy.deepcopy(ROWS)
+    run = trainer(model(), tmp_path, rows)
+    run.data_collator = padded
+    batches = sample(run.model, run.get_train_dataloader(), 2, 4)
+    assert any((batch["attention_mask"] == 0).any() for batch in batches)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(rows, ROWS, strict=True))
+
+
+def test_a_new_adapter_beside_a_frozen_one_is_calibrated(tmp_path, caplog):
+    net = randomize(calibrated())
+    net.add_adapter("two", copy.deepcopy(net.peft_config["default"]))
+    net.base_model.set_adapter(["default", "two"])
+    for name, parameter in net.named_parameters():
+        if name.endswith(".default"):
+            parameter.requires_grad_(False)
+    before = {key: scale for key, scale in scales(net).items() if key.endswith("default")}
+    assert told_by(trainer(net, tmp_path), caplog) == []
+    after = scales(net)
+    assert all(torch.equal(after[key], scale) for key, scale in before.items())
+    assert all(bool((after[key] != 1).any()) for key in after if key.endswith("two"))
 
 
 def test_arguments_that_the_model_does_not_take_are_left_out(tmp_path):

@@ -115,6 +115,28 @@ def test_all_tokens_count_that_are_no_padding():
     assert forgetting(model, [IDS]) == whole and whole.tokens == 22
 
 
+def test_padding_on_the_left_predicts_no_token():
+    model, mask = ours(), torch.ones_like(IDS)
+    mask[:, :4] = 0
+    padded = {"input_ids": IDS.masked_fill(mask == 0, 0), "attention_mask": mask}
+    want = forgetting(model, [IDS[:, 4:]])
+    for batch in (padded, padded | {"labels": IDS.masked_fill(mask == 0, -100)}):
+        found = forgetting(model, [batch])
+        assert found.nats == pytest.approx(want.nats, rel=1e-4) and found.tokens == want.tokens
+
+
+def with_trained_norms():
+    model = ours()
+    model.get_base_model().model.norm.requires_grad_(True)
+    return model
+
+
+def begun_by(init):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
+    return peft.get_peft_model(base(), config)
+
+
 def test_a_model_whose_loss_has_all_labels():
     """As that of an encoder and decoder; a causal model predicts no first token."""
     torch.manual_seed(0)
@@ -254,6 +276,9 @@ def merged(model):
         (lambda: merged(ours()), {}, ValueError, "'default' of layer '.*q_proj' is merged; unme"),
         (lambda: merged(lora()), {}, ValueError, "'default' of layer '.*q_proj' is merged; unme"),
         (lambda: lora(bias="all"), {}, ValueError, "trains biases"),
+        (with_trained_norms, {}, ValueError, r"'model\.norm\.weight' of the base model trains"),
+        (lambda: begun_by("pissa"), {}, ValueError, "initialized by 'pissa', which changes the"),
+        (lambda: begun_by("olora"), {}, ValueError, "initialized by 'olora', which changes the"),
         (ours, {"batches": BATCHES, "prompts": [[1]]}, ValueError, "give one of them"),
         (ours, {"batches": BATCHES[0]}, TypeError, "batches must be several, such as"),
         (ours, {"batches": IDS}, TypeError, "batches must be several, such as"),

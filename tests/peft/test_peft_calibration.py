@@ -6,6 +6,7 @@ import functools
 import expert_models
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from language_models import llama
 from layer_helpers import uneven
@@ -27,6 +28,7 @@ from peft_helpers import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import randlora_ext
 
@@ -209,3 +211,34 @@ def test_a_checkpoint_of_the_trainer(tmp_path, calibrate):
     assert all(map(torch.equal, scales(resumed), kept))
     assert_unchanged(resumed, numbers(model))
     assert all(layer.randlora_lambda["default"].any() for layer in layers(model))
+
+
+@pytest.mark.parametrize("kind", ["Bart", "T5"])
+def test_padding_of_an_encoder_and_of_its_decoder(kind):
+    """Whether both are padded to one length or not, and wherever layers read what was encoded."""
+    shape = {
+        "Bart": {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48,
+                 "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+        "T5": {"d_kv": 8, "d_ff": 48, "num_layers": 1, "decoder_start_token_id": 0},
+    }[kind]  # fmt: skip
+    settings = getattr(transformers, f"{kind}Config")(d_model=32, vocab_size=50, **shape)
+    torch.manual_seed(0)
+    base = getattr(transformers, f"{kind}ForConditionalGeneration")(settings).eval()
+    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    targets = sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"})
+    source, target = tokens(1)[:, :5], tokens(2)[:, :7]
+
+    def vectors(encoded, decoded):
+        batch = {
+            "input_ids": F.pad(source, (0, encoded - 5)),
+            "attention_mask": F.pad(torch.ones_like(source), (0, encoded - 5)),
+            "labels": F.pad(target, (0, decoded - 7), value=-100),
+        }
+        model = adapted(copy.deepcopy(base), targets, basis="hadamard")
+        randlora_ext.calibrate(randomize(model, size=0), [batch])
+        return scales(model)
+
+    want = vectors(5, 7)
+    for lengths in ((9, 9), (9, 7), (7, 7), (5, 9)):
+        for found, scale in zip(vectors(*lengths), want, strict=True):
+            torch.testing.assert_close(found, scale, rtol=1e-3, atol=1e-4)

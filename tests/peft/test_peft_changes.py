@@ -12,6 +12,7 @@ from peft_helpers import (
     layers,
     made,
     opened,
+    peft,
     randomize,
     relative,
     run,
@@ -145,3 +146,16 @@ def test_every_change_on_top_of_the_others_shows_in_the_next_call():
     for change in (*CHANGES, *CHANGES):
         change(expected)
         expected.assert_right()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_should_be_frozen_is_frozen_on_a_base_of_any_dtype(tmp_path, dtype):
+    """PEFT's cast of 16 bits to float32 would make it trainable."""
+    model = adapted(nn.Sequential(nn.Linear(24, 24)).to(dtype), ["0"], basis="hadamard")
+    model.save_pretrained(tmp_path)
+    model.add_adapter("two", model.peft_config["default"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 and all(name.endswith(".default") for name in trained)
+    base = nn.Sequential(nn.Linear(24, 24)).to(dtype)
+    later = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert not any(parameter.requires_grad for parameter in later.parameters())

@@ -143,3 +143,5 @@ def test_beams_of_a_generation_config(make):
     given = GenerationConfig(**options, decoder_start_token_id=0, pad_token_id=0)
     got = model.generate(input_ids=tokens, adapter_names=FOUR, generation_config=given)
     assert got.tolist() == want.tolist()
+    model.get_base_model().generation_config.update(**options)  # as translation models have it
+    assert model.generate(input_ids=tokens, adapter_names=FOUR).tolist() == want.tolist()
