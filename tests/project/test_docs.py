@@ -147,3 +147,21 @@ def test_pages_that_are_named_exist():
     ]
     assert len(named) > 50
     assert [each for each in named if not (ROOT / each[1]).exists()] == []
+
+
+def test_readme_has_the_ratios_of_long_trainings():
+    evidence = (ROOT / "docs" / "evidence.md").read_text()
+    found = {}
+    for task in ("spelling", "roman"):
+        table = evidence.split(f"{task}, 400 steps: times as much forgotten")[1].split("\n\n")[1]
+        for line in table.splitlines()[2:]:
+            head, _, manual, _, _, _, answers, _ = map(str.strip, line.strip("|").split("|"))
+            found[task, head] = [cell.split(" (")[0] for cell in (manual, answers)]
+    rows = {"SHiRA": ", MLP, 2.5e-3", "OFT": ", MLP, 5e-4", "LoRA": ", MLP, 1.5e-3"}
+    rows["full tuning"] = ", 2e-5"
+    readme = (ROOT / "README.md").read_text()
+    for name, setting in rows.items():
+        told = re.search(rf"^\| {name} \| (.*) \|$", readme, re.MULTILINE)[1].split(" | ")
+        for task, pair in (("spelling", told[:2]), ("roman", told[2:])):
+            factor = ", times 0.7" if "*" in pair[0] else ""
+            assert [cell.strip(" *") for cell in pair] == found[task, name + setting + factor]
