@@ -100,7 +100,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
 
     Raises, and leaves every adapter as it was: TypeError if model is no module, or batches is one
     tensor or mapping or holds something else; ValueError if no active adapter is on Hadamard bases,
-    one has trained (its lambda is not zero) or is merged, no batch comes, or inputs or outputs hold
+    one has trained (its lambda is not zero), is merged or on the meta device, no batch comes, or inputs or outputs hold
     NaN or infinity; RuntimeError in torch.inference_mode, and on the other ranks if one fails.
     Warns, once, of layers that see no token or only zeros, which stay as they are, of own text on
     which something is not finite, of a model that needs more than text, and of an "attention_mask"
@@ -330,6 +330,8 @@ def _refuse_merged_or_trained(name: str, layer: AdaptedLayer) -> None:
     for adapter in adapters_to_calibrate(layer):
         if adapter in layer.merged_adapters:
             raise ValueError(f"adapter {adapter!r} of layer {name!r} is merged; unmerge it first")
+        if layer.randlora_lambda[adapter].is_meta:
+            raise ValueError(f"lambda of layer {name!r} has no numbers (meta device)")
         if bool(full_tensor((layer.randlora_lambda[adapter] != 0).any())):
             raise ValueError(
                 f"adapter {adapter!r} of layer {name!r} has trained (its lambda is not zero), and "

@@ -230,6 +230,8 @@ REFUSED = {
     "trained": (
         lambda: randomize(layer_of(basis="hadamard")), [X], "has trained .its lambda is not zero"
     ),
+    "frozen": (lambda: layer_of(basis="hadamard").requires_grad_(False), [X], NO_ADAPTER),
+    "meta": (lambda: layer_of(basis="hadamard").to("meta"), [X], "lambda of layer '' has no num"),
     "no batch": (lambda: layer_of(basis="hadamard"), [], "at least one batch, got none"),
     "NaN": (net, [X, X.log()], "the inputs or outputs of layer 'one' hold NaN or infinity"),
     "one tensor": (net, X, ONE_BATCH),
