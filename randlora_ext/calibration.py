@@ -99,9 +99,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     equal vectors.
 
     Raises, and leaves every adapter as it was: TypeError if model is no module, or batches is one
-    tensor or mapping or holds something else; ValueError if no active adapter is on Hadamard bases,
-    one has trained (its lambda is not zero), is merged or on the meta device, no batch comes, or inputs or outputs hold
-    NaN or infinity; RuntimeError in torch.inference_mode, and on the other ranks if one fails.
+    tensor or mapping or holds something else; ValueError if no active adapter that trains is on
+    Hadamard bases, one has trained already (its lambda is not zero), is merged or on the meta
+    device, no batch comes, or inputs or outputs hold NaN or infinity; RuntimeError in
+    torch.inference_mode, and on the other ranks if one fails.
     Warns, once, of layers that see no token or only zeros, which stay as they are, of own text on
     which something is not finite, of a model that needs more than text, and of an "attention_mask"
     of another form, whose padding counts. Experts must multiply by their parameter or a part of it,
