@@ -89,7 +89,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
             parameter. If the mapping has an "attention_mask" (batch, tokens), its zeros leave out
             tokens in layers whose inputs are (batch, tokens, in_features) or (batch * tokens,
             in_features); experts do not leave out any. A decoder beside an encoder leaves out the
-            zeros of "decoder_attention_mask", or else labels of -100.
+            zeros of "decoder_attention_mask", or else tokens with a label of -100.
 
     Returns:
         The strength of every layer that saw a token, by its name in the model.
@@ -308,8 +308,8 @@ def layers_to_calibrate(model: nn.Module) -> dict[str, AdaptedLayer]:
     layers = {name: layer for name, layer in found if adapters_to_calibrate(layer)}
     if not layers:
         raise ValueError(
-            "model has no active adapter on Hadamard bases that trains; only these can scale their "
-            'inputs; add one with basis="hadamard"'
+            "model has no active adapter on Hadamard bases that trains, and only these can scale "
+            'their inputs; add one with basis="hadamard", or load yours with is_trainable=True'
         )
     with gathered(lam for layer in layers.values() for lam in layer.randlora_lambda.values()):
         for name, layer in layers.items():

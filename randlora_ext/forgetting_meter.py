@@ -54,9 +54,9 @@ def forgetting(
     on the tokens before them.
 
     Args:
-        model: with adapters that are not merged, a PeftModel or one that has `RandLoraLinear`
-            layers; it may be wrapped, as by DistributedDataParallel. It runs in eval mode, and
-            afterwards is as before.
+        model: with adapters that are not merged, a PeftModel, or one that has `RandLoraLinear`
+            layers and is frozen otherwise; it may be wrapped, as by DistributedDataParallel. It
+            runs in eval mode, and afterwards is as before.
         batches: mappings of the model's arguments; or tensors (rows, tokens) of token numbers,
             without padding. "labels" (rows, tokens) say which tokens count, those that are not
             -100; without labels all do that "attention_mask" does not leave out. Of transformers'
@@ -115,14 +115,15 @@ def _check_adapters(model: nn.Module) -> None:
             raise ValueError(f"adapter {merged[0]!r} of layer {name!r} is merged; unmerge it first")
     for part in parts:
         for adapter in part.active_adapters:
-            bias = getattr(part.peft_config[adapter], "bias", "none")
+            bias = getattr(part.peft_config.get(adapter), "bias", "none")
             if bias != "none":
                 raise ValueError(
                     f"adapter {adapter!r} trains biases (bias={bias!r}), which stay when it is "
                     "disabled, so the base model is not at hand"
                 )
-            started = getattr(part.peft_config[adapter], "init_lora_weights", None)
-            if isinstance(started, str) and started.startswith(_CHANGE_THE_BASE):
+        for adapter, config in part.peft_config.items():  # inactive ones, too
+            started = getattr(config, "init_lora_weights", None)
+            if isinstance(started, str) and started.lower().startswith(_CHANGE_THE_BASE):
                 raise ValueError(
                     f"adapter {adapter!r} was initialized by {started!r}, which changes the base "
                     "weights, so the base model is not at hand"
@@ -136,10 +137,13 @@ def _check_adapters(model: nn.Module) -> None:
 
 def _trained_beside_adapters(model: Any) -> Iterator[str]:
     """The names of parameters that train and that neither PEFT nor this package manages."""
-    base = model.get_base_model()
+    # PeftMixedModel lacks the method.
+    has_method = hasattr(type(model), "get_base_model")
+    base = model.get_base_model() if has_method else model.base_model.model
     managed: set[nn.Module] = set()
     for module in base.modules():
-        if type(module).__module__.partition(".")[0] in ("peft", "randlora_ext"):
+        packages = {each.__module__.partition(".")[0] for each in type(module).__mro__}
+        if packages & {"peft", "randlora_ext"}:
             managed.update(module.modules())
     for path, module in base.named_modules():
         if module not in managed:

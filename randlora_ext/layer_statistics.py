@@ -98,26 +98,21 @@ def observe(model: nn.Module, batch: Any, sums: SumsOfLayers) -> None:
 def _masks(model: nn.Module, batch: Any) -> Iterator[Callable[[nn.Module, Tensor], Tensor | None]]:
     """Gives a function of a layer and its inputs: the mask (batch, tokens) of these, if any.
 
-    It is the batch's "attention_mask". In an encoder and decoder that is the encoder's; a decoder
-    leaves out the tokens of its own mask, or those whose label does not count, unless the layer
-    reads what the encoder gave.
+    It is the batch's "attention_mask". In an encoder and decoder that is the encoder's; layers of
+    the decoder have `_mask_of_decoder`, unless they read what the encoder gave.
     """
     arguments = batch if isinstance(batch, Mapping) else {}
     mask = arguments.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         mask = None
         warn_user("attention_mask is no tensor (batch, tokens), so padding is measured, too")
-    both = (m for m in model.modules() if getattr(_config(m), "is_encoder_decoder", False))
-    outermost: Any = next(both, None)
+    outermost: Any = next(filter(_has_encoder, model.modules()), None)
     if outermost is None:
         yield lambda layer, x: mask
         return
     encoder = outermost.get_encoder()
     of_encoder = set(encoder.modules())
-    of_decoder = arguments.get("decoder_attention_mask")
-    labels = arguments.get("labels")
-    if of_decoder is None and isinstance(labels, Tensor):
-        of_decoder = labels != NO_LABEL
+    of_decoder = _mask_of_decoder(arguments, mask)
     encoded: list[Tensor] = []
 
     def keep(module, args, output) -> None:
@@ -129,6 +124,22 @@ def _masks(model: nn.Module, batch: Any) -> Iterator[Callable[[nn.Module, Tensor
 
     with encoder.register_forward_hook(keep):
         yield mask_of
+
+
+def _has_encoder(module: Any) -> bool:
+    has_both = getattr(_config(module), "is_encoder_decoder", False)
+    return has_both and callable(getattr(module, "get_encoder", None))
+
+
+def _mask_of_decoder(arguments: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:
+    """Its own, or where labels of tokens count, or the encoder's if it reads the same tokens."""
+    own, labels = arguments.get("decoder_attention_mask"), arguments.get("labels")
+    if own is not None:
+        return own
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        return labels != NO_LABEL
+    reads_others = {"decoder_input_ids", "decoder_inputs_embeds"} & arguments.keys()
+    return None if reads_others else mask
 
 
 def _config(module: nn.Module) -> Any:

@@ -38,7 +38,7 @@ def sample(model: nn.Module, loader: DataLoader, size: int, count: int) -> list[
     if loader.batch_sampler is None:  # batch_size=None: each row is a batch
         size = 1
     rows = _rows(dataset, count * size)
-    rows = copy.deepcopy(rows)  # collators may change what they get, and data sets give it again
+    rows = [_copied(row) for row in rows]
     if loader.batch_sampler is None:
         batches = [loader.collate_fn(row) for row in rows]
     else:
@@ -58,6 +58,14 @@ def _rows(dataset: Any, count: int) -> list[Any]:
     if hasattr(dataset, "__getitems__"):  # as torch's loaders ask first
         return list(dataset.__getitems__(numbers))
     return [dataset[i] for i in numbers]
+
+
+def _copied(row: Any) -> Any:
+    """For collators that change what they get, which the data set will give again."""
+    try:
+        return copy.deepcopy(row)
+    except Exception:  # of a row that holds a file or a lock
+        return row
 
 
 def _arguments(model: nn.Module, batch: Any) -> dict[str, Any]:

@@ -35,9 +35,13 @@ def adapters_by_row(
     unknown = sorted(set(adapter_names) - known - {"__base__"})
     if unknown:
         raise ValueError(f"adapter_names has unknown {unknown}; known are {sorted(known)}")
-    config = call.get("generation_config") or getattr(model.model, "generation_config", None)
-    counted = "num_beams", "num_return_sequences"
-    copies = max(call.get(name, getattr(config, name, None)) or 1 for name in counted)
+    configs = call.get("generation_config"), getattr(model.model, "generation_config", None)
+
+    def chosen(name: str) -> int:
+        values = call.get(name), *(getattr(config, name, None) for config in configs)
+        return next(filter(None, values), 1)
+
+    copies = max(chosen("num_beams"), chosen("num_return_sequences"))
 
     def give_names(module, args, kwargs):
         inputs = args[0] if args else next(iter(kwargs.values()))

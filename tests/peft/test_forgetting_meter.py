@@ -131,6 +131,25 @@ def with_trained_norms():
     return model
 
 
+def beside_pissa():
+    model = lora()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    model.add_adapter("two", config)
+    return model
+
+
+def test_what_other_packages_wrap_and_mixed_models_are_measured():
+    model = lora(modules_to_save=["lm_head"])
+    for module in model.modules():  # as fully_shard does, whose classes are torch's
+        if hasattr(module, "modules_to_save") or hasattr(module, "lora_A"):
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (kind,), {"__module__": "torch.distributed"})
+    assert forgetting(model, [IDS]).tokens == 22
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    mixed = peft.get_peft_model(base(), config, mixed=True)
+    assert forgetting(mixed, [IDS]).nats == pytest.approx(0, abs=1e-5)
+
+
 def begun_by(init):
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init)
@@ -278,7 +297,8 @@ def merged(model):
         (lambda: lora(bias="all"), {}, ValueError, "trains biases"),
         (with_trained_norms, {}, ValueError, r"'model\.norm\.weight' of the base model trains"),
         (lambda: begun_by("pissa"), {}, ValueError, "initialized by 'pissa', which changes the"),
-        (lambda: begun_by("olora"), {}, ValueError, "initialized by 'olora', which changes the"),
+        (lambda: begun_by("OLoRA"), {}, ValueError, "initialized by 'OLoRA', which changes the"),
+        (beside_pissa, {}, ValueError, "'two' was initialized by 'pissa', which changes the"),
         (ours, {"batches": BATCHES, "prompts": [[1]]}, ValueError, "give one of them"),
         (ours, {"batches": BATCHES[0]}, TypeError, "batches must be several, such as"),
         (ours, {"batches": IDS}, TypeError, "batches must be several, such as"),

@@ -242,3 +242,24 @@ def test_padding_of_an_encoder_and_of_its_decoder(kind):
     for lengths in ((9, 9), (9, 7), (7, 7), (5, 9)):
         for found, scale in zip(vectors(*lengths), want, strict=True):
             torch.testing.assert_close(found, scale, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", [{"labels": torch.arange(4) % 2}, {}])
+def test_padding_of_a_decoder_that_reads_what_the_encoder_reads(labels):
+    shape = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_labels": 2}
+    torch.manual_seed(0)
+    settings = transformers.BartConfig(d_model=32, vocab_size=50, eos_token_id=2, **shape, **heads)
+    kind = transformers.BartForSequenceClassification if labels else transformers.BartModel
+    base, ids = kind(settings).eval(), tokens(1).clamp(min=3)
+    ids[:, -1] = 2  # what is classified
+
+    def vectors(padding):
+        batch = {"input_ids": F.pad(ids, (0, padding), value=1), **labels}
+        batch["attention_mask"] = F.pad(torch.ones_like(ids), (0, padding))
+        model = randomize(adapted(copy.deepcopy(base), ["fc1", "q_proj"], basis="hadamard"), size=0)
+        randlora_ext.calibrate(model, [batch])
+        return scales(model)
+
+    for found, scale in zip(vectors(4), vectors(0), strict=True):
+        torch.testing.assert_close(found, scale, rtol=0.1, atol=0.02)

@@ -145,3 +145,6 @@ def test_beams_of_a_generation_config(make):
     assert got.tolist() == want.tolist()
     model.get_base_model().generation_config.update(**options)  # as translation models have it
     assert model.generate(input_ids=tokens, adapter_names=FOUR).tolist() == want.tolist()
+    silent = GenerationConfig(max_new_tokens=5)
+    got = model.generate(input_ids=tokens, adapter_names=FOUR, generation_config=silent)
+    assert got.tolist() == want.tolist()
