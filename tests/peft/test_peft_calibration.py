@@ -262,4 +262,4 @@ def test_padding_of_a_decoder_that_reads_what_the_encoder_reads(labels):
         return scales(model)
 
     for found, scale in zip(vectors(4), vectors(0), strict=True):
-        torch.testing.assert_close(found, scale, rtol=0.1, atol=0.02)
+        torch.testing.assert_close(found, scale, rtol=1e-3, atol=1e-4)
