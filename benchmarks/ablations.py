@@ -43,7 +43,6 @@ RATES = RATE, 1.5e-3
 SETTING = "model", "task", "targets", "seed"
 SHARES = {"batches": (LIMITED, "all"), "own text, too": (OURS, "all")}  # where it was measured
 BOTH_LAYERS = {"all linear": (OURS, "all"), "MLP": (OURS, "mlp")}
-BOTH_LAYERS_BY_BATCHES = {"all linear": (LIMITED, "all"), "MLP": (LIMITED, "mlp")}
 STRENGTHS = {  # of the layers of a model
     f"{name}, {LAYERS[targets]}": (method, targets)
     for targets in ("all", "mlp")
@@ -187,8 +186,6 @@ def main(arguments: list[str] | None = None) -> None:
     of_layers = [("manual", 0.1), ("manual", 0.03), ("meter", 0.2)]
     print("layers: held-out loss at rises of texts\n")
     print(side_by_side(rows, BOTH_LAYERS, of_layers))
-    print("layers, by batches alone: held-out loss at rises of texts\n")
-    print(side_by_side(rows, BOTH_LAYERS_BY_BATCHES, of_layers))
     for rise in (0.1, 0.05, 0.03):
         print(f"strengths of the layers: held-out loss at a rise of {rise} on the manual\n")
         print(by_strength(rows, rise))
