@@ -39,7 +39,7 @@ from forgetting_tables import (
 LIMITED = "hadamard scaled:strength=limited"  # by the share that varies in the batches alone
 ONE = "hadamard scaled:strength=one"  # likewise, for all layers of a model
 RATE = 1e-3  # which we recommend
-RATES = RATE, 1.5e-3
+RATES = 7e-4, RATE, 1.5e-3
 SETTING = "model", "task", "targets", "seed"
 SHARES = {"batches": (LIMITED, "all"), "own text, too": (OURS, "all")}  # where it was measured
 BOTH_LAYERS = {"all linear": (OURS, "all"), "MLP": (OURS, "mlp")}
