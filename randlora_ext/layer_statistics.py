@@ -133,9 +133,10 @@ def _has_encoder(module: Any) -> bool:
 
 def _mask_of_decoder(arguments: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:
     """Its own, or where labels of tokens count, or the encoder's if it reads the same tokens."""
-    own, labels = arguments.get("decoder_attention_mask"), arguments.get("labels")
+    own = arguments.get("decoder_attention_mask")
     if own is not None:
         return own
+    labels = arguments.get("labels")
     if isinstance(labels, Tensor) and labels.dim() == 2:
         return labels != NO_LABEL
     reads_others = {"decoder_input_ids", "decoder_inputs_embeds"} & arguments.keys()

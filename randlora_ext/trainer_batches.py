@@ -61,10 +61,11 @@ def _rows(dataset: Any, count: int) -> list[Any]:
 
 
 def _copied(row: Any) -> Any:
-    """For collators that change what they get, which the data set will give again."""
+    """For collators that change what they get, which the data set will give again. What cannot be
+    copied, as an open file or a tensor that has a gradient function, is read as it is."""
     try:
         return copy.deepcopy(row)
-    except Exception:  # of a row that holds a file or a lock
+    except (TypeError, RuntimeError):
         return row
 
 

@@ -120,19 +120,15 @@ class AcceleratedRandLoraModel(RandLoraModel):
                         tensor.copy_(tensors[name.removesuffix("ref") + "default"])
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        layers = [
-            layer
-            for layer in self.modules()
-            if isinstance(layer, AcceleratedLinear) and adapter_name in layer.randlora_lambda
-        ]
-        diagonals = [of for layer in layers for of in (layer.randlora_lambda, layer.randlora_gamma)]
-        trains = [of[adapter_name].requires_grad for of in diagonals]
+        trains = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         if not autocast_adapter_dtype:  # low_cpu_mem_usage=True has taken the dtypes of a file
-            for layer in layers:
-                layer.cast_like_base(adapter_name)
-        for of, did in zip(diagonals, trains, strict=True):  # PEFT's cast makes all trainable
-            of[adapter_name].requires_grad_(did)
+            for layer in self.modules():
+                if isinstance(layer, AcceleratedLinear) and adapter_name in layer.randlora_lambda:
+                    layer.cast_like_base(adapter_name)
+        for name, parameter in self.named_parameters():  # those that PEFT has cast train
+            if name in trains:
+                parameter.requires_grad_(trains[name])
 
     def _pre_injection_hook(self, model, config, adapter_name) -> None:
         # A second inject_adapter_in_model finds the first one's layers.
