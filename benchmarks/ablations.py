@@ -14,7 +14,6 @@ from forgetting_curves import (
     forgot,
     has_curve,
     least_by_seed,
-    loss_by_seed,
     points,
     selected,
 )
@@ -25,10 +24,9 @@ from forgetting_tables import (
     OURS,
     TEXTS,
     Methods,
-    at_equal_forgetting,
     by_task,
+    loss_cell,
     markdown,
-    mean_cell,
     means,
     of_one_task,
     rows_named,
@@ -40,18 +38,8 @@ LIMITED = "hadamard scaled:strength=limited"  # by the share that varies in the 
 ONE = "hadamard scaled:strength=one"  # likewise, for all layers of a model
 RATE = 1e-3  # which we recommend
 RATES = 7e-4, RATE, 1.5e-3
-SETTING = "model", "task", "targets", "seed"
 SHARES = {"batches": (LIMITED, "all"), "own text, too": (OURS, "all")}  # where it was measured
 BOTH_LAYERS = {"all linear": (OURS, "all"), "MLP": (OURS, "mlp")}
-STRENGTHS = {  # of the layers of a model
-    f"{name}, {LAYERS[targets]}": (method, targets)
-    for targets in ("all", "mlp")
-    for name, method in {
-        "one": ONE,
-        "as calibrate": LIMITED,
-        "no limit": "hadamard scaled:strength=F-1/2",
-    }.items()
-}
 READ = {  # what calibrate reads
     "four batches of the task": LIMITED,
     "the same, each as one row of some 230 tokens": "hadamard scaled:on=long strength=limited",
@@ -84,7 +72,7 @@ def side_by_side(rows: list[dict], methods: Methods, rises: list[tuple[str, floa
             for each, (method, targets) in methods.items()
         }
         shared = set.intersection(*map(set, runs.values()))
-        return mean_cell(loss_by_seed([runs[name][seed] for seed in shared], rise, text))
+        return loss_cell([runs[name][seed] for seed in shared], rise, text)
 
     columns = {
         f"{TEXTS[text]} {rise}: {name}": partial(cell, name, text, rise)
@@ -95,10 +83,21 @@ def side_by_side(rows: list[dict], methods: Methods, rises: list[tuple[str, floa
 
 
 def by_strength(rows: list[dict], rise: float) -> str:
-    """At equal forgetting, of the seeds that have strengths as those of `calibrate`."""
-    seeds = {tuple(row[name] for name in SETTING) for row in selected(rows, method=LIMITED)}
-    mine = [row for row in rows if tuple(row[name] for name in SETTING) in seeds]
-    return at_equal_forgetting(mine, rise, STRENGTHS)
+    """At equal forgetting, `calibrate` beside one strength for all layers, of the seeds of both."""
+
+    def cell(method: str, targets: str, these: list[dict]) -> str:
+        mine = selected(these, targets=targets, r=32)
+        seeds = [{row["seed"] for row in selected(mine, method=each)} for each in (ONE, OURS)]
+        shared = set.intersection(*seeds)
+        runs = selected(mine, method=method)
+        return loss_cell([row for row in runs if row["seed"] in shared], rise)
+
+    columns = {
+        f"{name}, {LAYERS[targets]}": partial(cell, method, targets)
+        for targets in ("all", "mlp")
+        for name, method in {"one": ONE, "by `calibrate`": OURS}.items()
+    }
+    return by_task(rows, columns)
 
 
 def by_text_read(rows: list[dict]) -> str:
@@ -119,7 +118,7 @@ def by_rate(rows: list[dict]) -> str:
         return means(points(row)[0] for row in selected(these, lr=lr))
 
     def at_rise(lr: float, rise: float, these: list[dict]) -> str:
-        return mean_cell(loss_by_seed(selected(these, lr=lr), rise))
+        return loss_cell(selected(these, lr=lr), rise)
 
     columns = {}
     for lr in RATES:
@@ -163,20 +162,24 @@ def by_size(rows: list[dict]) -> str:
 
 
 def dial_and_rate(rows: list[dict]) -> str:
-    """A lower rate as trained, and a higher one whose dW is scaled until it has the same loss."""
-    found = []
-    mine = selected(rows, method=LIMITED, r=32)
-    for model, task, targets, seed in sorted({tuple(row[k] for k in SETTING) for row in mine}):
-        of_rates = selected(mine, model=model, task=task, targets=targets, seed=seed)
-        for low, high in pairwise(sorted(of_rates, key=lambda row: row["lr"])):
-            loss, forgotten = points(low)[0]
-            scaled = between(loss, sorted(points(high)))
-            if scaled is not None:
-                cells = [f"{MODELS[model]}, {task}, {LAYERS[targets]}", f"{seed}", shown(low["lr"])]
-                cells += [f"{loss:.3f}", f"{forgotten:.3f}", f"{shown(high['lr'])}: {scaled:.3f}"]
-                found.append(cells)
-    heads = ["", "seed", "rate", "loss", "forgot", "a higher rate, scaled, forgot"]
-    return markdown(heads, found)
+    """A lower rate as trained, and a higher one whose dW is scaled until it has the same loss: that
+    loss, and what both had forgotten, means over the seeds."""
+
+    def cell(low: float, high: float, these: list[dict]) -> str:
+        found = []
+        for run in selected(these, lr=low):
+            loss, forgotten = points(run)[0]
+            for other in selected(these, lr=high, seed=run["seed"]):
+                scaled = between(loss, sorted(points(other)))
+                if scaled is not None:
+                    found.append((loss, forgotten, scaled))
+        return f"{means(found)} ({len(found)})" if found else ""
+
+    columns = {
+        f"{shown(low)}: loss; forgot; {shown(high)}, scaled, forgot": partial(cell, low, high)
+        for low, high in pairwise(RATES)
+    }
+    return by_task(selected(rows, method=OURS, targets="all", r=32), columns)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -186,7 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
     of_layers = [("manual", 0.1), ("manual", 0.03), ("meter", 0.2)]
     print("layers: held-out loss at rises of texts\n")
     print(side_by_side(rows, BOTH_LAYERS, of_layers))
-    for rise in (0.1, 0.05, 0.03):
+    for rise in (0.1, 0.03):
         print(f"strengths of the layers: held-out loss at a rise of {rise} on the manual\n")
         print(by_strength(rows, rise))
     print("by what calibrate reads\n")

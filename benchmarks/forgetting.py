@@ -51,11 +51,11 @@ METHODS = {
     "LoRA, MLP": ("lora", "mlp"),
 }
 OTHERS = {
-    "not calibrated, MLP": ("hadamard", "mlp"),
     "SHiRA, all linear": ("shira", "all"),
     "OFT, all linear": ("oft", "all"),
     "LoRA, all linear": ("lora", "all"),
 }
+CALIBRATED = {"calibrated": (OURS, "all"), "not calibrated": ("hadamard", "all")}
 WITH_VECTORS = {  # and strengths that calibrate measures
     "ours": (OURS, "mlp"),
     "SHiRA with vectors": ("shira scaled", "mlp"),
@@ -265,6 +265,11 @@ def main(arguments: list[str] | None = None) -> None:
     print(at_equal_forgetting(spelling, 0.1, WITH_VECTORS))
     print("bases or vectors: what was forgotten of manual at equal loss\n")
     print(at_equal_loss(spelling, WITH_VECTORS))
+    spelling = selected(usual, task="spelling")
+    print("with and without calibration: held-out loss at a rise of 0.1 on manual\n")
+    print(at_equal_forgetting(spelling, 0.1, CALIBRATED))
+    print("with and without calibration: what was forgotten of manual at equal loss\n")
+    print(at_equal_loss(spelling, CALIBRATED))
     print("rates, and with how many seeds\n")
     print(rates(usual))
     print_long(rows)

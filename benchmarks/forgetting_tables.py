@@ -73,12 +73,16 @@ def markdown(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]]) + "\n"
 
 
-def mean_cell(of_seeds: dict[int, float | None]) -> str:
+def mean_cell(of_seeds: dict[int, float | None], none: str = "not reached") -> str:
     reached = [value for value in of_seeds.values() if value is not None]
     if not reached:
-        return "not reached" if of_seeds else ""
+        return none if of_seeds else ""
     of = "" if len(reached) == len(of_seeds) else f" of {len(of_seeds)}"
     return f"{statistics.fmean(reached):.3f} ({len(reached)}{of})"
+
+
+def loss_cell(rows: list[dict], rise: float, text: str = "manual") -> str:
+    return mean_cell(loss_by_seed(rows, rise, text), none="forgot more")
 
 
 def seeds_cell(of_seeds: dict[int, float | None]) -> str:
@@ -123,5 +127,4 @@ def at_equal_forgetting(
     rows: list[dict], rise: float, methods: Methods, text: str = "manual"
 ) -> str:
     measured = [row for row in rows if has_curve(row, text)]
-    cells = of_methods(methods, lambda these: mean_cell(loss_by_seed(these, rise, text)))
-    return by_task(measured, cells)
+    return by_task(measured, of_methods(methods, partial(loss_cell, rise=rise, text=text)))

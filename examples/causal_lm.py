@@ -21,10 +21,10 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="folder or hub name")
     options.add_argument("--text", type=Path, help="a text file to train on; needed without --toy")
     options.add_argument("--out", type=Path, default=Path("randlora-adapter"))
-    options.add_argument("--steps", type=int, default=200)
+    options.add_argument("--steps", type=int, default=400)
     options.add_argument("--batch-size", type=int, default=4)
     options.add_argument("--block", type=int, default=512, help="tokens of one example")
-    options.add_argument("--lr", type=float, default=1e-3)
+    options.add_argument("--lr", type=float, default=2.5e-4)
     options.add_argument("--rank", type=int, default=32)
     options.add_argument("--toy", action="store_true", help="a tiny random model, thirty steps")
     return options

@@ -1,5 +1,6 @@
 """`forgetting`: how far a tuned model is from its base model, a number that needs no data."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from .ranks import failing_together, of_all_ranks, rank
 NUMBERS_AT_ONCE = 2**24  # of logits in float32, so that a large vocabulary takes no more memory
 
 # By PEFT's ``init_lora_weights``: W becomes W - BA.
-_CHANGE_THE_BASE = "pissa", "olora", "corda", "loftq", "milora", "lora_ga"
+_CHANGE_THE_BASE = "pissa", "olora", "corda", "loftq", "lora_ga"
 
 _NO_TOKENS = f"batches must hold tokens that count, labels other than {NO_LABEL}"
 
@@ -128,18 +129,28 @@ def _check_adapters(model: nn.Module) -> None:
                     f"adapter {adapter!r} was initialized by {started!r}, which changes the base "
                     "weights, so the base model is not at hand"
                 )
-        for name in _trained_beside_adapters(part):
-            raise ValueError(
-                f"parameter {name!r} of the base model trains, and stays when adapters are "
-                "disabled, so the base model is not at hand; PEFT's modules_to_save keeps both"
-            )
+            if getattr(config, "kasa_config", None) is not None:
+                raise ValueError(
+                    f"adapter {adapter!r} is KaSA, which truncates the base weights, so the base "
+                    "model is not at hand"
+                )
+    bases = [_without_peft(part) for part in parts] or [model]
+    for name in itertools.chain(*map(_trained_beside_adapters, bases)):
+        raise ValueError(
+            f"parameter {name!r} of the base model trains, and stays when adapters are "
+            "disabled, so the base model is not at hand; freeze it (PEFT's modules_to_save keeps "
+            "both)"
+        )
 
 
-def _trained_beside_adapters(model: Any) -> Iterator[str]:
-    """The names of parameters that train and that neither PEFT nor this package manages."""
+def _without_peft(model: Any) -> nn.Module:
     # PeftMixedModel lacks the method.
     has_method = hasattr(type(model), "get_base_model")
-    base = model.get_base_model() if has_method else model.base_model.model
+    return model.get_base_model() if has_method else model.base_model.model
+
+
+def _trained_beside_adapters(base: nn.Module) -> Iterator[str]:
+    """The names of parameters that train and that neither PEFT nor this package manages."""
     managed: set[nn.Module] = set()
     for module in base.modules():
         packages = {each.__module__.partition(".")[0] for each in type(module).__mro__}

@@ -40,7 +40,7 @@ def lora(**options):
 
 
 def without_peft():
-    model = base()
+    model = base().requires_grad_(False)
     for name, module in [*model.named_modules()]:
         if name.endswith("q_proj"):
             model.set_submodule(name, RandLoraLinear(module, r=4))
@@ -131,6 +131,17 @@ def with_trained_norms():
     return model
 
 
+def of_layers_beside_a_trained_head():
+    model = without_peft()
+    model.lm_head.requires_grad_(True)
+    return model
+
+
+def kasa():
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], kasa_config=peft.KasaConfig())
+    return peft.get_peft_model(base(), config)
+
+
 def beside_pissa():
     model = lora()
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
@@ -164,7 +175,7 @@ def test_a_model_whose_loss_has_all_labels():
     model = transformers.T5ForConditionalGeneration(settings).eval()
     batch = {"input_ids": IDS, "labels": LABELS}
     of_base = model(**batch).logits.detach().log_softmax(-1)
-    model.set_submodule("lm_head", RandLoraLinear(model.lm_head, r=4))
+    model.requires_grad_(False).set_submodule("lm_head", RandLoraLinear(model.lm_head, r=4))
     randomize(model, size=30)
     of_model = model(**batch).logits.detach().log_softmax(-1)
     each = F.kl_div(of_model, of_base, reduction="none", log_target=True).sum(-1)
@@ -298,6 +309,8 @@ def merged(model):
         (with_trained_norms, {}, ValueError, r"'model\.norm\.weight' of the base model trains"),
         (lambda: begun_by("pissa"), {}, ValueError, "initialized by 'pissa', which changes the"),
         (lambda: begun_by("OLoRA"), {}, ValueError, "initialized by 'OLoRA', which changes the"),
+        (of_layers_beside_a_trained_head, {}, ValueError, r"'lm_head\.weight' of the base model"),
+        (kasa, {}, ValueError, "'default' is KaSA, which truncates the base weights"),
         (beside_pissa, {}, ValueError, "'two' was initialized by 'pissa', which changes the"),
         (ours, {"batches": BATCHES, "prompts": [[1]]}, ValueError, "give one of them"),
         (ours, {"batches": BATCHES[0]}, TypeError, "batches must be several, such as"),
