@@ -1,8 +1,9 @@
-"""Eval mode for a while."""
+"""Eval mode for a while, and no cache."""
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +20,18 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Beside a cache, transformers does not tell packed texts apart by their positions."""
+    with ExitStack() as held:
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "use_cache", False):
+                held.callback(setattr, config, "use_cache", config.use_cache)
+                config.use_cache = False
+        yield
 
 
 def _of_four_bits(model: nn.Module) -> Iterator[nn.Module]:

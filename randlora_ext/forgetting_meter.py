@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .base_model import base_of, layers_without_peft, peft_models
 from .batches import check_batches, moved_to
 from .checks import check_model, check_seed
-from .eval_mode import in_eval_mode
+from .eval_mode import in_eval_mode, without_cache
 from .own_text import NO_LABEL, own_text
 from .ranks import failing_together, of_all_ranks, rank
 
@@ -91,7 +91,12 @@ def forgetting(
         raise ValueError("batches and prompts are two texts; give one of them")
     check_batches(batches)
     rows: list[tuple[float, int]] = []
-    with failing_together(), in_eval_mode(model), torch.compiler.set_stance("force_eager"):
+    with (
+        failing_together(),
+        in_eval_mode(model),
+        without_cache(model),
+        torch.compiler.set_stance("force_eager"),
+    ):
         for batch in batches:
             rows += _measure(model, batch)
     return _mean([row for of_rank in of_all_ranks(rows) for row in of_rank])
@@ -123,16 +128,10 @@ def _check_adapters(model: nn.Module) -> None:
                     "disabled, so the base model is not at hand"
                 )
         for adapter, config in part.peft_config.items():  # inactive ones, too
-            started = getattr(config, "init_lora_weights", None)
-            if isinstance(started, str) and started.lower().startswith(_CHANGE_THE_BASE):
+            if how := _changed_the_base(config):
                 raise ValueError(
-                    f"adapter {adapter!r} was initialized by {started!r}, which changes the base "
+                    f"adapter {adapter!r} was initialized by {how!r}, which changes the base "
                     "weights, so the base model is not at hand"
-                )
-            if getattr(config, "kasa_config", None) is not None:
-                raise ValueError(
-                    f"adapter {adapter!r} is KaSA, which truncates the base weights, so the base "
-                    "model is not at hand"
                 )
     bases = [_without_peft(part) for part in parts] or [model]
     for name in itertools.chain(*map(_trained_beside_adapters, bases)):
@@ -141,6 +140,16 @@ def _check_adapters(model: nn.Module) -> None:
             "disabled, so the base model is not at hand; freeze it (PEFT's modules_to_save keeps "
             "both)"
         )
+
+
+def _changed_the_base(config: Any) -> str:
+    """By what initialization; "" if by none."""
+    if getattr(config, "kasa_config", None) is not None:
+        return "KaSA"
+    started = getattr(config, "init_lora_weights", None)
+    if isinstance(started, str) and started.lower().startswith(_CHANGE_THE_BASE):
+        return started
+    return ""
 
 
 def _without_peft(model: Any) -> nn.Module:
@@ -217,12 +226,13 @@ def _labels(arguments: Mapping[str, Any]) -> Tensor:
     labels = arguments.get("labels")
     if labels is None:
         labels, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-        if labels is not None and mask is not None:
+        if isinstance(labels, Tensor) and isinstance(mask, Tensor):
             labels = labels.masked_fill(mask == 0, NO_LABEL)
     if not isinstance(labels, Tensor) or labels.dim() != 2:
+        found = tuple(labels.shape) if isinstance(labels, Tensor) else labels
         raise ValueError(
             'batches must hold "labels" or "input_ids", tensors (rows, tokens), got '
-            f"{labels if labels is None else tuple(labels.shape)} in one with {[*arguments]}"
+            f"{found} in one with {[*arguments]}"
         )
     return labels
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .batches import moved_to
 from .checks import warn_user
-from .eval_mode import in_eval_mode
+from .eval_mode import in_eval_mode, without_cache
 from .nn.adapted_layer import AdaptedLayer
 from .nn.expert_products import ExpertProducts
 from .nn.experts import AdaptedParameter
@@ -127,7 +127,7 @@ def _masks(model: nn.Module, batch: Any) -> Iterator[Callable[[nn.Module, Tensor
 
 
 def _has_encoder(module: Any) -> bool:
-    has_both = getattr(_config(module), "is_encoder_decoder", False)
+    has_both = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
     return has_both and callable(getattr(module, "get_encoder", None))
 
 
@@ -141,10 +141,6 @@ def _mask_of_decoder(arguments: Mapping[str, Any], mask: Tensor | None) -> Tenso
         return labels != NO_LABEL
     reads_others = {"decoder_input_ids", "decoder_inputs_embeds"} & arguments.keys()
     return None if reads_others else mask
-
-
-def _config(module: nn.Module) -> Any:
-    return getattr(module, "config", None)
 
 
 def differentiate(model: nn.Module, batch: Mapping[str, Tensor], sums: SumsOfLayers) -> bool:
@@ -228,14 +224,10 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def _plain(model: nn.Module, layers: SumsOfLayers) -> Iterator[None]:
-    """The model not compiled and in eval mode, its experts with their own weights; without a cache,
-    beside which transformers does not tell packed texts apart by their positions."""
+    """The model not compiled, in eval mode and without a cache, its experts with their own
+    weights."""
     with ExitStack() as held:
-        for module in model.modules():
-            config = _config(module)
-            if getattr(config, "use_cache", False):
-                held.callback(setattr, config, "use_cache", config.use_cache)
-                config.use_cache = False
+        held.enter_context(without_cache(model))
         held.enter_context(torch.compiler.set_stance("force_eager"))
         held.enter_context(in_eval_mode(model))
         for layer in layers:

@@ -125,6 +125,19 @@ def test_padding_on_the_left_predicts_no_token():
         assert found.nats == pytest.approx(want.nats, rel=1e-4) and found.tokens == want.tokens
 
 
+def test_packed_texts_do_not_read_one_another():
+    model = ours()
+    want = forgetting(model, [IDS[:, :6], IDS[:, 6:]])
+    positions = torch.arange(6).repeat(2).expand_as(IDS)
+    labels = IDS.clone()
+    labels[:, 6] = -100  # predicted from another text
+    batch = {"input_ids": IDS, "position_ids": positions, "labels": labels}
+    assert model.config.use_cache
+    found = forgetting(model, [batch])
+    assert model.config.use_cache
+    assert found.nats == pytest.approx(want.nats, rel=1e-4) and found.tokens == want.tokens
+
+
 def with_trained_norms():
     model = ours()
     model.get_base_model().model.norm.requires_grad_(True)
@@ -310,12 +323,13 @@ def merged(model):
         (lambda: begun_by("pissa"), {}, ValueError, "initialized by 'pissa', which changes the"),
         (lambda: begun_by("OLoRA"), {}, ValueError, "initialized by 'OLoRA', which changes the"),
         (of_layers_beside_a_trained_head, {}, ValueError, r"'lm_head\.weight' of the base model"),
-        (kasa, {}, ValueError, "'default' is KaSA, which truncates the base weights"),
+        (kasa, {}, ValueError, "'default' was initialized by 'KaSA', which changes the"),
         (beside_pissa, {}, ValueError, "'two' was initialized by 'pissa', which changes the"),
         (ours, {"batches": BATCHES, "prompts": [[1]]}, ValueError, "give one of them"),
         (ours, {"batches": BATCHES[0]}, TypeError, "batches must be several, such as"),
         (ours, {"batches": IDS}, TypeError, "batches must be several, such as"),
         (ours, {"batches": ["a"]}, TypeError, "batches must hold tensors of token .* got 'a'"),
+        (ours, {"batches": [{"input_ids": [[1, 2]]}]}, ValueError, r"must hold .*\[\[1, 2\]\]"),
         (ours, {"batches": [{"x": IDS}]}, ValueError, "must hold \"labels\".* with \\['x'\\]"),
         (ours, {"batches": []}, ValueError, "must hold tokens that count"),
         (ours, {"batches": [IDS[:, :1]]}, ValueError, "must hold tokens that count"),

@@ -1,6 +1,5 @@
 """TRL's trainers on our layers: SFT, DPO, KTO, GRPO, RLOO, with a new adapter or a trained one."""
 
-import functools
 import json
 import math
 import re
@@ -252,10 +251,9 @@ def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = datasets.Dataset.from_list(DATA["SFT"])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
-    small = functools.partial(
-        trl.SFTConfig, max_steps=2, logging_steps=1, use_cpu=True, bf16=False, report_to=[]
-    )
-    monkeypatch.setattr(trl, "SFTConfig", small)
+    of_trl = trl.SFTConfig
+    small = {"max_steps": 2, "logging_steps": 1, "use_cpu": True, "bf16": False, "report_to": []}
+    monkeypatch.setattr(trl, "SFTConfig", lambda *args, **own: of_trl(*args, **own | small))
     namespace = {}
     exec(source.replace(name, str(tmp_path / "model")), namespace)
     assert len(logged(namespace["trainer"], "loss")) == 2
