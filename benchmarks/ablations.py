@@ -61,41 +61,24 @@ SIZES = {  # layers and r
 }
 
 
-def side_by_side(rows: list[dict], methods: Methods, rises: list[tuple[str, float]]) -> str:
-    """At equal forgetting of each text, at the rate that we recommend: of the seeds that all of
-    these methods have."""
+def side_by_side(
+    rows: list[dict], methods: Methods, rises: list[tuple[str, float]], **setting
+) -> str:
+    """At equal forgetting of each text, of the seeds that all of these methods have."""
 
     def cell(name: str, text: str, rise: float, these: list[dict]) -> str:
-        mine = [row for row in selected(these, lr=RATE, r=32) if has_curve(row, text)]
+        mine = [row for row in selected(these, r=32, **setting) if has_curve(row, text)]
         runs = {
-            each: {row["seed"]: row for row in selected(mine, method=method, targets=targets)}
+            each: selected(mine, method=method, targets=targets)
             for each, (method, targets) in methods.items()
         }
-        shared = set.intersection(*map(set, runs.values()))
-        return loss_cell([runs[name][seed] for seed in shared], rise, text)
+        shared = set.intersection(*({row["seed"] for row in of} for of in runs.values()))
+        return loss_cell([row for row in runs[name] if row["seed"] in shared], rise, text)
 
     columns = {
         f"{TEXTS[text]} {rise}: {name}": partial(cell, name, text, rise)
         for text, rise in rises
         for name in methods
-    }
-    return by_task(rows, columns)
-
-
-def by_strength(rows: list[dict], rise: float) -> str:
-    """At equal forgetting, `calibrate` beside one strength for all layers, of the seeds of both."""
-
-    def cell(method: str, targets: str, these: list[dict]) -> str:
-        mine = selected(these, targets=targets, r=32)
-        seeds = [{row["seed"] for row in selected(mine, method=each)} for each in (ONE, OURS)]
-        shared = set.intersection(*seeds)
-        runs = selected(mine, method=method)
-        return loss_cell([row for row in runs if row["seed"] in shared], rise)
-
-    columns = {
-        f"{name}, {LAYERS[targets]}": partial(cell, method, targets)
-        for targets in ("all", "mlp")
-        for name, method in {"one": ONE, "by `calibrate`": OURS}.items()
     }
     return by_task(rows, columns)
 
@@ -184,14 +167,15 @@ def dial_and_rate(rows: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     rows = of_one_task(rows_named(arguments, __doc__.splitlines()[0]))
+    of_manual = [("manual", 0.1), ("manual", 0.03)]
     print("the share that varies: held-out loss at rises of texts\n")
-    print(side_by_side(rows, SHARES, [("manual", 0.03), ("manual", 0.1), ("meter", 0.2)]))
-    of_layers = [("manual", 0.1), ("manual", 0.03), ("meter", 0.2)]
+    print(side_by_side(rows, SHARES, [*of_manual, ("meter", 0.2)], lr=RATE))
     print("layers: held-out loss at rises of texts\n")
-    print(side_by_side(rows, BOTH_LAYERS, of_layers))
-    for rise in (0.1, 0.03):
-        print(f"strengths of the layers: held-out loss at a rise of {rise} on the manual\n")
-        print(by_strength(rows, rise))
+    print(side_by_side(rows, BOTH_LAYERS, [*of_manual, ("meter", 0.2)], lr=RATE))
+    for targets in ("all", "mlp"):
+        strengths = {"one": (ONE, targets), "by `calibrate`": (OURS, targets)}
+        print(f"strengths, {LAYERS[targets]}: held-out loss at rises of texts\n")
+        print(side_by_side(rows, strengths, of_manual))
     print("by what calibrate reads\n")
     print(by_text_read(rows))
     print("by the rate\n")
