@@ -202,7 +202,9 @@ class ForgettingBudget(TrainerCallback):
             raise _Cannot(f"{over}, and only RandLoRA adapters on our layers have a dial")
         factor, rise = self._largest_factor_within(self.max_rise, layers, adapters)
         if not factor:
-            raise _Cannot(f"{over}, and so they are with dW times {0.5**HALVINGS:g}")
+            raise _Cannot(
+                f"{over}, and so they are with dW times {0.5**HALVINGS:g}; dW stays as it was"
+            )
         before = self._evaluation_loss()
         for adapter in adapters:
             set_dial(self.trainer.model, factor, adapter)

@@ -33,9 +33,9 @@ def set_dial(model: nn.Module, factor: float, adapter_name: str = "default") -> 
 
     If FSDP2 or DeepSpeed's ZeRO-3 has sharded the model, all ranks must call.
 
-    Raises, and changes nothing: TypeError or ValueError if factor is no such number, or so large or
-    small that an element of lambda would become infinite or zero; the adapter is not there or
-    merged; or it has no values (meta device).
+    Raises, and changes nothing: TypeError or ValueError if factor is no such number, or so large
+    that an element of lambda would become infinite, or so small that the whole lambda of a layer
+    would become zero; the adapter is not there or merged; or it has no values (meta device).
 
     Source: scaling a finished update is known from LoRA (PEFT's ``scale_layer``) and from model
     arithmetic (arXiv:2212.04089).
@@ -49,17 +49,17 @@ def set_dial(model: nn.Module, factor: float, adapter_name: str = "default") -> 
                 raise ValueError(f"lambda of layer {name!r} has no numbers (meta device)")
             if _loses_numbers(lam, factor):
                 raise ValueError(
-                    f"factor {factor!r} would make elements of lambda infinite or zero, in layer "
-                    f"{name!r}"
+                    f"factor {factor!r} would make lambda infinite or zero, in layer {name!r}"
                 )
         for lam in lambdas:
             lam.mul_(factor)
 
 
 def _loses_numbers(lam: Tensor, factor: float) -> bool:
+    lam = full_tensor(lam)
     turned = lam * factor
-    lost = (turned.isfinite() != lam.isfinite()) | ((turned != 0) != (lam != 0))
-    return bool(full_tensor(lost.any()))
+    becomes_zero = bool(lam.any()) and not bool(turned.any())
+    return becomes_zero or bool((turned.isfinite() != lam.isfinite()).any())
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, AdaptedLayer]:

@@ -84,7 +84,7 @@ def merged():
     return ours
 
 
-LOST = "factor .* would make elements of lambda infinite or zero, in layer '[02]'"
+LOST = "factor .* would make lambda infinite or zero, in layer '[02]'"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,16 @@ def test_a_factor_that_loses_numbers_is_refused(factor, size):
     with pytest.raises(ValueError, match=LOST):
         set_dial(ours, factor)
     assert all(map(torch.equal, lambdas(ours), before))
+
+
+def test_an_element_that_is_too_small_for_its_dtype_becomes_zero():
+    ours = model().half()
+    lambdas(ours)[1][0, 0] = smallest = torch.finfo(torch.float16).smallest_normal * 2**-10
+    assert smallest > 0 and lambdas(ours)[1][0, 0] == smallest
+    before = [each.clone() for each in lambdas(ours)]
+    set_dial(ours, 0.5)
+    assert all(torch.equal(lam, 0.5 * was) for lam, was in zip(lambdas(ours), before, strict=True))
+    assert not lambdas(ours)[1][0, 0]
 
 
 def test_numbers_that_are_lost_already_do_not_matter():
