@@ -14,7 +14,7 @@ def base_of(model: nn.Module) -> Iterator[None]:
     """Inside it the model computes what it does without adapters."""
     with ExitStack() as held:
         for part in peft_models(model):
-            held.enter_context(adapters_disabled(part))
+            held.enter_context(_disabled(part))
         for layer in layers_without_peft(model):
             held.callback(setattr, layer, "disabled", layer.disabled)
             layer.disabled = True
@@ -31,15 +31,9 @@ def layers_without_peft(model: nn.Module) -> list[RandLoraLinear]:
 
 
 @contextmanager
-def adapters_disabled(model: Any) -> Iterator[None]:
-    """Inside it a PeftModel is its base model; another model stays as it is.
-
-    PEFT's own context makes every parameter of an active adapter trainable, at its end, even one
-    that was frozen; this one gives them back as they were.
-    """
-    if not hasattr(model, "disable_adapter"):
-        yield
-        return
+def _disabled(model: Any) -> Iterator[None]:
+    """PEFT's own context makes every parameter of an active adapter trainable, at its end, even one
+    that was frozen; this one gives them back as they were."""
     trains = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         with model.disable_adapter():

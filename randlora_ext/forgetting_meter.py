@@ -104,7 +104,7 @@ def forgetting(
 
 def own_text_of(model: nn.Module, prompts: Any = None, seed: int = 0) -> list[dict[str, Tensor]]:
     """`own_text` by the base of a model; other text on every rank."""
-    with failing_together(), base_of(model):
+    with failing_together():
         return own_text(model, prompts=prompts, seed=seed + rank())
 
 

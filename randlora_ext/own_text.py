@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .base_model import adapters_disabled
+from .base_model import base_of
 from .batches import device_of
 from .checks import check_model, check_seed
 from .eval_mode import in_eval_mode
@@ -40,8 +40,7 @@ def own_text(
 
     Args:
         model: with transformers' ``generate``, or one that wraps it, as DistributedDataParallel
-            does. A PeftModel writes with its adapters disabled. Other models write as they are. It
-            runs in eval mode; afterwards each module is in its old mode.
+            does. It writes with its adapters disabled and in eval mode; afterwards it is as before.
         rows: how many, if there are no prompts.
         tokens: how many the model writes at most in a row.
         prompts: rows of token ids without padding, each answered once, as of a chat model
@@ -176,7 +175,7 @@ def _answers(model: Any, given: list[list[int]], tokens: int, seed: int) -> list
 
     with ExitStack() as held:
         held.enter_context(torch.compiler.set_stance("force_eager"))
-        held.enter_context(adapters_disabled(model))
+        held.enter_context(base_of(model))
         held.enter_context(in_eval_mode(model))
         held.enter_context(_generating_plainly(model))
         rows = model.generate(

@@ -34,8 +34,7 @@ def basis_arguments(
     dtype: torch.dtype | None = None,
     input_scale: Tensor | None = None,
 ) -> dict[str, Any]:
-    """The operators' arguments that describe the bases, in their order: `expand`, `scale` and, of
-    Hadamard bases, the signs, which have one dtype."""
+    """The operators' arguments that describe the bases, in their order."""
     packed = basis.packed(device)
     assert isinstance(packed, PackedSigns)
     a_signs, row_signs = packed.a_signs, packed.row_signs

@@ -24,8 +24,8 @@ from .config import description_of_config
 class AcceleratedLinear(AdaptedLayer, Linear):
     """Computes what PEFT's ``Linear`` of RandLoRA computes, by ``torch.ops.randlora``.
 
-    Devices without our kernels compute Hadamard bases in plain torch, and ternary ones as dense
-    bases, with a warning.
+    Devices without our kernels compute Hadamard bases in plain torch, and the ternary ones of stock
+    configurations as dense bases, with a warning; ``basis="independent"`` raises ValueError there.
     """
 
     randlora_A: PackedBufferDict
