@@ -17,7 +17,7 @@ from functools import partial
 
 from finetune_rows import FACTORS, identity
 from forgetting_correlations import correlations, correlations_of_skills, correlations_of_the_task
-from forgetting_curves import at_factor, between, has_curve, least_by_seed, points, selected
+from forgetting_curves import at, at_factor, has_curve, least_by_seed, points, selected
 from forgetting_tables import (
     EQUAL,
     LAYERS,
@@ -65,8 +65,7 @@ WITH_VECTORS = {  # and strengths that calibrate measures
 }
 LONG = METHODS | {"full tuning": ("full", "all")}  # methods of trainings of more than 40 steps
 LONG_FACTORS = 1, 0.7  # of dW
-CHAT = {name: METHODS[name] for name in ("ours, all linear", "SHiRA, MLP", "LoRA, MLP")}
-CHAT_LOSSES = 1.23, 1.43  # of SmolLM2's spelling
+CHAT_LOSSES = ("spelling", 1.23), ("spelling", 1.43), ("roman", 1.3), ("dates", 1.385)
 
 
 def at_equal_loss(rows: list[dict], methods: Methods, text: str = "manual") -> str:
@@ -149,22 +148,23 @@ def with_ours(
 
 
 def in_chat(rows: list[dict]) -> str:
-    """SmolLM2's spelling, seed 0: KL on answers, and how often the likeliest token is the same."""
-    mine = selected(rows, model="fp32", task="spelling", seed=0)
+    """Of SmolLM2, seed 0: KL on answers, and how often the likeliest token is the same."""
 
     def cell(loss: float, text: str, these: list[dict]) -> str:
         curves = [sorted(points(row, text)) for row in these if has_curve(row, text)]
-        values = [value for curve in curves if (value := between(loss, curve)) is not None]
+        values = [value for curve in curves for value in at(loss, curve)]
         if not values:
             return "not reached"
         return f"{max(values):.0%}" if text == "agreement" else f"{min(values):.3f}"
 
     found = []
-    for loss in CHAT_LOSSES:
+    for task, loss in CHAT_LOSSES:
+        mine = selected(rows, model="fp32", task=task, seed=0)
         for head, text in (("KL", "chat"), ("the same likeliest token", "agreement")):
-            columns = of_methods(CHAT, partial(cell, loss, text))
-            found.append([f"{head}, at a loss of {loss}", *(of(mine) for of in columns.values())])
-    return markdown(["", *CHAT], found)
+            columns = of_methods(METHODS, partial(cell, loss, text))
+            cells = [of(mine) for of in columns.values()]
+            found.append([f"{task}, at a loss of {loss}: {head}", *cells])
+    return markdown(["", *METHODS], found)
 
 
 def runs(rows: list[dict]) -> str:
