@@ -5,12 +5,13 @@
     python benchmarks/meter.py ours lora
 
 Of the adapters that the demo saved, on texts of other seeds: `forgetting`, which compares whole
-distributions; the standard error that it states; the rise of the loss on the same tokens, which
-compares the probabilities of the one that was drawn. Beside the first adapter the ratio of each
-other one, on the same text.
+distributions; the standard error that it states; and the rise of the loss on the same text, which
+compares the tokens that were drawn alone. Then how many times as much as the first adapter each has
+forgotten of the same text.
 """
 
 import argparse
+import operator
 import statistics
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import randlora_ext.peft
-from randlora_ext.own_text import own_text
+from randlora_ext.own_text import NO_LABEL, own_text
 
 
 def main() -> None:
@@ -32,18 +33,18 @@ def main() -> None:
     randlora_ext.peft.enable()
     base = AutoModelForCausalLM.from_pretrained(options.folders[0] / "base").eval()
     texts = [own_text(base, rows=options.rows, seed=seed) for seed in range(options.texts)]
-    first: list[float] = []
+    of_first: list[float] = []
     for folder in options.folders:
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
         model = PeftModel.from_pretrained(base, folder / "adapter").eval()
         found = [randlora_ext.forgetting(model, text) for text in texts]
         nats = [each.nats for each in found]
-        first = first or nats
+        of_first = of_first or nats
         print(f"\n{folder.name}")
         report("forgetting", nats)
         report("standard error, stated", [each.standard_error for each in found])
         report("rise of the loss", [rise_of_loss(model, text) for text in texts])
-        report("times the first adapter's", [a / b for a, b in zip(nats, first, strict=True)])
+        report("times the first adapter's", [a / b for a, b in zip(nats, of_first, strict=True)])
 
 
 def report(name: str, values: list[float]) -> None:
@@ -52,18 +53,19 @@ def report(name: str, values: list[float]) -> None:
     print(f"{name}: {each}; mean {mean:.3f}, standard deviation {deviation:.3f}")
 
 
-@torch.no_grad()
 def rise_of_loss(model: PeftModel, text: list[dict[str, Tensor]]) -> float:
     """In nats per token."""
-    tokens = sum(int((batch["labels"] != -100).sum()) for batch in text)
-
-    def loss() -> float:
-        losses = (model(**batch, use_cache=False, num_items_in_batch=1).loss for batch in text)
-        return sum(float(each) for each in losses) / tokens  # of sums, by num_items_in_batch
-
-    tuned = loss()
+    tuned = loss_on(model, text)
     with model.disable_adapter():
-        return tuned - loss()
+        return tuned - loss_on(model, text)
+
+
+@torch.no_grad()
+def loss_on(model: PeftModel, text: list[dict[str, Tensor]]) -> float:
+    """A mean over all tokens that count; rows differ in length."""
+    tokens = [int((row["labels"] != NO_LABEL).sum()) for row in text]
+    losses = [float(model(**row).loss) for row in text]
+    return sum(map(operator.mul, losses, tokens)) / sum(tokens)
 
 
 if __name__ == "__main__":

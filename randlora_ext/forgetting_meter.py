@@ -40,8 +40,8 @@ def forgetting(
 ) -> Forgetting:
     """How much a tuned model has forgotten: KL(base, tuned) in nats per token.
 
-    By its definition the rise of the loss on text that the base model writes. It depends on that
-    text, by a third for 8 rows (docs/evidence.md), so compare two adapters by the same seed::
+    By its definition the rise of the loss on text that the base model writes. It depends on the
+    text (docs/evidence.md), so compare two adapters on the same one, which the same seed gives::
 
         print(randlora_ext.forgetting(model))  # of RandLoRA, LoRA, any PeftModel
 

@@ -40,7 +40,8 @@ def own_text(
 
     Args:
         model: with transformers' ``generate``, or one that wraps it, as DistributedDataParallel
-            does. It writes with its adapters disabled and in eval mode; afterwards it is as before.
+            does. It writes as its base model, without the adapters of a PeftModel or of
+            `RandLoraLinear`, and in eval mode; afterwards it is as before.
         rows: how many, if there are no prompts.
         tokens: how many the model writes at most in a row.
         prompts: rows of token ids without padding, each answered once, as of a chat model

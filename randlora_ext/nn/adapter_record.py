@@ -79,9 +79,9 @@ def other_adapter(problems: list[str]) -> str:
     return (
         "the tensors do not belong to the adapter. If they are from the same folder as its "
         "configuration, the files are of two saves, one of which was interrupted or is still "
-        "running: load again, or save the adapter again. An adapter that exists, "
-        "also after a load that failed, keeps its configuration: call `delete_adapter` before you "
-        f"load another in its place.\n\t{lines}"
+        "running: load again, or save the adapter again. An adapter that exists keeps its "
+        "configuration, also after a load that failed: call `delete_adapter` before you load "
+        f"another in its place.\n\t{lines}"
     )
 
 

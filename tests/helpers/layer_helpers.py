@@ -1,6 +1,7 @@
 """Layers with random diagonals, and their results by the plain PyTorch reference."""
 
 import io
+import statistics
 
 import pytest
 import torch
@@ -115,6 +116,15 @@ def input_scale_of(*inputs, own_text=None):
 def normalized(scale):
     """Divided by its own root mean square, which is the strength that a whole model shares."""
     return scale / scale.square().mean(-1, keepdim=True).sqrt()
+
+
+def strengths_of(costs: dict[str, float]) -> dict[str, float]:
+    """Likewise, of layers by name: none takes larger steps than those of median cost, and all
+    together cost 250."""
+    median = statistics.median(costs.values())
+    steps = {name: max(cost, median) ** -0.5 for name, cost in costs.items()}
+    total = sum(steps[name] ** 2 * costs[name] for name in costs)
+    return {name: step * (250 / total) ** 0.5 for name, step in steps.items()}
 
 
 def small_net(kind=0.1, **options):

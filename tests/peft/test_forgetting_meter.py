@@ -90,8 +90,9 @@ def test_the_standard_error_is_over_rows():
     assert math.isnan(forgetting(ours(), batches[:1]).standard_error)
 
 
-def test_by_default_it_reads_what_the_base_wrote():
-    model = ours()
+@pytest.mark.parametrize("make", [ours, without_peft])
+def test_by_default_it_reads_what_the_base_wrote(make):
+    model = make()
     written = own_text(base())
     assert forgetting(model) == forgetting(model, written)
     assert forgetting(model) == forgetting(model, seed=0) != forgetting(model, seed=1)

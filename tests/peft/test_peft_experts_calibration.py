@@ -1,10 +1,11 @@
-"""`calibrate` on fused experts under PEFT: a vector for each expert, however they multiply."""
+"""`calibrate` on fused experts under PEFT: a vector for each expert and one strength for all of a
+layer, however they multiply."""
 
 import pytest
 import torch
 from compile_helpers import fresh_dynamo as fresh_dynamo
 from expert_models import EXPERTS, MODELS, SIZES, batch, logits, make, transformers
-from layer_helpers import input_scale_of, normalized
+from layer_helpers import input_scale_of, normalized, strengths_of
 from peft_experts import WAYS, mixture, moe
 from peft_helpers import (
     adapted,
@@ -14,8 +15,10 @@ from peft_helpers import (
     relative,
     scales,
 )
+from torch.nn import functional
 
 from randlora_ext import calibrate
+from randlora_ext.own_text import own_text
 
 MANY = {"input_ids": batch()["input_ids"].repeat(8, 1)}
 
@@ -181,3 +184,62 @@ def test_an_expert_that_sees_few_tokens_takes_the_vector_of_all():
     h = layer.base_layer.linear.base_layer(x)
     want = torch.stack([input_scale_of(h[:40]), input_scale_of(h[40:90]), input_scale_of(h)])
     torch.testing.assert_close(normalized(up(model).randlora_input_scale["default"]), want)
+
+
+def products_of(model, name, batches, monkeypatch):
+    """Of each expert of a parameter (experts, out, in) its inputs, and the gradients of the summed
+    loss to its outputs, by autograd in float64."""
+    weight = model.get_parameter(name)
+    seen: dict = {expert: [] for expert in range(len(weight))}
+    linear = functional.linear
+
+    def watching(x, w, *bias):
+        y = linear(x, w, *bias)
+        if w.data_ptr() in pointers:
+            y.retain_grad()
+            seen[pointers.index(w.data_ptr())].append((x.detach(), y))
+        return y
+
+    pointers = [w.data_ptr() for w in weight]
+    monkeypatch.setattr(functional, "linear", watching)
+    for arguments in batches:
+        loss = model(**arguments).loss
+        (loss * (arguments["labels"] != -100).sum()).backward()
+    monkeypatch.undo()
+    for products in seen.values():
+        x, y = zip(*products, strict=True)
+        yield torch.cat(x), torch.cat([each.grad for each in y])
+
+
+@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+def test_experts_have_scales_of_their_own_and_one_strength(way, monkeypatch):
+    """Their costs are means over the tokens of all experts."""
+    base = make("Mixtral")
+    base.set_experts_implementation("eager")
+    names = [f"model.layers.{i}.mlp.experts.{p}_proj" for i in (0, 1) for p in ("gate_up", "down")]
+    model = randomize(moe("Mixtral"), size=0)
+    model.set_experts_implementation(way)
+    batches = [{name: t.repeat(8, 1) for name, t in batch().items()}]
+    strengths = calibrate(model, batches)
+    texts, base, costs = own_text(base), base.double(), {}
+    for name in names:
+        in_batches = [x for x, _ in products_of(base, name, batches, monkeypatch)]
+        in_own_text = [*products_of(base, name, texts, monkeypatch)]
+        module, _, parameter = f"base_model.model.{name}".rpartition(".")
+        layer = model.get_submodule(module).adapters[parameter]
+        scales = layer.randlora_input_scale["default"]
+        cost = total = 0.0
+        for expert, (x, gradients) in enumerate(in_own_text):
+            seen = enough(in_batches[expert], in_batches)
+            scale = input_scale_of(seen, own_text=enough(x, [each for each, _ in in_own_text]))
+            assert relative(normalized(scales[expert]), scale) < 1e-3
+            energy = (x * scale.double()).square().mean(0).sum()
+            cost += len(x) * gradients.square().mean(0).sum() * energy
+            total += len(x)
+        costs[f"base_model.model.{name}"] = float(cost / total)
+    assert strengths == pytest.approx(strengths_of(costs), rel=1e-3)
+
+
+def enough(x, of_all):
+    """What an expert saw; what all have seen if these are fewer than 32 tokens."""
+    return x if len(x) >= 32 else torch.cat(of_all)

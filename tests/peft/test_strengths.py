@@ -1,15 +1,13 @@
 """`calibrate` of a language model: one strength per layer, from gradients to its outputs."""
 
 import copy
-import statistics
 
-import expert_models
 import peft
 import pytest
 import torch
 import transformers
 from language_models import llama
-from layer_helpers import adapt, input_scale_of, normalized, relative
+from layer_helpers import adapt, input_scale_of, normalized, relative, strengths_of
 from peft.utils.integrations import dequantize_module_weight
 from peft_helpers import are_calibrated
 from torch import nn
@@ -81,14 +79,6 @@ def statistics_of(model, batches, names):
     return x, gradients
 
 
-def wanted(costs: dict[str, float]) -> dict[str, float]:
-    """No layer takes larger steps than those of median cost; all together cost 250."""
-    median = statistics.median(costs.values())
-    steps = {name: max(cost, median) ** -0.5 for name, cost in costs.items()}
-    total = sum(steps[name] ** 2 * costs[name] for name in costs)
-    return {name: step * (250 / total) ** 0.5 for name, step in steps.items()}
-
-
 def scales_and_costs(model, batches) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in TARGETS]
     x, _ = statistics_of(model, batches, names)
@@ -115,7 +105,7 @@ def have_scales_of_batches_alone(model, base, batches) -> bool:
 def test_layers_of_high_cost_take_smaller_steps():
     base = spread_out(llama())
     scales, costs = scales_and_costs(base, task())
-    want = wanted(costs)
+    want = strengths_of(costs)
     model = adapted(copy.deepcopy(base))
     strengths = randlora_ext.calibrate(model, task())
     assert strengths == pytest.approx(want, 1e-4)
@@ -319,7 +309,7 @@ def test_a_module_in_two_places_has_one_strength():
     base = spread_out(llama())
     base.model.layers[1].mlp = base.model.layers[0].mlp
     _, costs = scales_and_costs(base, task())
-    want = wanted(costs)
+    want = strengths_of(costs)
     strengths = randlora_ext.calibrate(adapted(base), task())
     assert strengths == pytest.approx(want, 1e-4)
     assert "base_model.model.model.layers.1.mlp.down_proj" not in strengths
@@ -419,63 +409,3 @@ def test_a_layer_that_own_text_does_not_reach_is_as_strong_as_the_median_one():
     images = torch.cat([batch["images"] for batch in batches])
     scale = model.get_submodule("base_model.model.vision").randlora_input_scale["default"]
     assert relative(normalized(scale), input_scale_of(images)) < 1e-5
-
-
-def products_of(model, name, batches, monkeypatch):
-    """Of each expert of a parameter (experts, out, in) its inputs, and the gradients of the summed
-    loss to its outputs, by autograd in float64."""
-    weight = model.get_parameter(name)
-    seen: dict = {expert: [] for expert in range(len(weight))}
-    linear = torch.nn.functional.linear
-
-    def watching(x, w, *bias):
-        y = linear(x, w, *bias)
-        if w.data_ptr() in pointers:
-            y.retain_grad()
-            seen[pointers.index(w.data_ptr())].append((x.detach(), y))
-        return y
-
-    pointers = [w.data_ptr() for w in weight]
-    monkeypatch.setattr(torch.nn.functional, "linear", watching)
-    for batch in batches:
-        loss = model(**batch).loss
-        (loss * (batch["labels"] != -100).sum()).backward()
-    monkeypatch.undo()
-    for products in seen.values():
-        x, y = zip(*products, strict=True)
-        yield torch.cat(x), torch.cat([each.grad for each in y])
-
-
-@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
-def test_experts_have_scales_of_their_own_and_one_strength(way, monkeypatch):
-    """Their costs are means over the tokens of all experts."""
-    base = expert_models.make("Mixtral")
-    base.set_experts_implementation("eager")
-    names = [f"model.layers.{i}.mlp.experts.{p}_proj" for i in (0, 1) for p in ("gate_up", "down")]
-    model = copy.deepcopy(base)
-    model.set_experts_implementation(way)
-    model = adapted(model, [], target_parameters=expert_models.EXPERTS)
-    batches = [{name: t.repeat(8, 1) for name, t in expert_models.batch().items()}]
-    strengths = randlora_ext.calibrate(model, batches)
-    texts, base, costs = own_text(base), base.double(), {}
-    for name in names:
-        in_batches = [x for x, _ in products_of(base, name, batches, monkeypatch)]
-        in_own_text = [*products_of(base, name, texts, monkeypatch)]
-        module, _, parameter = f"base_model.model.{name}".rpartition(".")
-        layer = model.get_submodule(module).adapters[parameter]
-        scales = layer.randlora_input_scale["default"]
-        cost = total = 0.0
-        for expert, (x, gradients) in enumerate(in_own_text):
-            seen = enough(in_batches[expert], in_batches)
-            scale = input_scale_of(seen, own_text=enough(x, [each for each, _ in in_own_text]))
-            assert relative(normalized(scales[expert]), scale) < 1e-3
-            energy = (x * scale.double()).square().mean(0).sum()
-            cost += len(x) * gradients.square().mean(0).sum() * energy
-            total += len(x)
-        costs[f"base_model.model.{name}"] = float(cost / total)
-    assert strengths == pytest.approx(wanted(costs), rel=1e-3)
-
-
-def enough(x, of_all):
-    """What an expert saw; what all have seen if these are fewer than 32 tokens."""
-    return x if len(x) >= 32 else torch.cat(of_all)
