@@ -28,11 +28,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, help="each by examples/smollm2.py")
     parser.add_argument("--texts", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=8, help="of a text, 128 tokens each at most")
+    parser.add_argument("--rows", type=int, default=8, help="of a text")
+    parser.add_argument("--tokens", type=int, default=128, help="of a row, at most")
     options = parser.parse_args()
     randlora_ext.peft.enable()
     base = AutoModelForCausalLM.from_pretrained(options.folders[0] / "base").eval()
-    texts = [own_text(base, rows=options.rows, seed=seed) for seed in range(options.texts)]
+    seeds = range(options.texts)
+    texts = [own_text(base, options.rows, options.tokens, seed=seed) for seed in seeds]
     of_first: list[float] = []
     for folder in options.folders:
         base = AutoModelForCausalLM.from_pretrained(folder / "base")
