@@ -4,7 +4,7 @@ import logging
 import math
 import random
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,20 +108,25 @@ class ForgettingBudget(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         self._come_first()
-        if self._try(lambda: self._calibrate(train_dataloader), otherwise="not calibrated"):
+        with self._or_told("not calibrated"):
+            self._calibrate(train_dataloader)
             self._say("calibrated the adapter")
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        if self.can_measure:  # else it has been told
-            self.can_measure = self._try(
-                lambda: self._show(metrics), otherwise="forgetting is not shown"
-            )
+        if not self.can_measure:  # which has been told
+            return
+        self.can_measure = False
+        with self._or_told("forgetting is not shown"):
+            self._show(metrics)
+            self.can_measure = True
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if self.max_rise is not None:
-            self._try(self._keep_budget, otherwise="the budget is not kept")
+            with self._or_told("the budget is not kept"):
+                self._keep_budget()
         elif self.can_measure:
-            self._try(lambda: self._say(_told(self._show())), otherwise="forgetting is not shown")
+            with self._or_told("forgetting is not shown"):
+                self._say(_told(self._show()))
 
     def _come_first(self) -> None:
         """Before callbacks that read the metrics of an evaluation, or save the model or close their
@@ -133,20 +138,24 @@ class ForgettingBudget(TrainerCallback):
             callbacks.remove(self)
             callbacks.insert(0, self)
 
-    def _try(self, act: Callable[[], Any], otherwise: str) -> bool:
-        """Whether it could be done; else `otherwise` is told, and why."""
-        error = _raised_by(act)
-        if error is None:
-            return True
-        if not isinstance(error, _Cannot) and not _is_refusal(error):
-            logger.warning("%s: %s", otherwise, error, exc_info=error)
-        elif self.trainer.state.is_world_process_zero:
-            level = getattr(error, "level", logging.WARNING)
-            logger.log(level, "%s: %s", otherwise, error)
-        return False
+    @contextmanager
+    def _or_told(self, otherwise: str) -> Iterator[None]:
+        """What is raised inside is logged behind `otherwise`, and training goes on, with the random
+        numbers that it would have drawn."""
+        try:
+            with _random_states_kept():
+                yield
+        # Data sets, collators, models and trainers are the user's and may raise anything.
+        except Exception as error:
+            if not isinstance(error, _Cannot) and not _is_refusal(error):
+                logger.warning("%s: %s", otherwise, error, exc_info=error)
+            elif self.trainer.state.is_world_process_zero:
+                level = logging.INFO if isinstance(error, _Needless) else logging.WARNING
+                logger.log(level, "%s: %s", otherwise, error)
 
     def _log(self, **numbers: float) -> None:
-        self._try(lambda: self.trainer.log(numbers), otherwise=f"{', '.join(numbers)} not logged")
+        with self._or_told(f"{', '.join(numbers)} not logged"):
+            self.trainer.log(numbers)
 
     def _say(self, line: str) -> None:
         # Printed, as Trainer prints its losses. By default its log shows warnings alone, and a
@@ -164,10 +173,11 @@ class ForgettingBudget(TrainerCallback):
             raise _Cannot(str(error)) from None
         size = self.trainer.state.train_batch_size  # which `auto_find_batch_size` has reduced
         batches: list[dict[str, Any]] = []
-        raised = _raised_by(
-            lambda: batches.extend(sample(model, loader, size, CALIBRATION_BATCHES))
-        )
-        # The other ranks wait for this one, whatever has befallen it.
+        raised: Exception | None = None
+        try:
+            batches = sample(model, loader, size, CALIBRATION_BATCHES)
+        except Exception as error:  # the other ranks wait for this one, whatever has befallen it
+            raised = error
         whys = of_all_ranks(_in_words(raised))
         if why := next(filter(None, whys), ""):
             raise _Cannot(
@@ -236,20 +246,17 @@ class ForgettingBudget(TrainerCallback):
         if self.trainer.eval_dataset is None:
             return None
         metrics: dict[str, float] = {}
-        self._try(lambda: metrics.update(self.trainer.evaluate()), otherwise="not evaluated")
+        with self._or_told("not evaluated"):
+            metrics = self.trainer.evaluate()
         return next((value for name, value in metrics.items() if name.endswith("_loss")), None)
 
 
 class _Cannot(Exception):
     """Says in a sentence why something is left undone."""
 
-    level = logging.WARNING
-
 
 class _Needless(_Cannot):
     """The user need not do anything about it."""
-
-    level = logging.INFO
 
 
 def _told(nats: float) -> str:
@@ -260,19 +267,6 @@ def _in_words(error: Exception | None) -> str:
     if error is None or isinstance(error, UnreadableData):
         return str(error or "")
     return f"the trainer's data could not be read apart from training, {error!r}"
-
-
-def _raised_by(act: Callable[[], Any]) -> Exception | None:
-    """What it raised, if it did. The training draws the random numbers that it would have drawn
-    without it."""
-    try:
-        with _random_states_kept():
-            act()
-    # Data sets, collators, models and trainers are the user's and may raise anything; the training
-    # runs without what the callback does beside it.
-    except Exception as error:
-        return error
-    return None
 
 
 def _is_refusal(error: Exception) -> bool:

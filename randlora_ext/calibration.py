@@ -129,7 +129,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     return strengths
 
 
-def input_scale_of(rms: Tensor, *shares: Tensor) -> Tensor:
+def scale_of(rms: Tensor, *shares: Tensor) -> Tensor:
     """`scale` as `calibrate` says, an input scale before its strength, of the root mean square of
     each feature and the shares of its energy that vary, which are multiplied.
 
@@ -238,7 +238,7 @@ def _scale_of_experts(in_batches: Sums, in_own_text: Sums | None) -> Tensor:
     if in_own_text is not None and in_own_text.tokens.sum() >= FEW_TOKENS:
         _, varying_in_own_text = _size_and_share(in_own_text)
         shares.append(varying_in_own_text)
-    return torch.stack([input_scale_of(*each) for each in zip(rms, *shares, strict=True)])
+    return torch.stack([scale_of(*each) for each in zip(rms, *shares, strict=True)])
 
 
 def _size_and_share(sums: Sums) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,8 @@ def _check_adapters(model: nn.Module) -> None:
                     "weights, so the base model is not at hand"
                 )
     bases = [_without_peft(part) for part in parts] or [model]
-    for name in itertools.chain(*map(_trained_beside_adapters, bases)):
+    name = next(itertools.chain(*map(_trained_beside_adapters, bases)), None)
+    if name is not None:
         raise ValueError(
             f"parameter {name!r} of the base model trains, and stays when adapters are "
             "disabled, so the base model is not at hand; freeze it (PEFT's modules_to_save keeps "

@@ -153,7 +153,8 @@ def differentiate(model: nn.Module, batch: Mapping[str, Tensor], sums: SumsOfLay
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     with torch.enable_grad(), _plain(inner, sums), _frozen(inner), _gradients_added(sums):
         for module in inner.modules():
-            module.training |= _needs_training_mode(module)
+            if _checkpoints(module) or _passes_gradients_in_training_alone(module):
+                module.training = True
         loss = getattr(_call(inner, batch), "loss", None)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return False
@@ -161,17 +162,18 @@ def differentiate(model: nn.Module, batch: Mapping[str, Tensor], sums: SumsOfLay
     return True
 
 
-def _needs_training_mode(module: nn.Module) -> bool:
-    """Whether the module does in training mode alone what `differentiate` needs."""
-    # Layers of transformers compute themselves again in backward, to save memory. Those that have
-    # dropout of their own would apply it as well.
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether it computes itself again in backward, to save memory, as layers of transformers do in
+    training mode alone; False if it would also apply dropout of its own."""
     drops = any(
         "drop" in name and isinstance(value, float) and value > 0
         for name, value in vars(module).items()
     )
-    checkpoints = bool(getattr(module, "gradient_checkpointing", False)) and not drops
-    # Layers of GPTQModel let gradients through.
-    return checkpoints or bool(getattr(module, "SUPPORTS_TRAINING", False))
+    return bool(getattr(module, "gradient_checkpointing", False)) and not drops
+
+
+def _passes_gradients_in_training_alone(module: nn.Module) -> bool:
+    return bool(getattr(module, "SUPPORTS_TRAINING", False))  # of GPTQModel
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from ..checks import check_model, check_one_of
 from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import do_nothing, plain_operands, refuse_cut
-from .input_scale import input_scale_misfits
+from .input_scale import wrong_numbers
 from .merging import Mergeable
 from .state_dict import refuse_misfits
 from .uncalibrated import warn_if_uncalibrated
@@ -122,8 +122,8 @@ class AdaptedLayer(Mergeable):
                 f"input_scale must be {sizes} = {tuple(buffer.shape)}, got "
                 f"{tuple(input_scale.shape)}"
             )
-        for problem in input_scale_misfits("input_scale", input_scale, input_scale):
-            raise ValueError(problem)
+        if wrong := wrong_numbers("input_scale", input_scale):
+            raise ValueError(wrong)
         buffer.copy_(input_scale)
 
     def is_calibrated(self, adapter: str) -> bool:

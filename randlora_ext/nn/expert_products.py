@@ -115,13 +115,14 @@ class ExpertProducts(TorchFunctionMode):
         W, (experts,) = layer._base_weight(), layer.experts
         along_inputs = W.stride(-2 if layer.transposed else -1)
         offset = matrix.data_ptr() - W.data_ptr()
+        bytes_of_one = W.nbytes // experts
         if matrix.shape[:-1] != (layer.in_features,) or matrix.stride(0) != along_inputs:
             return
         if offset < W.nbytes:
             x, y = x.reshape(-1, layer.in_features), y.reshape(-1, y.shape[-1])
             # Llama 4 gives every expert all tokens, zero where they belong to another.
             kept = (x != 0).any(1)
-            self.report(layer, x[kept], y[kept], offset * experts // W.nbytes)
+            self.report(layer, x[kept], y[kept], offset // bytes_of_one)
 
 
 def _lies_in(part: Tensor, whole: Tensor) -> bool:

@@ -91,9 +91,15 @@ def input_scale_misfits(key: str, saved: Any, own: Tensor) -> list[str]:
     problems = tensor_misfits(key, saved, own)
     if problems:
         return problems
-    if saved.is_meta:
-        return [f"{key} has no numbers (meta device)"]
-    numbers = saved.float()
+    wrong = wrong_numbers(key, saved)
+    return [wrong] if wrong else []
+
+
+def wrong_numbers(key: str, input_scale: Tensor) -> str:
+    """Why these cannot scale inputs; "" if they can."""
+    if input_scale.is_meta:
+        return f"{key} has no numbers (meta device)"
+    numbers = input_scale.float()
     if not bool(((numbers > 0) & numbers.isfinite()).all()):
-        return [f"{key} must be positive and finite in every feature"]
-    return []
+        return f"{key} must be positive and finite in every feature"
+    return ""

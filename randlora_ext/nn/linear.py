@@ -1,6 +1,5 @@
 """`RandLoraLinear`: a frozen linear layer with a RandLoRA adapter, in plain torch."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -145,11 +144,10 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         if self.merged:
-            warnings.warn(
+            warn_user(
                 f"{prefix}base_layer.weight of this state dict holds the merged adapter; a layer "
                 "that loads it with its lambda and gamma adds it twice. Call unmerge() first, or "
-                "save base_layer alone",
-                stacklevel=2,
+                "save base_layer alone"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
 

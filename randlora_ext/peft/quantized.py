@@ -8,7 +8,6 @@ back.
 import copy
 import itertools
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from ..checks import warn_user
 from ..nn.adapted_layer import AdaptedLayer
 from ..nn.base_layer import is_conv1d
 from .layer import AcceleratedLinear
@@ -64,10 +64,8 @@ class QuantizedLinear(AcceleratedLinear):
 
     def _writer(self, total: Tensor) -> Callable[[], None]:
         base: Any = self.get_base_layer()
-        warnings.warn(
-            f"Merging or unmerging rounds the sum to that of {type(base).__name__} again, with "
-            "rounding errors.",
-            stacklevel=5,
+        warn_user(
+            f"Merging rounds the sum to that of {type(base).__name__} again, with rounding errors."
         )
         # PEFT's backends change or replace the base layer of the layer that they get.
         like: Any = copy.copy(self)
