@@ -60,9 +60,9 @@ def forgetting(
             runs in eval mode, and afterwards is as before.
         batches: mappings of the model's arguments; or tensors (rows, tokens) of token numbers,
             without padding. "labels" (rows, tokens) say which tokens count, those that are not
-            -100; without labels all do that "attention_mask" does not leave out. Of transformers'
-            causal models, which predict no first token, those in ``labels[:, 1:]``, but none that
-            is predicted from a token that the mask leaves out. By default
+            -100; without labels all do that "attention_mask" does not leave out. transformers'
+            causal models predict each token from those before it, so that of these neither the
+            first token of a row counts, nor one behind a token that the mask leaves out. By default
             `own_text`: 8 rows of 128 tokens that the base model writes, 1,024 in all.
         prompts: of a chat model, rows of token numbers without padding, such as
             ``tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]``. The

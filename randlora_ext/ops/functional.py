@@ -163,7 +163,8 @@ def linear(
         input_scale: (in,), float32, a constant, for Hadamard bases alone: the adapter's part is
             that of ``x * input_scale``. None is a vector of ones.
 
-    Backward keeps x, lam and gam. Under autocast x, weight and bias are cast as by F.linear.
+    Backward keeps x, weight, lam and gam. Under autocast x, weight and bias are cast, as by
+    F.linear.
 
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.

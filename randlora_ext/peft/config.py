@@ -43,9 +43,9 @@ class RandLoraConfig(peft.RandLoraConfig):
 
     With "hadamard" and "independent", ``projection_prng_key`` is their seed. It becomes a text that
     describes them, such as ``randlora_ext:independent-1:density=0.07:seed=42``, which is complete:
-    a configuration with this field alone has the same bases. Stock PEFT could only draw others, and
-    fails on the text. It refuses a file: its ``peft_type`` says what to type, and PEFT's error
-    quotes that.
+    a configuration with this field alone has the same bases. Stock PEFT, which cannot generate
+    them, fails on the text. It refuses a saved adapter with a KeyError that quotes the file's
+    ``peft_type``, which says what to import.
 
     Attributes: the fields, and ``basis_description``, what generates the bases; None if PEFT draws
     them.
