@@ -107,13 +107,23 @@ class ForgettingBudget(TrainerCallback):
         self.can_measure = True
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
+        if state is not self.trainer.state:
+            logger.warning(
+                "this ForgettingBudget was made for another trainer, and does nothing here; add "
+                "one of this trainer, ForgettingBudget(trainer, ...)"
+            )
+            return
         self._come_first()
         with self._or_told("not calibrated"):
             self._calibrate(train_dataloader)
             self._say("calibrated the adapter")
+        self.can_measure = False
+        with self._or_told("forgetting is not shown"):
+            self._measure()  # what prevents it is told before training, not after
+            self.can_measure = True
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        if not self.can_measure:  # which has been told
+        if state is not self.trainer.state or not self.can_measure:  # which has been told
             return
         self.can_measure = False
         with self._or_told("forgetting is not shown"):
@@ -121,6 +131,8 @@ class ForgettingBudget(TrainerCallback):
             self.can_measure = True
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        if state is not self.trainer.state:
+            return
         if self.max_rise is not None:
             with self._or_told("the budget is not kept"):
                 self._keep_budget()

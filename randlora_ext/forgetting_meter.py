@@ -120,14 +120,13 @@ def _check_adapters(model: nn.Module) -> None:
         if isinstance(merged, Sequence) and merged:
             raise ValueError(f"adapter {merged[0]!r} of layer {name!r} is merged; unmerge it first")
     for part in parts:
-        for adapter in part.active_adapters:
-            bias = getattr(part.peft_config.get(adapter), "bias", "none")
+        for adapter, config in part.peft_config.items():  # inactive ones, too
+            bias = getattr(config, "bias", "none")
             if bias != "none":
                 raise ValueError(
                     f"adapter {adapter!r} trains biases (bias={bias!r}), which stay when it is "
                     "disabled, so the base model is not at hand"
                 )
-        for adapter, config in part.peft_config.items():  # inactive ones, too
             if how := _changed_the_base(config):
                 raise ValueError(
                     f"adapter {adapter!r} was initialized by {how!r}, which changes the base "
@@ -228,6 +227,11 @@ def _labels(arguments: Mapping[str, Any]) -> Tensor:
     if labels is None:
         labels, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         if isinstance(labels, Tensor) and isinstance(mask, Tensor):
+            if mask.shape != labels.shape:
+                raise ValueError(
+                    'batches must hold an "attention_mask" as large as "input_ids", '
+                    f'{tuple(labels.shape)}, or else "labels", got {tuple(mask.shape)}'
+                )
             labels = labels.masked_fill(mask == 0, NO_LABEL)
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         found = tuple(labels.shape) if isinstance(labels, Tensor) else labels

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .base_model import base_of
 from .batches import device_of
-from .checks import check_model, check_seed
+from .checks import check_model, check_seed, warn_user
 from .eval_mode import in_eval_mode
 from .ranks import is_dtensor
 
@@ -30,7 +30,9 @@ def own_text(
     """Text that the base model writes by sampling from its full distribution.
 
     Each row begins with the model's first token, "bos" (or "eos" if it has none), or with a prompt,
-    and goes on until the model ends it, has no more positions, or has written `tokens` tokens.
+    and goes on until the model ends it or has written `tokens` tokens, or fewer if the longest row
+    would not fit into the model's positions; a long prompt that shortens the answers to others is
+    warned of.
     Nothing but sampling at a temperature of 1 decides the tokens: the model's own
     ``generation_config`` (temperature, top_k, penalties) does not act, but for the tokens that end
     a text. Equivalent to, of each row::
@@ -65,7 +67,7 @@ def own_text(
     if writer is None:
         raise TypeError(
             "own text needs a decoder with transformers' generate, which continues what it reads, "
-            f"got {type(model).__name__}"
+            f"got {_unwrapped(model)}; `forgetting` takes other models with batches"
         )
     if tokens < 1 or rows < 1:
         raise ValueError(f"rows and tokens must be positive, got {rows} and {tokens}")
@@ -95,6 +97,12 @@ def _generates(module: Any) -> bool:
     # Some have the method, and None for its configuration: transformers' parts of a model.
     configured = getattr(module, "generation_config", None) is not None
     return callable(getattr(module, "generate", None)) and configured
+
+
+def _unwrapped(model: Any) -> str:
+    """The name of its class, below PEFT's."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return type(base).__name__
 
 
 def _vocabulary(model: Any) -> float:
@@ -154,8 +162,14 @@ def _answers(model: Any, given: list[list[int]], tokens: int, seed: int) -> list
     """What the model writes behind each row, its last token included."""
     width = max(map(len, given))
     positions = _positions(model)
-    if positions is not None:
-        tokens = min(tokens, positions - width)
+    if positions is not None and positions - width < tokens:
+        room = positions - width
+        if room > 0 and min(map(len, given)) < width:
+            warn_user(
+                f"answers have at most {room} tokens, not {tokens}, since the longest prompt takes "
+                f"{width} of the model's {positions} positions"
+            )
+        tokens = room
     if tokens < 1:
         raise ValueError(
             f"prompts must leave room for an answer in the model's {positions} positions, got one "

@@ -48,7 +48,7 @@ def check_targets(
             )
     parameters = sizes_of_matching(model, target_parameters(config))
     if not any(map(is_linear, targets.values())) and (config.target_modules or not parameters):
-        _refuse_unmatched(model, config.target_modules)
+        _refuse_unmatched(model, config)
     for target in targets.values():
         check_linear(target)
     _warn_of_unmatched(model, config, parameters)
@@ -58,12 +58,17 @@ def check_targets(
             check_whole(getattr(target, "weight", None), f"target {name!r}")
 
 
-def _refuse_unmatched(model: nn.Module, targets: Any) -> None:
+def _refuse_unmatched(model: nn.Module, config: peft.RandLoraConfig) -> None:
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     unadapted = [name for name in linear if not name.endswith(".base_layer")]
+    if config.layers_to_transform is None:
+        where, meant = "", _meant(config.target_modules, unadapted)
+    else:
+        where, meant = f" in layers_to_transform {config.layers_to_transform!r}", ""
     raise ValueError(
-        f"target_modules {targets!r} matches no linear layer of {type(model).__name__}"
-        f"{_meant(targets, unadapted)}; its linear layers are called {at_most_ten(unadapted)}"
+        f"target_modules {config.target_modules!r} matches no linear layer of "
+        f"{type(model).__name__}{where}{meant}; its linear layers are called "
+        f"{at_most_ten(unadapted)}"
     )
 
 

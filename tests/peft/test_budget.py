@@ -117,6 +117,38 @@ def test_a_refusal_is_told_in_a_line(tmp_path, caplog):
     assert not any(record.exc_info for record in caplog.records)
 
 
+@pytest.mark.parametrize(
+    "given, why",
+    [
+        ({"prompts": [[3, 1000]]}, "prompts must hold tokens in"),
+        ({"batches": [torch.tensor([[5]])]}, "batches must hold tokens that count"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_the_first_step(tmp_path, caplog, given, why):
+    run = trainer(model(), tmp_path, budget=given)
+    steps = []
+
+    class Told(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            steps.append([record.message for record in caplog.records])
+
+    run.add_callback(Told())
+    ((level, line),) = told_by(run, caplog)  # once
+    assert level == "WARNING" and why in line and any(why in told for told in steps[0])
+
+
+def test_a_callback_of_another_trainer_does_nothing(free, tmp_path, caplog):
+    other = trainer(model(), tmp_path / "other")
+    of_other = other.callback_handler.callbacks[-1]
+    of_other.max_rise = 1e-9
+    run = trainer(model(), tmp_path, budget=None, **EVALUATED)
+    run.add_callback(of_other)
+    ((level, line),) = told_by(run, caplog)
+    assert level == "WARNING" and "made for another trainer" in line
+    assert not logged(run, "eval_forgetting") and not logged(run, "dial")
+    assert not is_calibrated(run.model) and not is_calibrated(other.model)
+
+
 def test_a_budget_that_no_factor_keeps(free, tmp_path, caplog):
     run = trainer(model(), tmp_path, budget={"max_rise": 1e-9}, **EVALUATED)
     ((level, line),) = told_by(run, caplog)

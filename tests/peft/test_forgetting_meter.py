@@ -163,6 +163,13 @@ def beside_pissa():
     return model
 
 
+def beside_trained_biases():
+    model = lora(bias="all")
+    model.add_adapter("two", peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    model.set_adapter("two")
+    return model
+
+
 def test_what_other_packages_wrap_and_mixed_models_are_measured():
     model = lora(modules_to_save=["lm_head"])
     for module in model.modules():  # as fully_shard does, whose classes are torch's
@@ -326,12 +333,15 @@ def merged(model):
         (of_layers_beside_a_trained_head, {}, ValueError, r"'lm_head\.weight' of the base model"),
         (kasa, {}, ValueError, "'default' was initialized by 'KaSA', which changes the"),
         (beside_pissa, {}, ValueError, "'two' was initialized by 'pissa', which changes the"),
+        (beside_trained_biases, {}, ValueError, "'default' trains biases"),
         (ours, {"batches": BATCHES, "prompts": [[1]]}, ValueError, "give one of them"),
         (ours, {"batches": BATCHES[0]}, TypeError, "batches must be several, such as"),
         (ours, {"batches": IDS}, TypeError, "batches must be several, such as"),
         (ours, {"batches": ["a"]}, TypeError, "batches must hold tensors of token .* got 'a'"),
         (ours, {"batches": [{"input_ids": [[1, 2]]}]}, ValueError, r"must hold .*\[\[1, 2\]\]"),
         (ours, {"batches": [{"x": IDS}]}, ValueError, "must hold \"labels\".* with \\['x'\\]"),
+        (ours, {"batches": [{"input_ids": IDS, "attention_mask": IDS[:, 1:]}]}, ValueError,
+         r'an "attention_mask" as large as "input_ids", .* got \('),
         (ours, {"batches": []}, ValueError, "must hold tokens that count"),
         (ours, {"batches": [IDS[:, :1]]}, ValueError, "must hold tokens that count"),
         (ours, {"seed": "a"}, TypeError, "seed must be an integer in"),

@@ -127,6 +127,18 @@ def test_a_row_has_no_more_tokens_than_the_model_has_positions():
         own_text(model, prompts=[[3], [5] * 6])
 
 
+def test_a_long_prompt_that_shortens_other_answers_is_warned_of():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_positions=6, n_embd=16, n_layer=1, n_head=2, vocab_size=40, eos_token_id=None
+    )
+    model = GPT2LMHeadModel(config)
+    told = "at most 2 tokens, not 5, since the longest prompt takes 4 of the model's 6 positions"
+    with pytest.warns(UserWarning, match=told):
+        text = own_text(model, tokens=5, prompts=[[3], [5] * 4])
+    assert [batch["input_ids"].shape[1] for batch in text] == [3, 6]
+
+
 def test_a_model_without_a_first_token_needs_prompts(model):
     for config in (model.config, model.generation_config):
         config.bos_token_id = config.eos_token_id = None

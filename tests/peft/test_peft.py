@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from language_models import llama
 from layer_cases import SHAPES as ALL_SHAPES
 from peft_helpers import (
     Headed,
@@ -282,3 +283,11 @@ def test_names_that_match_nothing_beside_others_are_told_where_the_model_is_made
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         peft.get_peft_model(Headed(), right).add_adapter("two", right)
+
+
+def test_targets_in_no_layer_that_is_there():
+    accelerated.enable()
+    settings = accelerated.RandLoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[7])
+    told = r"'q_proj'} matches no linear layer of LlamaFor\w+ in layers_to_transform \[7\]; its"
+    with pytest.raises(ValueError, match=told):
+        peft.get_peft_model(llama(), settings)
