@@ -14,10 +14,10 @@ from .description import BasisDescription, Shape
 from .hadamard import HadamardMatrices
 from .matrices import Matrices
 from .packed import Packed, PackedLists, PackedPlanes, with_each
-from .ternary import GeneratedMatrices, TernaryMatrices
+from .ternary import IndependentMatrices, TernaryMatrices
 
 _serials = itertools.count()
-_GENERATED = {"hadamard": HadamardMatrices, "independent": GeneratedMatrices}
+_GENERATED = {"hadamard": HadamardMatrices, "independent": IndependentMatrices}
 
 
 @ordinary_tensors

@@ -56,7 +56,7 @@ class TernaryMatrices(Matrices):
         return A, _ops.planes_to_dense(b_planes, shape.K, self.b_value, dtype)
 
 
-class GeneratedMatrices(TernaryMatrices):
+class IndependentMatrices(TernaryMatrices):
     """A and B of a description (docs/basis-spec.md), of which layers of any shape see slices."""
 
     kind = "independent"
