@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import default_compute_objective
 
 from .batches import check_batches
@@ -43,9 +43,10 @@ class ForgettingBudget(TrainerCallback):
         trainer.save_model()
 
     Before the first step it calls `calibrate` on four batches of the training data, chosen by a
-    random generator of its own. After every evaluation, and at the end, it logs `forgetting` as
-    "eval_forgetting", through the trainer, so that wandb and TensorBoard draw it. ``evaluate`` also
-    returns it, so that ``metric_for_best_model`` can name it.
+    random generator of its own, and measures once, so that what prevents it is told then. After
+    every evaluation, and at the end, it logs `forgetting` as "eval_forgetting", through the
+    trainer, so that wandb and TensorBoard draw it. ``evaluate`` also returns it, so that
+    ``metric_for_best_model`` can name it.
 
     If at the end, after ``load_best_model_at_end``, that is more than `max_rise`, the budget has to
     be kept: by bisection it finds the largest factor of dW, to 1/64, at which what is measured is
@@ -105,13 +106,10 @@ class ForgettingBudget(TrainerCallback):
                 self.text = list(batches)
             check_text(self.text)
         self.can_measure = True
+        self.told_of_another = False
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
-        if state is not self.trainer.state:
-            logger.warning(
-                "this ForgettingBudget was made for another trainer, and does nothing here; add "
-                "one of this trainer, ForgettingBudget(trainer, ...)"
-            )
+        if self._is_of_another(state):
             return
         self._come_first()
         with self._or_told("not calibrated"):
@@ -123,7 +121,7 @@ class ForgettingBudget(TrainerCallback):
             self.can_measure = True
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
-        if state is not self.trainer.state or not self.can_measure:  # which has been told
+        if self._is_of_another(state) or not self.can_measure:  # which has been told
             return
         self.can_measure = False
         with self._or_told("forgetting is not shown"):
@@ -131,7 +129,7 @@ class ForgettingBudget(TrainerCallback):
             self.can_measure = True
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        if state is not self.trainer.state:
+        if self._is_of_another(state):
             return
         if self.max_rise is not None:
             with self._or_told("the budget is not kept"):
@@ -139,6 +137,18 @@ class ForgettingBudget(TrainerCallback):
         elif self.can_measure:
             with self._or_told("forgetting is not shown"):
                 self._say(_told(self._show()))
+
+    def _is_of_another(self, state: TrainerState) -> bool:
+        """Whether another trainer calls, whose model this one would not measure; it is told."""
+        if state is self.trainer.state:
+            return False
+        if state.is_world_process_zero and not self.told_of_another:
+            logger.warning(
+                "this ForgettingBudget was made for another trainer, and does nothing here; add "
+                "one of this trainer, ForgettingBudget(trainer, ...)"
+            )
+        self.told_of_another = True
+        return True
 
     def _come_first(self) -> None:
         """Before callbacks that read the metrics of an evaluation, or save the model or close their
@@ -320,7 +330,7 @@ def _trained(model: nn.Module) -> tuple[set[AdaptedLayer], list[str]]:
 def _random_states_kept() -> Iterator[None]:
     """Collators draw masks and data sets augment: whatever they drew, training draws again."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices):
             yield

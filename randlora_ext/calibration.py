@@ -63,9 +63,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     the text does not reach, as of an encoder of images, costs nothing and is as strong as the
     median layer. Where the text brings fewer than 32 tokens, the batches alone tell what varies.
     They always do if the model gives no ``loss``, needs more than text, or cannot write any (it has
-    no ``generate``, or is an encoder and decoder). Then all layers get the same strength. With it a
-    dW of independent random numbers of variance 1 adds to the median layer's outputs y (tokens,
-    out) 1.5 times their own root mean square::
+    no ``generate``, or is an encoder and decoder). Then all layers get the same strength. It is
+    chosen so that, in the median layer, a dW of independent random numbers of variance 1 would
+    change the outputs y (tokens, out) by 1.5 times their root mean square::
 
         response = ((x * scale).square().sum() / y.square().mean(1).sum()).sqrt()
         strength = 1.5 / statistics.median(responses)

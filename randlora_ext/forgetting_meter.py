@@ -61,8 +61,8 @@ def forgetting(
         batches: mappings of the model's arguments; or tensors (rows, tokens) of token numbers,
             without padding. "labels" (rows, tokens) say which tokens count, those that are not
             -100; without labels all do that "attention_mask" does not leave out. transformers'
-            causal models predict each token from those before it, so that of these neither the
-            first token of a row counts, nor one behind a token that the mask leaves out. By default
+            causal models predict each token from those before it, so for these models the first
+            token of a row does not count, nor one that follows a masked token. By default
             `own_text`: 8 rows of 128 tokens that the base model writes, 1,024 in all.
         prompts: of a chat model, rows of token numbers without padding, such as
             ``tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]``. The
@@ -227,11 +227,6 @@ def _labels(arguments: Mapping[str, Any]) -> Tensor:
     if labels is None:
         labels, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         if isinstance(labels, Tensor) and isinstance(mask, Tensor):
-            if mask.shape != labels.shape:
-                raise ValueError(
-                    'batches must hold an "attention_mask" as large as "input_ids", '
-                    f'{tuple(labels.shape)}, or else "labels", got {tuple(mask.shape)}'
-                )
             labels = labels.masked_fill(mask == 0, NO_LABEL)
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         found = tuple(labels.shape) if isinstance(labels, Tensor) else labels

@@ -30,9 +30,9 @@ def own_text(
     """Text that the base model writes by sampling from its full distribution.
 
     Each row begins with the model's first token, "bos" (or "eos" if it has none), or with a prompt,
-    and goes on until the model ends it or has written `tokens` tokens, or fewer if the longest row
-    would not fit into the model's positions; a long prompt that shortens the answers to others is
-    warned of.
+    and goes on until the model ends it or has written `tokens` tokens. If the longest row and
+    `tokens` exceed the model's positions, all rows get only what that row leaves; a warning says so
+    if prompts differ in length.
     Nothing but sampling at a temperature of 1 decides the tokens: the model's own
     ``generation_config`` (temperature, top_k, penalties) does not act, but for the tokens that end
     a text. Equivalent to, of each row::
@@ -67,7 +67,8 @@ def own_text(
     if writer is None:
         raise TypeError(
             "own text needs a decoder with transformers' generate, which continues what it reads, "
-            f"got {_unwrapped(model)}; `forgetting` takes other models with batches"
+            f"got {type(model).__name__}; `forgetting` measures other models that predict tokens "
+            "on batches that you give"
         )
     if tokens < 1 or rows < 1:
         raise ValueError(f"rows and tokens must be positive, got {rows} and {tokens}")
@@ -97,12 +98,6 @@ def _generates(module: Any) -> bool:
     # Some have the method, and None for its configuration: transformers' parts of a model.
     configured = getattr(module, "generation_config", None) is not None
     return callable(getattr(module, "generate", None)) and configured
-
-
-def _unwrapped(model: Any) -> str:
-    """The name of its class, below PEFT's."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(base).__name__
 
 
 def _vocabulary(model: Any) -> float:

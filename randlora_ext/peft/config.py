@@ -185,15 +185,6 @@ def _check_types(config: RandLoraConfig) -> None:
     is_index = isinstance(value, int) and not isinstance(value, bool)
     if not is_index and not _is_list_or_none(value, int):
         raise TypeError(f"layers_to_transform must be an integer, several or None, got {value!r}")
-    if isinstance(config.target_modules, str) and value is not None:
-        raise ValueError(
-            f"layers_to_transform {value!r} needs target_modules as a list of names, got "
-            f"{config.target_modules!r}, of which PEFT takes all layers"
-        )
-    if config.layers_pattern and value is None:
-        raise ValueError(
-            f"layers_pattern {config.layers_pattern!r} needs layers_to_transform, got None"
-        )
     check_dropout(config.randlora_dropout)
     check_one_of("bias", config.bias, ("none", "all", "randlora_only"))
 

@@ -36,7 +36,8 @@ def check_targets(
     model: nn.Module, config: peft.RandLoraConfig, targets: Mapping[str, nn.Module]
 ) -> None:
     """Raises ValueError if the configuration names nothing that can be adapted, or something that
-    cannot, or the model has adapters without PEFT; warns of names that match nothing.
+    cannot, or the model has adapters without PEFT; warns of names that match nothing, and of layers
+    that PEFT does not choose by.
 
     Args:
         targets: by name, the modules that ``target_modules`` match.
@@ -61,14 +62,12 @@ def check_targets(
 def _refuse_unmatched(model: nn.Module, config: peft.RandLoraConfig) -> None:
     linear = [name for name, module in model.named_modules() if is_linear(module)]
     unadapted = [name for name in linear if not name.endswith(".base_layer")]
-    if config.layers_to_transform is None:
-        where, meant = "", _meant(config.target_modules, unadapted)
-    else:
-        where, meant = f" in layers_to_transform {config.layers_to_transform!r}", ""
+    layers = config.layers_to_transform
+    where = "" if layers in (None, []) else f" in layers_to_transform {layers!r}"
     raise ValueError(
         f"target_modules {config.target_modules!r} matches no linear layer of "
-        f"{type(model).__name__}{where}{meant}; its linear layers are called "
-        f"{at_most_ten(unadapted)}"
+        f"{type(model).__name__}{where}{_meant(config.target_modules, unadapted)}; its linear "
+        f"layers are called {at_most_ten(unadapted)}"
     )
 
 
@@ -79,6 +78,7 @@ def _meant(targets: Any, names: Iterable[str]) -> str:
         hint = f"; a text must match a whole name: did you mean [{targets!r}]?"
         return hint if targets in ends else ""
     near = {end for each in targets or () for end in difflib.get_close_matches(each, ends, n=1)}
+    near -= set(targets or ())
     return f"; did you mean {sorted(near)}?" if near else ""
 
 
@@ -99,6 +99,11 @@ def _warn_of_unmatched(
         unmatched = [] if isinstance(targets, str) else _unmatched(targets or (), names)
         if unmatched:
             warn_user(f"{field} that match no {kind} {of_model}: {', '.join(unmatched)}")
+    if isinstance(config.target_modules, str) and config.layers_to_transform not in (None, []):
+        warn_user(
+            f"layers_to_transform {config.layers_to_transform!r} does nothing beside "
+            f"target_modules {config.target_modules!r}: PEFT takes all layers that a text matches"
+        )
 
 
 def _unmatched(targets: Iterable[str], names: Iterable[str]) -> list[str]:

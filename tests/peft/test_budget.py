@@ -15,6 +15,7 @@ from trainers import EVALUATED, ROWS, base, is_calibrated, logged, lora, model, 
 
 import randlora_ext
 from randlora_ext import ForgettingBudget, forgetting
+from randlora_ext.budget import _random_states_kept
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -137,7 +138,21 @@ def test_what_cannot_be_measured_is_told_before_the_first_step(tmp_path, caplog,
     assert level == "WARNING" and why in line and any(why in told for told in steps[0])
 
 
-def test_a_callback_of_another_trainer_does_nothing(free, tmp_path, caplog):
+def test_a_card_that_training_does_not_use_is_not_asked(monkeypatch):
+    """It may be full."""
+
+    def full():
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", full)
+    state = torch.get_rng_state()
+    with _random_states_kept():
+        torch.rand(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_callback_of_another_trainer_does_nothing(tmp_path, caplog):
     other = trainer(model(), tmp_path / "other")
     of_other = other.callback_handler.callbacks[-1]
     of_other.max_rise = 1e-9
@@ -145,6 +160,7 @@ def test_a_callback_of_another_trainer_does_nothing(free, tmp_path, caplog):
     run.add_callback(of_other)
     ((level, line),) = told_by(run, caplog)
     assert level == "WARNING" and "made for another trainer" in line
+    assert "eval_forgetting" not in run.evaluate()
     assert not logged(run, "eval_forgetting") and not logged(run, "dial")
     assert not is_calibrated(run.model) and not is_calibrated(other.model)
 

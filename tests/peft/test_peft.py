@@ -285,9 +285,21 @@ def test_names_that_match_nothing_beside_others_are_told_where_the_model_is_made
         peft.get_peft_model(Headed(), right).add_adapter("two", right)
 
 
+def test_layers_beside_a_text_of_targets_are_warned_of():
+    """PEFT adapts all of them."""
+    accelerated.enable()
+    settings = accelerated.RandLoraConfig(r=4, target_modules=".*q_proj", layers_to_transform=1)
+    with pytest.warns(UserWarning, match="layers_to_transform 1 does nothing beside target_mod"):
+        model = peft.get_peft_model(llama(), settings)
+    assert len(layers(model)) == model.config.num_hidden_layers > 1
+
+
 def test_targets_in_no_layer_that_is_there():
     accelerated.enable()
     settings = accelerated.RandLoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[7])
     told = r"'q_proj'} matches no linear layer of LlamaFor\w+ in layers_to_transform \[7\]; its"
     with pytest.raises(ValueError, match=told):
+        peft.get_peft_model(llama(), settings)
+    settings.target_modules = {"q_prj"}
+    with pytest.raises(ValueError, match=r"\[7\]; did you mean \['q_proj'\]\?; its"):
         peft.get_peft_model(llama(), settings)
