@@ -24,13 +24,10 @@ _LINEAR = "linear"  # by a matrix (out, in), the others by (in, out)
 _PRODUCTS = {  # by the names of functions and of Tensor's methods
     _LINEAR: _Product("input", "weight"),
     "matmul": _Product("input", "other"),
-    "linalg_matmul": _Product("input", "other"),
     "mm": _Product("input", "mat2"),
     "bmm": _Product("input", "mat2"),
     "addmm": _Product("mat1", "mat2", position=1),
-    "addmm_": _Product("mat1", "mat2", position=1),
     "baddbmm": _Product("batch1", "batch2", position=1),
-    "baddbmm_": _Product("batch1", "batch2", position=1),
     "grouped_mm": _Product("mat_a", "mat_b", ends="offs"),
     "_grouped_mm": _Product("input", "mat2", ends="offs"),
     "grouped_mm_fallback": _Product("input", "weight", ends="offs"),  # of transformers
