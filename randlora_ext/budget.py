@@ -43,10 +43,10 @@ class ForgettingBudget(TrainerCallback):
         trainer.save_model()
 
     Before the first step it calls `calibrate` on four batches of the training data, chosen by a
-    random generator of its own, and measures once, so that what prevents it is told then. After
-    every evaluation, and at the end, it logs `forgetting` as "eval_forgetting", through the
-    trainer, so that wandb and TensorBoard draw it. ``evaluate`` also returns it, so that
-    ``metric_for_best_model`` can name it.
+    random generator of its own. It also measures once, so that what prevents measuring is logged
+    before training. After every evaluation, and at the end, it logs `forgetting` as
+    "eval_forgetting", through the trainer, so that wandb and TensorBoard draw it. ``evaluate`` also
+    returns it, so that ``metric_for_best_model`` can name it.
 
     If at the end, after ``load_best_model_at_end``, that is more than `max_rise`, the budget has to
     be kept: by bisection it finds the largest factor of dW, to 1/64, at which what is measured is
@@ -117,7 +117,7 @@ class ForgettingBudget(TrainerCallback):
             self._say("calibrated the adapter")
         self.can_measure = False
         with self._or_told("forgetting is not shown"):
-            self._measure()  # what prevents it is told before training, not after
+            self._measure()  # the user learns before training, not after, what prevents it
             self.can_measure = True
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs) -> None:
@@ -139,7 +139,7 @@ class ForgettingBudget(TrainerCallback):
                 self._say(_told(self._show()))
 
     def _is_of_another(self, state: TrainerState) -> bool:
-        """Whether another trainer calls, whose model this one would not measure; it is told."""
+        """Whether another trainer calls, whose model is not the one measured here; warns once."""
         if state is self.trainer.state:
             return False
         if state.is_world_process_zero and not self.told_of_another:
@@ -198,7 +198,7 @@ class ForgettingBudget(TrainerCallback):
         raised: Exception | None = None
         try:
             batches = sample(model, loader, size, CALIBRATION_BATCHES)
-        except Exception as error:  # the other ranks wait for this one, whatever has befallen it
+        except Exception as error:  # raised below, once all ranks know: they wait for one another
             raised = error
         whys = of_all_ranks(_in_words(raised))
         if why := next(filter(None, whys), ""):

@@ -125,8 +125,9 @@ def relative_error(basis: Basis, tokens: int, dtype: torch.dtype, device: torch.
 
     errors = []
     for mine, true in zip(got, want, strict=True):
-        mine, true = mine.detach().cpu().double(), true.detach()
-        errors.append(float((mine - true).norm() / true.norm()))
+        true = true.detach()
+        difference = mine.detach().cpu().double() - true
+        errors.append(float(difference.norm() / true.norm()))
     return _largest(errors)
 
 

@@ -33,6 +33,7 @@ def own_text(
     and goes on until the model ends it or has written `tokens` tokens. If the longest row and
     `tokens` exceed the model's positions, all rows get only what that row leaves; a warning says so
     if prompts differ in length.
+
     Nothing but sampling at a temperature of 1 decides the tokens: the model's own
     ``generation_config`` (temperature, top_k, penalties) does not act, but for the tokens that end
     a text. Equivalent to, of each row::

@@ -36,8 +36,8 @@ def check_targets(
     model: nn.Module, config: peft.RandLoraConfig, targets: Mapping[str, nn.Module]
 ) -> None:
     """Raises ValueError if the configuration names nothing that can be adapted, or something that
-    cannot, or the model has adapters without PEFT; warns of names that match nothing, and of layers
-    that PEFT does not choose by.
+    cannot, or the model has adapters without PEFT; warns of names that match nothing, and of a
+    ``layers_to_transform`` that PEFT would ignore.
 
     Args:
         targets: by name, the modules that ``target_modules`` match.
