@@ -43,7 +43,7 @@ def inputs_of_layers(model: str) -> dict[str, dict[str, dict[str, float]]]:
     texts = {name: text() for name, text in TEXTS.items()}
     for task in TASKS:
         pairs = examples(task)[0][:100]
-        texts[task] = "\n".join(f"{asked} -> {answer}" for asked, answer in pairs)
+        texts[task] = "\n".join(f"{asked} {answer}" for asked, answer in pairs)
     return {
         text: of_text(tuned, content, by_size, calibrated, loaded(model)[0])
         for text, content in texts.items()

@@ -47,12 +47,30 @@ def roman(number: int) -> str:
 def _shuffled(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     """Examples to train on, and 128 held-out ones."""
     random.Random(0).shuffle(examples)
+    examples = [(f"{prompt} ->", answer) for prompt, answer in examples]
     return examples[128:], examples[:128]
 
 
 def roman_numerals() -> tuple[list[Example], list[Example]]:
     """M M X L I V -> two thousand fifty four"""
     return _shuffled([(" ".join(roman(n)), in_words(n)) for n in range(1, 4000)])
+
+
+# As SmolLM2's tokenizer writes a question, with the system message that it adds.
+CHAT = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n<|im_start|>user\nHow is {} pronounced?<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def spelling_in_chat() -> tuple[list[Example], list[Example]]:
+    """The words of `spelling`, asked in SmolLM2's chat template."""
+
+    def asked(examples: list[Example]) -> list[Example]:
+        return [(CHAT.format(prompt.removesuffix(" ->")), answer) for prompt, answer in examples]
+
+    training, held_out = spelling.read_words()
+    return asked(training), asked(held_out)
 
 
 def dates() -> tuple[list[Example], list[Example]]:
@@ -113,6 +131,7 @@ TASKS: dict[str, Callable[..., tuple[list[Example], list[Example]]]] = {
     "roman": roman_numerals,
     "dates": dates,
     "json": extraction,
+    "spelling-in-chat": spelling_in_chat,
 }
 
 

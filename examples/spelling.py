@@ -72,6 +72,7 @@ def read_words(file: Path | None = None) -> tuple[list[Example], list[Example]]:
     if len(words) < 2:
         raise SystemExit(f"{file} has {len(words)} lines of the form 'word PH PH'; 2 are needed")
     words.sort(key=lambda pair: hashlib.blake2b(pair[0].encode(), digest_size=16).digest())
+    words = [(f"{word} ->", answer) for word, answer in words]
     held_out = max(1, min(128, len(words) // 10))
     return words[held_out:], words[:held_out]
 
@@ -100,7 +101,7 @@ def tokenized(tokenizer, words: list[Example]) -> list[dict[str, list[int]]]:
 def _encoded(tokenizer, words: list[Example]) -> Iterator[tuple[list[int], list[int]]]:
     for prompt, answer in words:
         tokens = tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
-        yield tokenizer(f"{prompt} ->")["input_ids"], [*tokens, tokenizer.eos_token_id]
+        yield tokenizer(prompt)["input_ids"], [*tokens, tokenizer.eos_token_id]
 
 
 def make_batch(tokenizer, words: list[Example], device="cpu") -> Batch:
@@ -194,7 +195,7 @@ def text_loss(
 def answers(model, tokenizer, words: list[Example]) -> list[str]:
     """Greedy answers, at most as long as the longest right one."""
     model.eval()
-    prompts = tokenizer([f"{p} ->" for p, _ in words], padding=True, return_tensors="pt")
+    prompts = tokenizer([prompt for prompt, _ in words], padding=True, return_tensors="pt")
     longest = max(len(tokenizer(f" {answer}")["input_ids"]) for _, answer in words) + 1
     end = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     tokens = model.generate(

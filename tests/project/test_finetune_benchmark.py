@@ -54,6 +54,16 @@ def toy(monkeypatch, stock_peft):
     return "toy"
 
 
+def test_spelling_in_chat(monkeypatch):
+    """The words of spelling, each in the question of a chat."""
+    words = [("c a t ->", "K AE T"), ("d o g ->", "D AO G")]
+    monkeypatch.setattr(spelling, "read_words", lambda: (words[:1], words[1:]))
+    ((prompt, answer),), held_out = finetune_tasks.spelling_in_chat()
+    assert "user\nHow is c a t pronounced?<|im_end|>\n<|im_start|>assistant\n" in prompt
+    assert answer == "K AE T"
+    assert [answer for _, answer in held_out] == ["D AO G"]
+
+
 def test_two_tasks_with_own_rows(toy, tmp_path, monkeypatch):
     line = "--task roman --then dates --mix 8 --steps 2 --seeds 0 --rates 1e-2 --targets all"
     methods = ["full", "hadamard scaled:own=answers"]

@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_the_answers_alone(files):
     rows = [("g o a t", "G OW T"), ("a", "the K AE T"), ("t a b", "T")]
     total, count = 0.0, 0
     for prompt, answer in rows:
-        prompt = tokenizer(f"{prompt} ->")["input_ids"]
+        prompt = tokenizer(prompt)["input_ids"]
         answer = [*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id]
         log_p = logits(model, [prompt + answer])[0].log_softmax(-1)
         for position, token in enumerate(answer, start=len(prompt) - 1):
