@@ -56,23 +56,6 @@ def roman_numerals() -> tuple[list[Example], list[Example]]:
     return _shuffled([(" ".join(roman(n)), in_words(n)) for n in range(1, 4000)])
 
 
-# As SmolLM2's tokenizer writes a question, with the system message that it adds.
-CHAT = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    "<|im_end|>\n<|im_start|>user\nHow is {} pronounced?<|im_end|>\n<|im_start|>assistant\n"
-)
-
-
-def spelling_in_chat() -> tuple[list[Example], list[Example]]:
-    """The words of `spelling`, asked in SmolLM2's chat template."""
-
-    def asked(examples: list[Example]) -> list[Example]:
-        return [(CHAT.format(prompt.removesuffix(" ->")), answer) for prompt, answer in examples]
-
-    training, held_out = spelling.read_words()
-    return asked(training), asked(held_out)
-
-
 def dates() -> tuple[list[Example], list[Example]]:
     """1997 064 -> Wednesday 5 March: the day of a year, as digits, to its name."""
     first = date(1970, 1, 1)
@@ -124,6 +107,23 @@ def extraction() -> tuple[list[Example], list[Example]]:
             found["day"] = day[:3]
         examples.append((sentence, json.dumps(found)))
     return _shuffled(examples)
+
+
+# As SmolLM2's tokenizer writes a question, with the system message that it adds.
+CHAT = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n<|im_start|>user\nHow is {} pronounced?<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def spelling_in_chat() -> tuple[list[Example], list[Example]]:
+    """The words of `spelling`, asked in SmolLM2's chat template."""
+
+    def asked(examples: list[Example]) -> list[Example]:
+        return [(CHAT.format(prompt.removesuffix(" ->")), answer) for prompt, answer in examples]
+
+    training, held_out = spelling.read_words()
+    return asked(training), asked(held_out)
 
 
 TASKS: dict[str, Callable[..., tuple[list[Example], list[Example]]]] = {

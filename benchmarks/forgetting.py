@@ -65,7 +65,16 @@ WITH_VECTORS = {  # and strengths that calibrate measures
 }
 LONG = METHODS | {"full tuning": ("full", "all")}  # methods of trainings of more than 40 steps
 LONG_FACTORS = 1, 0.7  # of dW
-CHAT_LOSSES = ("spelling", 1.23), ("spelling", 1.43), ("roman", 1.3), ("dates", 1.385)
+CHAT_LOSSES = (
+    ("spelling", 1.23),
+    ("spelling", 1.43),
+    ("roman", 1.3),
+    ("dates", 1.385),
+    ("json", 0.025),
+    ("json", 0.015),
+    ("spelling-in-chat", 0.9),
+    ("spelling-in-chat", 1.2),
+)
 
 
 def at_equal_loss(rows: list[dict], methods: Methods, text: str = "manual") -> str:
