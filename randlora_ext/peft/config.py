@@ -129,6 +129,16 @@ def description_of_config(config: peft.RandLoraConfig) -> BasisDescription | Non
     return getattr(config, "basis_description", None)
 
 
+def check_unchanged(config: peft.RandLoraConfig) -> None:
+    """ValueError if a field that describes the bases was set after the configuration was made."""
+    if isinstance(config, RandLoraConfig) and _description(config) != config.basis_description:
+        raise ValueError(
+            f"projection_prng_key={config.projection_prng_key!r}, basis={config.basis!r} and "
+            f"density={config.density} are not those with which the configuration was made; make "
+            "another, as by dataclasses.replace(config, projection_prng_key=7)"
+        )
+
+
 def target_parameters(config: peft.RandLoraConfig) -> list[str]:
     """Sorted; stock PEFT's configuration has none."""
     return sorted(getattr(config, "target_parameters", None) or ())

@@ -156,7 +156,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             rows = torch.tensor(of_name, device=x.device)
             added = self._adapter_output(name, self._cast(name, x[rows]))
             result = result.index_add(0, rows, added.to(result.dtype))
-        return result
+        return result.to(x.dtype)
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
         if adapter in self.bases:
@@ -272,16 +272,19 @@ def kernel_summary(model: nn.Module) -> str:
     """One line: the shapes and bases of the RandLoRA layers in `model`, of PEFT or
     `RandLoraLinear`, and what computes them."""
     check_model(model)
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter()  # of adapters
+    total = 0
     for layer in model.modules():
         if isinstance(layer, AdaptedLayer):
             shape = f"{layer.in_features}->{layer.out_features}"
             names = [name for name in layer.active_adapters if name in layer.randlora_lambda]
             counts.update(f"{shape} {layer.describe(name)}" for name in names)
+            total += bool(names)
         elif isinstance(layer, RandLoraLayer):
             without = "made without randlora_ext.peft.enable()"
             counts[f"on PEFT's own code: {without}"] += 1
+            total += 1
     if not counts:
         return "no RandLoRA layers"
     listed = ", ".join(f"{count}x {what}" for what, count in sorted(counts.items()))
-    return f"{counts.total()} RandLoRA layers: {listed}"
+    return f"{total} RandLoRA layers: {listed}"

@@ -27,7 +27,7 @@ from ..nn.state_dict import refuse_misfits
 from ..nn.uncalibrated import watch_calibration
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, description_of_matrix, largest, new_bases
-from .config import description_of_config, target_parameters
+from .config import check_unchanged, description_of_config, target_parameters
 from .layer import AcceleratedLinear, AcceleratedParameter
 from .misfits import check_names
 from .quantized import QuantizedLinear
@@ -63,6 +63,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
         """Also PEFT's, of one key and ``save_projection`` among adapters on PEFT's bases alone."""
+        check_unchanged(config)
         check_r(config.r)  # stock PEFT's configuration checks neither
         check_alpha("randlora_alpha", config.randlora_alpha)
         scaling = config.randlora_alpha / config.r

@@ -258,6 +258,14 @@ def test_a_summary_counts_layers_by_what_computes_them(case):
     assert f"2x 24->40 {said}" in accelerated.kernel_summary(made(**options))
 
 
+def test_a_summary_counts_a_layer_with_two_adapters_once():
+    model = made(basis="hadamard")
+    model.add_adapter("two", config(4, accelerated.RandLoraConfig, basis="hadamard"))
+    model.base_model.set_adapter(["default", "two"])
+    summary = accelerated.kernel_summary(model)
+    assert summary.startswith("3 RandLoRA layers: ") and "2x 24->40 r=4" in summary
+
+
 @pytest.mark.parametrize("case", SAID)
 def test_a_printed_model_says_what_computes_each_layer(case):
     options, said = SAID[case]

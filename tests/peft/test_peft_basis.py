@@ -18,6 +18,7 @@ from peft_helpers import (
     peft,
 )
 from safetensors.torch import load_file
+from torch import nn
 
 KEY = "randlora_ext:independent-1:density={}:seed={}"
 
@@ -225,6 +226,32 @@ def test_bad_options(options, message):
     accelerated.enable()
     with pytest.raises((TypeError, ValueError), match=message):
         config(5, accelerated.RandLoraConfig, **options)
+
+
+CHANGED = [
+    ("projection_prng_key", 7, "projection_prng_key=7, .* are not those with which .*replace"),
+    ("basis", "independent", "contradicts basis='independent'"),
+    ("density", 0.5, r"contradicts .*density=0\.5"),
+]
+
+
+@pytest.mark.parametrize("name, value, message", CHANGED)
+def test_a_configuration_that_was_changed(name, value, message):
+    """Its bases are described when it is made."""
+    accelerated.enable()
+    changed = config(5, accelerated.RandLoraConfig, basis="hadamard")
+    setattr(changed, name, value)
+    model = nn.Sequential(nn.Linear(24, 40))
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(model, changed)
+    assert type(model[0]) is nn.Linear
+
+
+def test_seeds_of_one_configuration():
+    accelerated.enable()
+    first = config(5, accelerated.RandLoraConfig, basis="hadamard")
+    second = dataclasses.replace(first, projection_prng_key=7)
+    assert second.basis_description.seed == 7 and second.basis == "hadamard"
 
 
 # ---- on stock PEFT -------------------------------------------------------------------------------

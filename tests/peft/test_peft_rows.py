@@ -48,6 +48,14 @@ def test_each_row_is_that_of_its_adapter(options, shape):
     torch.testing.assert_close(model(x, adapter_names=ROWS), row_by_row(model, ROWS, x))
 
 
+@pytest.mark.parametrize("options", [{"basis": "hadamard"}, {}], ids=str)
+def test_rows_under_autocast_have_the_dtype_of_their_input(options):
+    model = adapters(made(**options), lambda i: config((5, 3)[i]))
+    x = torch.randn(6, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x, adapter_names=ROWS).dtype is model(x).dtype is torch.float32
+
+
 def test_the_call_after_a_mixed_batch_is_an_ordinary_one():
     model = adapters(made(sparse=True), lambda i: config((5, 3)[i], sparse=True))
     x = torch.randn(6, 24)
