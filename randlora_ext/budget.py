@@ -309,9 +309,16 @@ def _why_needless(model: nn.Module, step: int) -> str:
     if not active:
         return "no active adapter that trains is on Hadamard bases, which alone scale their inputs"
     done = sorted({name for layer, name in active if layer.is_calibrated(name)})
-    if done:  # and perhaps trained, too
-        return f"adapter {', '.join(map(repr, done))} is calibrated already"
-    return ""
+    if not done:
+        return ""
+    in_words = f"adapter {', '.join(map(repr, done))} is calibrated already"
+    rest = sorted({name for _, name in active} - {*done})
+    if rest:  # calibrating them would calibrate `done`, too, which perhaps is trained
+        raise _Cannot(
+            f"{in_words}, and {', '.join(map(repr, rest))} is not; before training, activate it "
+            "alone and call randlora_ext.calibrate(model, batches)"
+        )
+    return in_words
 
 
 def _trained(model: nn.Module) -> tuple[set[AdaptedLayer], list[str]]:

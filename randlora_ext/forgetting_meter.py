@@ -224,6 +224,8 @@ def _arguments(batch: Any) -> Mapping[str, Any]:
 
 def _labels(arguments: Mapping[str, Any]) -> Tensor:
     labels = arguments.get("labels")
+    if labels is None and "decoder_input_ids" in arguments:
+        raise ValueError('batches that hold "decoder_input_ids" must hold "labels", too')
     if labels is None:
         labels, mask = arguments.get("input_ids"), arguments.get("attention_mask")
         if isinstance(labels, Tensor) and isinstance(mask, Tensor):

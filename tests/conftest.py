@@ -29,9 +29,8 @@ def one_thread():
 def stock_peft():
     """Starts from stock PEFT and leaves it behind, whatever the test enables."""
     pytest.importorskip("peft")
-    from randlora_ext.peft import disable, enable
+    from randlora_ext.peft import disable
 
-    enable(float32_products=False)  # the default
     disable()
     yield
     disable()

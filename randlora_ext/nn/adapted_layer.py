@@ -149,7 +149,7 @@ class AdaptedLayer(Mergeable):
             name = names[0]
             dropout = self._modules["randlora_dropout"]._modules[name]
             drops = isinstance(dropout, nn.Dropout) and dropout.training
-            if not drops and not self._widens(name, x):
+            if not drops:
                 operands = plain_operands(base, x)
                 if operands is not None:
                     return self._adapter_output(name, x, *operands)
@@ -157,7 +157,7 @@ class AdaptedLayer(Mergeable):
             refuse_cut(base)
         y = base(x, *args, **kwargs)
         for name in names:
-            y = y + self._adapter_output(name, self.randlora_dropout[name](self._cast(name, x)))
+            y = y + self._adapter_output(name, self.randlora_dropout[name](x))
         return y
 
     def _adapter_output(
@@ -168,14 +168,6 @@ class AdaptedLayer(Mergeable):
         lam, gam = self._diagonals(name, device)
         basis, input_scale = self.basis_of(name, device), self._input_scale(name, device)
         return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name], input_scale)
-
-    def _widens(self, name: str, x: Tensor) -> bool:
-        """Whether the adapter multiplies in a wider dtype than the base layer."""
-        return False
-
-    def _cast(self, name: str, x: Tensor) -> Tensor:
-        """x as the adapter takes it if it runs apart from the base layer."""
-        return x
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``scaling * B @ A'`` in the shape of the base layer's weight.

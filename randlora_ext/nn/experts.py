@@ -1,5 +1,6 @@
 """Adapters of a module's parameters, such as the stacked experts of a mixture model."""
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,12 +15,16 @@ from ..ops import hadamard
 from ..ranks import is_dtensor, laid_out_like
 from .adapted_layer import AdaptedLayer
 from .base_layer import check_is_called, check_no_plan, check_whole
+from .merging import release_weight
 from .uncalibrated import warn_if_uncalibrated
 
 # The classes of transformers' models that store experts as (in, out), but do not say so by
 # ``is_transposed``.
 TRANSPOSED = ("Llama4TextExperts",)
 ADAPTERS = "adapted_parameters"  # of a module, in the names of its adapters' tensors
+
+# While a module runs, W + dW is its parameter, which another thread would take for W.
+_one_thread = threading.RLock()
 
 
 class ParameterSizes(NamedTuple):
@@ -50,6 +55,12 @@ class AdaptedModule(nn.Module):
         return self.adapted_parameters._modules
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # and compiled code changes no parameter
+            return self._with_adapters(*args, **kwargs)
+        with _one_thread:
+            return self._with_adapters(*args, **kwargs)
+
+    def _with_adapters(self, *args: Any, **kwargs: Any) -> Any:
         changed: dict[str, Tensor] = {}
         for name, parameter in self.adapters.items():
             adapted = parameter.adapted_weight()
@@ -61,9 +72,10 @@ class AdaptedModule(nn.Module):
 
     def unload_and_optionally_merge_module(self, merge: bool, *args: Any, **kwargs: Any) -> Any:
         """The module that PEFT puts in the place of this one, with its adapters merged or not."""
-        if merge:
-            for parameter in self.adapters.values():
+        for parameter in self.adapters.values():
+            if merge:
                 parameter.merge(*args, **kwargs)
+            release_weight(parameter)
         return self.base_layer
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:

@@ -71,18 +71,22 @@ class Mergeable(nn.Module):
     def _merge(self, names: Sequence[str], safe_merge: bool) -> None:
         """Merges adapters that are known and not merged yet."""
         self._refuse_shared()
-        total = self._weight_with_adapters(self._dense_weight(), names)
-        if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
-                "broken; safe_merge allows only finite values, and this layer was not changed"
-            )
-        write = self._writer(total)
+        write = self._writer(self._merged(names, safe_merge))
         if not self.merged:
             self._kept = (self._keep(),)
         # Before W changes: if Ctrl-C interrupts the write, `unmerge` still restores W.
         self.merged_adapters = [*self.merged_adapters, *names]
         write()
+
+    def _merged(self, names: Sequence[str], safe_merge: bool) -> Tensor:
+        """W + dW; ValueError if it must be `safe_merge` and is not finite."""
+        total = self._weight_with_adapters(self._dense_weight(), names)
+        if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
+                "broken; safe_merge allows only finite values, and nothing was changed"
+            )
+        return total
 
     def _refuse_shared(self) -> None:
         """Raises RuntimeError if another layer is merged into the same weight: unmerging the two in
@@ -212,6 +216,13 @@ def _marks(weight: Tensor) -> tuple[int, int]:
 
 def _place(weight: Tensor) -> int:
     return local_tensor(weight).data_ptr() or id(weight)  # torchao's weights tell no place
+
+
+def release_weight(layer: Mergeable) -> None:
+    """Lets others merge into the weight of a layer whose base layer goes on without it."""
+    for mark, merged in [*_last_merged.items()]:
+        if merged is layer:
+            del _last_merged[mark]
 
 
 def check_mergeable(layers: Mapping[str, Mergeable]) -> None:

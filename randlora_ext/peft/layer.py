@@ -38,7 +38,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     other_param_names = (
         *Linear.other_param_names, "bases", "tensor_bases", "randlora_input_scale", RECORD
     )  # fmt: skip
-    float32_products = False  # of all layers; `enable` sets it, and says what it does
 
     def __init__(
         self,
@@ -154,7 +153,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             if not of_name:
                 continue
             rows = torch.tensor(of_name, device=x.device)
-            added = self._adapter_output(name, self._cast(name, x[rows]))
+            added = self._adapter_output(name, x[rows])
             result = result.index_add(0, rows, added.to(result.dtype))
         return result.to(x.dtype)
 
@@ -199,17 +198,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"tensor_bases": {}}  # found again
 
-    def _widens(self, name: str, x: Tensor) -> bool:
-        return self.float32_products and self._is_dense_in_16_bits(name, x)
-
-    def _cast(self, name: str, x: Tensor) -> Tensor:
-        if not self.float32_products and self._is_dense_in_16_bits(name, x):
-            return x
-        return x.to(self._dtype_of(name))
-
-    def _is_dense_in_16_bits(self, name: str, x: Tensor) -> bool:
-        return x.dtype.itemsize == 2 and self.basis_of(name, x.device).kind == "dense"
-
     def _dtype_of(self, adapter: str) -> torch.dtype:
         lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
         dtype = torch.promote_types(lam.dtype, gam.dtype)
@@ -221,10 +209,20 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT's, but all adapters are added before the sum is rounded, and W is kept in CPU
         memory, if quantized on its own device, so that unmerging restores every bit."""
-        chosen = check_adapters_to_merge(self, adapter_names) or []
-        names = [name for name in dict.fromkeys(chosen) if name in self.randlora_lambda]
+        names = self._names_to_merge(adapter_names)
         if names:
             self._merge(names, safe_merge)
+
+    @torch.no_grad()
+    def check_safe_to_merge(self, adapter_names: list[str] | None) -> None:
+        """Raises what ``merge(safe_merge=True)`` would."""
+        names = self._names_to_merge(adapter_names)
+        if names:
+            self._merged(names, safe_merge=True)
+
+    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        chosen = check_adapters_to_merge(self, adapter_names) or []
+        return [name for name in dict.fromkeys(chosen) if name in self.randlora_lambda]
 
 
 class AcceleratedParameter(AdaptedParameter, AcceleratedLinear):

@@ -7,7 +7,12 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.randlora.model import RandLoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    onload_layer,
+)
 from torch import Tensor, nn
 
 from ..checks import check_alpha, check_r, warn_user
@@ -22,7 +27,7 @@ from ..nn.base_layer import (
 from ..nn.experts import ADAPTERS, AdaptedModule, sizes_of_matching
 from ..nn.input_scale import tensor_misfits
 from ..nn.linear import DEFAULT_SCALING, more_than_d
-from ..nn.merging import check_mergeable
+from ..nn.merging import check_mergeable, release_weight
 from ..nn.state_dict import refuse_misfits
 from ..nn.uncalibrated import watch_calibration
 from . import quantized
@@ -58,6 +63,8 @@ class AcceleratedRandLoraModel(RandLoraModel):
         return make(target, A, B, adapter_name, config, features(target))
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
+        if isinstance(child, AcceleratedLinear):  # it is unloaded
+            release_weight(child)
         # PEFT would also set the weight of what it unloads, which not every base layer has.
         setattr(parent, child_name, new_module)
 
@@ -168,11 +175,35 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 made.requires_grad_(False)
             around.adapted_parameters.add_module(name, made)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """As PEFT's, but if `safe_merge` refuses a layer, no other is merged either."""
+        if safe_merge:
+            self._check_safe_to_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_safe_to_merge(self, adapter_names: list[str] | None) -> None:
+        self._check_merge_allowed()
+        for layer in layers_by_path(self.model).values():
+            assert isinstance(layer, AcceleratedLinear)
+            with onload_layer(layer):  # accelerate may have put its weight elsewhere
+                layer.check_safe_to_merge(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_safe_to_merge(adapter_names)
+        args = merge, progressbar, safe_merge, adapter_names
+        model = super()._unload_and_optionally_merge(*args)
         # PEFT finds no layers inside a module that it has replaced, such as an `AdaptedModule`.
         while any(isinstance(module, AcceleratedLinear) for module in model.modules()):
-            model = super()._unload_and_optionally_merge(*args, **kwargs)
+            model = super()._unload_and_optionally_merge(*args)
         return model
 
     def _check_target_module_exists(self, config, key: str) -> Any:

@@ -1,5 +1,6 @@
 """Batches whose rows have adapters of their own: ``model(..., adapter_names=[...])``."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -43,7 +44,11 @@ def adapters_by_row(
 
     copies = max(chosen("num_beams"), chosen("num_return_sequences"))
 
-    def give_names(module, args, kwargs):
+    thread = threading.get_ident()
+
+    def give_names(module, args, kwargs=None):
+        if threading.get_ident() != thread:  # whose rows are others, and which may see half a hook
+            return None
         inputs = args[0] if args else next(iter(kwargs.values()))
         times = copies if len(inputs) == copies * len(adapter_names) else 1
         each = [name for name in adapter_names for _ in range(times)]

@@ -81,6 +81,13 @@ def calibrated():
     return adapted
 
 
+def calibrated_beside_another():
+    adapted = calibrated()
+    adapted.add_adapter("two", adapted.peft_config["default"])
+    adapted.base_model.set_adapter(["default", "two"])
+    return adapted
+
+
 # With a warning, if the user should do something about it.
 UNCALIBRATED = {
     "trained": (lambda: randomize(model()), "WARNING", "has trained"),
@@ -96,6 +103,11 @@ UNCALIBRATED = {
         lambda: randomize(calibrated()),
         "INFO",
         "adapter 'default' is calibrated already",
+    ),
+    "calibrated beside another": (
+        calibrated_beside_another,
+        "WARNING",
+        "'default' is calibrated already, and 'two' is not; before training, activate it alone",
     ),
 }
 

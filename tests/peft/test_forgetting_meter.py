@@ -340,6 +340,7 @@ def merged(model):
         (ours, {"batches": ["a"]}, TypeError, "batches must hold tensors of token .* got 'a'"),
         (ours, {"batches": [{"input_ids": [[1, 2]]}]}, ValueError, r"must hold .*\[\[1, 2\]\]"),
         (ours, {"batches": [{"x": IDS}]}, ValueError, "must hold \"labels\".* with \\['x'\\]"),
+        (ours, {"batches": [{"input_ids": IDS, "decoder_input_ids": IDS}]}, ValueError, "labels"),
         (ours, {"batches": []}, ValueError, "must hold tokens that count"),
         (ours, {"batches": [IDS[:, :1]]}, ValueError, "must hold tokens that count"),
         (ours, {"seed": "a"}, TypeError, "seed must be an integer in"),

@@ -11,15 +11,11 @@ from peft_helpers import (
     Deep,
     StockLinear,
     accelerated,
-    assert_close,
     config,
-    inputs,
     layers,
     made,
     opened,
-    pair,
     peft,
-    run,
     runs_on_kernels,
     stock_made,
 )
@@ -28,7 +24,6 @@ from torch import nn
 import randlora_ext
 from randlora_ext import _C
 from randlora_ext.peft.config import NEEDS_OURS
-from randlora_ext.peft.layer import AcceleratedLinear
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(RandLoRA layers multiply by dense|Found missing|randlora_alpha)"
@@ -41,40 +36,6 @@ OURS = os.path.dirname(randlora_ext.__file__)
 def tables():
     maps = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
     return tuple(each[RANDLORA] for each in maps)
-
-
-@pytest.fixture
-def restored(monkeypatch):
-    """What enable() sets is restored at the end."""
-    monkeypatch.setattr(AcceleratedLinear, "float32_products", False)
-
-
-IN_16_BITS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-@IN_16_BITS
-def test_products_in_float32_are_those_of_stock(restored, dtype):
-    stock, model = pair(Deep().to(dtype), lambda: config(5))
-    x, dy = inputs(24, 40, dtype)
-    accelerated.enable(float32_products=True)
-    assert_close(run(model, x, dy), run(stock, x, dy), torch.finfo(dtype).eps)
-
-
-@IN_16_BITS
-def test_products_in_float32_can_be_turned_off(restored, dtype):
-    _, model = pair(Deep().to(dtype), lambda: config(5))
-    x, _ = inputs(24, 40, dtype)
-    narrow = model(x)
-    accelerated.enable(float32_products=True)
-    assert not torch.equal(model(x), narrow)
-    accelerated.enable(float32_products=False)
-    assert torch.equal(model(x), narrow)
-
-
-def test_what_enable_is_not_told_stays(restored):
-    accelerated.enable(float32_products=True)
-    accelerated.enable()
-    assert AcceleratedLinear.float32_products
 
 
 def test_enable_twice_replaces_both_tables():
@@ -143,7 +104,7 @@ tell("enabled")
 model = peft.get_peft_model(
     torch.nn.Sequential(torch.nn.Linear(8, 9)), ours.RandLoraConfig(r=4, target_modules=["0"])
 )
-ours.enable(float32_products=True)
+ours.enable()
 tell("in use")
 ours.disable()
 tell("disabled")

@@ -10,6 +10,7 @@ from peft_helpers import (
     PEFT,
     Deep,
     accelerated,
+    adapted,
     config,
     layers,
     made,
@@ -165,6 +166,34 @@ def test_merge_and_unload_as_stock(merging, x):
     assert not layers(ours) and relative(ours(x), stock(x)) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_a_safe_merge_of_a_model_merges_all_layers_or_none(method, x):
+    model = made(basis="hadamard")
+    *earlier, last = layers(model)
+    weights = [layer.weight.clone() for layer in (*earlier, last)]
+    broken = last.randlora_lambda["default"].data[0, :1]
+    was = broken.clone()
+    broken.fill_(torch.inf)
+    with pytest.raises(ValueError, match="NaNs detected .* nothing was changed"):
+        getattr(model, method)(safe_merge=True)
+    assert layers(model) == [*earlier, last] and not any(layer.merged for layer in layers(model))
+    for layer, weight in zip(layers(model), weights, strict=True):
+        assert torch.equal(layer.weight, weight)
+    broken.copy_(was)
+    want = model(x)
+    merged = getattr(model, method)(safe_merge=True) or model
+    assert relative(merged(x), want) < 1e-5
+
+
+def test_a_model_is_adapted_and_merged_again_while_an_old_layer_is_referred_to(x):
+    model = made(basis="hadamard")
+    old = layers(model)
+    again = adapted(model.merge_and_unload(), "abc", basis="hadamard")
+    want = again(x)
+    assert relative(again.merge_and_unload()(x), want) < 1e-5
+    assert all(layer.merged for layer in old)
+
+
 # ---- bases of adapters that are added, replaced or fail ------------------------------------------
 
 
@@ -256,16 +285,14 @@ def test_a_layer_of_the_user_s_own_stays_when_lora_is_unloaded():
     assert type(unloaded[0]) is nn.Linear and unloaded[1] is own
 
 
-def test_adapters_beside_a_layer_are_summed_in_float32():
-    """Where one operator does not compute all: two that cancel, beyond the range of float16."""
-    accelerated.enable()
-    net = nn.Sequential(nn.Linear(24, 40)).half()
-    chosen = config(5, accelerated.RandLoraConfig, "0", basis="hadamard", randlora_alpha=100)
-    model = peft.get_peft_model(net, chosen)
-    model.add_adapter("two", chosen)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{"basis": "hadamard"}, {"density": 0.3}, {}], ids=str)
+def test_adapters_beside_a_layer_in_16_bits(options, dtype):
+    """Where one operator does not compute all, as with two adapters."""
+    model = made(base=lambda: nn.Sequential(nn.Linear(24, 40)).to(dtype), targets="0", **options)
+    model.add_adapter("two", model.peft_config["default"])
     model.base_model.set_adapter(["default", "two"])
-    (layer,) = layers(model)
-    for name, value in (("default", 3e4), ("two", -3e4)):
-        nn.init.constant_(layer.randlora_lambda[name], value)
-    x = torch.ones(3, 24).half()
-    torch.testing.assert_close(model(x), layer.base_layer(x), rtol=0, atol=0.1)
+    randomize(model)
+    x = torch.randn(7, 24).to(dtype)
+    y, exact = model(x), copy.deepcopy(model).double()(x.double())
+    assert y.dtype is dtype and relative(y, exact) < 2 * torch.finfo(dtype).eps
