@@ -25,7 +25,7 @@ from .devices import CUDA_STATUS as _CUDA_STATUS
 from .dial import set_dial
 from .forgetting_meter import forgetting
 from .nn.linear import RandLoraLinear
-from .ops.functional import delta_weight, linear, merged_weight, scaled_basis
+from .ops.functional import delta_weight, linear
 
 if TYPE_CHECKING:
     from .budget import ForgettingBudget as ForgettingBudget
@@ -55,7 +55,5 @@ __all__ = [
     "delta_weight",
     "forgetting",
     "linear",
-    "merged_weight",
-    "scaled_basis",
     "set_dial",
 ]

@@ -86,24 +86,15 @@ def basis_arguments(
     return {"A": packed.A, "B": packed.B, "expand": basis.expand, "scale": float(scaling)}
 
 
-def plus_delta(
-    weight: Tensor | None,
+def delta(
     basis: Basis,
     lam: Tensor,
     gam: Tensor,
     scaling: float,
     input_scale: None = None,
 ) -> Tensor:
-    """W + dW, or dW without a weight, by dense matrices of bases of any kind; differentiable by
-    torch."""
+    """dW by dense matrices of bases of any kind; differentiable by torch."""
     assert input_scale is None  # goes with Hadamard bases
-    if weight is None:
-        return _delta(basis, lam, gam, scaling)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + _delta(basis, lam.to(wide), gam, scaling)).to(weight.dtype)
-
-
-def _delta(basis: Basis, lam: Tensor, gam: Tensor, scaling: float) -> Tensor:
     wide = torch.promote_types(lam.dtype, torch.float32)
     # torch.autocast does not know "meta".
     device_type = "cpu" if lam.is_meta else lam.device.type

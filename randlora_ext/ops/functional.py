@@ -17,7 +17,7 @@ from . import dense, hadamard, independent
 from .registration import autocast, autocast_is_on
 
 # What multiplies by the bases of each kind. Every module has `basis_arguments`, `linear`,
-# `plus_delta` and `what_computes`, with the same parameters.
+# `delta` and `what_computes`, with the same parameters.
 _OPERATORS: dict[str, Any] = {
     "hadamard": hadamard,
     "independent": independent,
@@ -80,25 +80,6 @@ def _check_tensor(name: str, value: Any) -> None:
         )
 
 
-def scaled_basis(basis_or_A: Basis | Tensor, lam: Tensor, gam: Tensor) -> Tensor:
-    """A' (K, d): ``(lam[:, :, None] * A[:, None] * gam[None]).flatten(0, 1)``.
-
-    Args:
-        basis_or_A: a basis (its scaled A is used), or a dense A (r, d) of any floating type.
-        lam: (r, n).  gam: (n, d).
-
-    Returns:
-        (K, d) in the dtype of A; for a basis in the dtype of lam. Row c = j * n + i.
-
-    Backward makes no other (K, d) tensor. Source: PEFT's ``UniqueBaseGrad``.
-    Raises TypeError or RuntimeError, naming the argument.
-    """
-    if isinstance(basis_or_A, Basis):
-        _check(basis_or_A, lam, gam)
-        basis_or_A, _ = basis_or_A.dense(lam.device, lam.dtype)
-    return dense.scaled(basis_or_A, lam, gam)
-
-
 def delta_weight(
     basis: Basis,
     lam: Tensor,
@@ -106,39 +87,16 @@ def delta_weight(
     scaling: float = 1.0,
     input_scale: Tensor | None = None,
 ) -> Tensor:
-    """dW (out, in): ``scaling * B @ scaled_basis(A, lam, gam)``, transposed if d == out < in, and
-    times ``input_scale`` (in,), if there is one: a constant, float32, of Hadamard bases alone.
+    """dW (out, in): ``scaling * B @ A'``, ``A'[j * n + i, k] = lam[j, i] * A[j, k] * gam[i, k]``,
+    transposed if d == out < in, and times ``input_scale`` (in,), if there is one: a constant,
+    float32, of Hadamard bases alone.
 
     The result has the dtype of lam; sums are in float32 (float64 for float64). Bases other than
     Hadamard make a dense B, which lives as long as the call. Source: PEFT's ``get_delta_weight``;
     paper equation 3. Raises TypeError or ValueError, naming the argument.
     """
     _check(basis, lam, gam, scaling, input_scale)
-    return _OPERATORS[basis.kind].plus_delta(None, basis, lam, gam, scaling, input_scale)
-
-
-@torch.no_grad()
-def merged_weight(
-    basis: Basis,
-    weight: Tensor,
-    lam: Tensor,
-    gam: Tensor,
-    scaling: float = 1.0,
-    input_scale: Tensor | None = None,
-) -> Tensor:
-    """W + dW (out, in): ``(weight.float() + delta_weight(...)).to(weight.dtype)``; no gradient.
-
-    The sum is computed in float32 (float64 for float64), rounded once.
-    Raises ValueError, TypeError or RuntimeError, naming the argument.
-    """
-    _check(basis, lam, gam, scaling, input_scale)
-    _check_tensor("weight", weight)
-    if tuple(weight.shape) != (basis.out_features, basis.in_features):
-        raise ValueError(
-            f"weight must be (out, in) = ({basis.out_features}, {basis.in_features}), "
-            f"got {tuple(weight.shape)}"
-        )
-    return _OPERATORS[basis.kind].plus_delta(weight, basis, lam, gam, scaling, input_scale)
+    return _OPERATORS[basis.kind].delta(basis, lam, gam, scaling, input_scale)
 
 
 def linear(

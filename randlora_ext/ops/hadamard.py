@@ -85,16 +85,14 @@ def hadamard_weight(weight, lam, a_signs, row_signs, expand, **_):
 weight = entry("hadamard_weight", Weight)
 
 
-def plus_delta(
-    base: Tensor | None,
+def delta(
     basis: Basis,
     lam: Tensor,
     gam: Tensor,
     scaling: float,
     input_scale: Tensor | None = None,
 ) -> Tensor:
-    """W + dW, or dW without a weight."""
-    return weight(base, lam, gam, **basis_arguments(basis, lam.device, scaling, None, input_scale))
+    return weight(None, lam, gam, **basis_arguments(basis, lam.device, scaling, None, input_scale))
 
 
 def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype, kernels: str) -> str:

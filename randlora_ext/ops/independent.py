@@ -56,7 +56,7 @@ def _rows_of_B(b_planes, b_row_offset, **_):
 
 
 linear = linear_entry("independent_linear", _rows_of_B)
-plus_delta = dense.plus_delta
+delta = dense.delta
 
 
 def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype, kernels: str) -> str:

@@ -13,7 +13,8 @@ from layer_helpers import randomize, small_net
 from torch import nn
 from torch.export import Dim
 
-from randlora_ext import RandLoraLinear, delta_weight, merged_weight, scaled_basis
+from randlora_ext import RandLoraLinear, delta_weight
+from randlora_ext.ops import dense
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -106,10 +107,8 @@ def test_every_function_of_every_kind_of_basis(shape, basis):
 
     def everything(lam, gam):
         return [
-            scaled_basis(basis, lam, gam),
-            scaled_basis(dense_a, lam, gam),
+            dense.scaled(dense_a, lam, gam),
             delta_weight(basis, lam, gam, 0.5),
-            merged_weight(basis, layer.weight, lam.detach(), gam.detach(), 0.5),  # no gradient
             call(layer, bias=None, lam=lam, gam=gam),
         ]
 

@@ -7,18 +7,16 @@ import torch
 from layer_cases import make_layer
 from refusals import BASES, DENSE, HADAMARD, LISTS, arguments, refuses
 
-from randlora_ext import delta_weight, linear, merged_weight, scaled_basis
+from randlora_ext import delta_weight, linear
 
 ops = torch.ops.randlora
 ALL = pytest.mark.parametrize("basis", BASES, ids=lambda b: b.format)
 
 OF_DELTA = "basis", "lam", "gam"
-OF_MERGED = "basis", "weight", "lam", "gam"
 # By name: the function, and its arguments besides scaling and input_scale.
 FUNCTIONS = {
     "linear": (linear, ("x", "weight", "bias", *OF_DELTA)),
     "delta_weight": (delta_weight, OF_DELTA),
-    "merged_weight": (merged_weight, OF_MERGED),
 }
 EVERY_FUNCTION = pytest.mark.parametrize("function, names", FUNCTIONS.values(), ids=FUNCTIONS)
 
@@ -41,14 +39,6 @@ DIAGONALS = [
 def test_diagonals(basis, change, expected, function, names):
     given = arguments(basis) | change
     refuses(function, {name: given[name] for name in names}, *expected)
-
-
-@ALL
-@pytest.mark.parametrize("change, expected", DIAGONALS)
-def test_diagonals_of_scaled_basis(basis, change, expected):
-    given = arguments(basis) | change
-    shown = expected[:2]  # a dense A does not tell n
-    refuses(scaled_basis, {"basis_or_A": basis, "lam": given["lam"], "gam": given["gam"]}, *shown)
 
 
 @EVERY_FUNCTION
@@ -128,14 +118,6 @@ def test_linear(basis, change, expected):
     if basis is not DENSE and expected[-1] == "float":
         expected = [*expected[:-1], "float32"]
     refuses(linear, arguments(basis) | change, *expected)
-
-
-@pytest.mark.parametrize("shape", [(8, 6), (6,)])
-@ALL
-def test_the_shape_of_the_weight_that_is_merged(basis, shape):
-    given = {name: value for name, value in arguments(basis).items() if name in OF_MERGED}
-    shown = str(shape).replace(",)", ")")
-    refuses(merged_weight, given | {"weight": torch.ones(shape)}, "weight", shown, "(6, 8)")
 
 
 OF_A = pytest.mark.parametrize(

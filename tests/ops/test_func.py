@@ -8,7 +8,8 @@ from layer_cases import call, delta_by_reference, make_basis, make_layer, matric
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
-from randlora_ext import delta_weight, linear, scaled_basis
+from randlora_ext import delta_weight, linear
+from randlora_ext.ops import dense
 from randlora_ext.reference import linear_reference, scaled_basis_reference
 
 SCALING = 0.5
@@ -86,10 +87,8 @@ def test_other_functions(case):
     basis = make_basis(*case)
     weights = partial(delta_weight, basis), partial(delta_by_reference, basis)
     weights = [partial(function, scaling=SCALING) for function in weights]
-    scaled = (
-        partial(scaled_basis, basis),
-        partial(scaled_basis_reference, matrices(basis, torch.float64)[0]),
-    )
+    A = matrices(basis, torch.float64)[0]
+    scaled = partial(dense.scaled, A), partial(scaled_basis_reference, A)
     lam, gam = normal(4, basis.r, basis.n), normal(4, basis.n, basis.d)
     for ours, reference in (weights, scaled):
         assert_same(lambda f: vmap(f), ours, reference, (lam, gam))
@@ -140,7 +139,7 @@ def test_forward_mode_and_second_derivatives_are_refused(transform, case):
     for function in (
         lambda lam: call(layer, lam=lam),
         lambda lam: delta_weight(layer.basis, lam, layer.gam),
-        lambda lam: scaled_basis(layer.basis, lam, layer.gam),
+        lambda lam: dense.scaled(layer.basis.dense(dtype=lam.dtype)[0], lam, layer.gam),
     ):
         with pytest.raises((NotImplementedError, RuntimeError), match=WORDS):
             REFUSED[transform](function, layer.lam)
