@@ -89,8 +89,8 @@ class AdaptedLayer(Mergeable):
             del self.randlora_input_scale[adapter]
 
     @torch.no_grad()
-    def set_input_scale(self, adapter: str, input_scale: Tensor | None) -> None:
-        """Multiplies the adapter's inputs by a vector (in_features,) from now on; None by ones.
+    def set_input_scale(self, adapter: str, input_scale: Tensor) -> None:
+        """Multiplies the adapter's inputs by a vector (in_features,) from now on.
 
         A stack of experts also takes one for each, (experts, in_features). Equivalent to
         ``dW @ diag(input_scale)`` for dW. The numbers are copied into the buffer
@@ -104,18 +104,13 @@ class AdaptedLayer(Mergeable):
         if adapter in self.merged_adapters:
             raise RuntimeError(f"adapter {adapter!r} is merged; unmerge it first")
         if adapter not in self.randlora_input_scale:
-            if input_scale is None:
-                return
             kind = self.basis_of(adapter, self.randlora_lambda[adapter].device).kind
             raise ValueError(f"input_scale goes with Hadamard bases, got kind={kind!r}")
         buffer = self.randlora_input_scale[adapter]
         if buffer.is_meta:
             raise RuntimeError(f"adapter {adapter!r} has no numbers (meta device)")
-        if input_scale is None:
-            buffer.fill_(1)
-            return
         if not isinstance(input_scale, Tensor) or not input_scale.is_floating_point():
-            raise TypeError(f"input_scale must be a floating tensor or None, got {input_scale!r}")
+            raise TypeError(f"input_scale must be a floating tensor, got {input_scale!r}")
         if input_scale.shape not in (buffer.shape, buffer.shape[-1:]):
             sizes = "(experts, in_features)" if self.experts else "(in_features,)"
             raise ValueError(
@@ -132,8 +127,10 @@ class AdaptedLayer(Mergeable):
         an unknown adapter.
         """
         check_one_of("adapter", adapter, self.randlora_lambda)
-        scales = self.randlora_input_scale
-        return adapter in scales and scales.are_calibrated(adapter)
+        if adapter not in self.randlora_input_scale:
+            return False
+        input_scale = self.randlora_input_scale[adapter]
+        return not input_scale.is_meta and bool((input_scale != 1).any())
 
     def _load_from_state_dict(self, state_dict, prefix: str, *args) -> None:
         path = prefix.removesuffix(".")

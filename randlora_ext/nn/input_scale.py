@@ -20,11 +20,6 @@ class InputScales(nn.Module):
         """Ones for an adapter that is not calibrated."""
         self.register_buffer(adapter, torch.ones(shape, dtype=torch.float32, device=device))
 
-    def are_calibrated(self, adapter: str) -> bool:
-        """Whether the adapter has another number than one; False on the meta device."""
-        input_scale = self[adapter]
-        return not input_scale.is_meta and bool((input_scale != 1).any())
-
     def __getitem__(self, adapter: str) -> Tensor:
         return self._buffers[adapter]  # type: ignore[return-value]
 

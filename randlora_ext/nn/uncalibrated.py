@@ -31,9 +31,10 @@ def warn_if_uncalibrated(layer: Any, names: Sequence[str]) -> None:
         lam = layer.randlora_lambda[name]
         if name not in layer.uncalibrated or not lam.requires_grad:
             continue
-        scales = layer.randlora_input_scale  # which a later adapter of that name may lack
+        # A later adapter of that name may have bases that cannot be calibrated.
+        needs_none = name not in layer.randlora_input_scale
         try:
-            needless = bool(lam.any()) or name not in scales or scales.are_calibrated(name)
+            needless = needs_none or bool(lam.any()) or layer.is_calibrated(name)
         except RuntimeError:  # no numbers to look at: on the meta device, fake, or inside vmap
             continue
         layer.uncalibrated = layer.uncalibrated - {name}

@@ -29,7 +29,7 @@ def scaled_layer(sizes, dtype):
 def test_it_scales_the_columns_of_the_update(sizes, dtype):
     layer, scale = scaled_layer(sizes, dtype)
     after = layer.get_delta_weight("default")
-    layer.set_input_scale("default", None)
+    layer.set_input_scale("default", torch.ones(sizes[0]))
     before = layer.get_delta_weight("default")
     assert relative(after, before.double() * scale.double()) < max(LIMITS[dtype], 1e-6)
 
@@ -40,11 +40,11 @@ def test_outputs_and_gradients_are_those_of_the_scaled_update(sizes, dtype):
     assert_right(layer, *inputs(layer, 2, 7, dtype=dtype), LIMITS[dtype])
 
 
-def test_taking_it_away_restores_the_update():
+def test_ones_restore_the_update():
     layer = randomize(layer_of(basis="hadamard"))
     before = layer.get_delta_weight("default")
     layer.set_input_scale("default", torch.rand(24) + 0.1)
-    layer.set_input_scale("default", None)
+    layer.set_input_scale("default", torch.ones(24))
     assert torch.equal(layer.get_delta_weight("default"), before)
 
 
@@ -74,7 +74,6 @@ def test_unmerging_restores_every_bit():
 def test_a_layer_on_independent_bases_has_none():
     layer = layer_of(density=0.3)
     assert not layer.is_calibrated("default") and not layer.randlora_input_scale
-    layer.set_input_scale("default", None)  # nothing to take away
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -86,8 +85,9 @@ def test_a_layer_on_independent_bases_has_none():
         (torch.ones(40), r"must be \(in_features,\) = \(24,\), got \(40,\)"),
         (torch.zeros(24), "positive and finite"),
         (torch.full((24,), torch.nan), "positive and finite"),
-        ([1.0] * 24, "must be a floating tensor or None"),
-        (torch.ones(24, dtype=torch.long), "must be a floating tensor or None"),
+        ([1.0] * 24, "must be a floating tensor"),
+        (torch.ones(24, dtype=torch.long), "must be a floating tensor"),
+        (None, "must be a floating tensor, got None"),
     ],
     ids=str,
 )

@@ -281,7 +281,7 @@ def test_inputs_of_another_size(layer):
 
 METHODS = {
     "get_delta_weight": lambda layer: layer.get_delta_weight("x"),
-    "set_input_scale": lambda layer: layer.set_input_scale("x", None),
+    "set_input_scale": lambda layer: layer.set_input_scale("x", torch.ones(1)),
     "is_calibrated": lambda layer: layer.is_calibrated("x"),
 }
 

@@ -192,7 +192,7 @@ def test_opened_by_its_name_alone_and_merged(tmp_path):
     assert torch.equal(opened(tokens(1)).logits, want)
     assert relative(opened.merge_and_unload()(tokens(1)).logits, want) < 1e-5
     for layer in layers(model):
-        layer.set_input_scale("default", None)
+        layer.set_input_scale("default", torch.ones(layer.in_features))
     assert relative(model(tokens(1)).logits, want) > 0.01  # the vector matters
 
 

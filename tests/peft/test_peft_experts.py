@@ -218,7 +218,7 @@ def test_the_input_scale_of_an_expert_scales_the_columns_of_its_update(scaled):
     for layer in layers(scaled):
         scale = layer.randlora_input_scale["default"].clone()
         delta = layer.get_delta_weight("default")
-        layer.set_input_scale("default", None)
+        layer.set_input_scale("default", torch.ones(layer.in_features))
         columns = scale[..., None] if layer.transposed else scale[..., None, :]
         torch.testing.assert_close(delta, layer.get_delta_weight("default") * columns)
 
