@@ -80,7 +80,7 @@ def check_dropout(dropout: float) -> None:
     check_number("randlora_dropout", dropout, "a number in [0, 1)", lambda v: 0 <= v < 1)
 
 
-# ---- for operators in plain torch, what csrc/torch/check.cpp checks for the kernels --------------
+# ---- for dense_linear, what csrc/torch checks for the operators that have kernels ----------------
 
 # Torch would broadcast or compute in another dtype.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -9,6 +9,7 @@ a_signs if that is d, else row_signs. Devices without our kernels, cards that th
 for, and cards with too little shared memory for the sizes take the same steps in plain torch.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,6 @@ from .. import _C
 from ..basis import Basis
 from ..basis.hadamard import sylvester
 from ..basis.packed import PackedSigns
-from ..checks import check_diagonals, check_dimensions, check_linear, check_operand
 from ..devices import has_cuda_kernels, has_kernels
 from .registration import Operator, entry, fake, gradients, linear_entry, plain
 
@@ -107,7 +107,6 @@ def what_computes(basis: Basis, device: torch.device, dtype: torch.dtype, kernel
 
 
 def _plain_linear(x, weight, bias, lam, gam, a_signs, row_signs, col_signs, expand, scale):
-    _check(x, weight, bias, lam, gam, a_signs, row_signs, col_signs, expand)
     flat = x.reshape(-1, x.shape[-1])
     y, *_ = _plain_product(flat, None, expand, lam, gam, a_signs, row_signs, col_signs, scale)
     y = y if weight is None else y + F.linear(flat, weight, bias)
@@ -117,7 +116,6 @@ def _plain_linear(x, weight, bias, lam, gam, a_signs, row_signs, col_signs, expa
 def _plain_linear_backward(
     dy, x, weight, lam, gam, a_signs, row_signs, col_signs, expand, scale, need_dx, need_dlam_dgam
 ):
-    _check(x, weight, None, lam, gam, a_signs, row_signs, col_signs, expand, dy)
     flat = dy.reshape(-1, dy.shape[-1])
     other = x.reshape(-1, x.shape[-1]) if need_dlam_dgam else None
     dx, dlam, dgam = _plain_product(
@@ -127,24 +125,6 @@ def _plain_linear_backward(
         return None, dlam, dgam
     dx = dx if weight is None else dx + flat @ weight
     return dx.to(x.dtype).contiguous().view(x.shape), dlam, dgam
-
-
-def _check_basis(lam, gam, a_signs, row_signs, col_signs) -> tuple[int, int]:
-    """Checks what csrc/torch/hadamard/adapter.cpp checks; returns (d, D)."""
-    check_dimensions("a_signs", a_signs, "d")
-    check_dimensions("row_signs", row_signs, "D")
-    check_dimensions("col_signs", col_signs, "K")
-    d, D = len(a_signs), len(row_signs)
-    check_diagonals(lam, gam, d)
-    check_operand("a_signs", a_signs, (d,), lam.device, torch.float32)
-    check_operand("row_signs", row_signs, (D,), lam.device, torch.float32)
-    check_operand("col_signs", col_signs, (lam.numel(),), lam.device, torch.float32)
-    return d, D
-
-
-def _check(x, weight, bias, lam, gam, a_signs, row_signs, col_signs, expand, dy=None) -> None:
-    d, D = _check_basis(lam, gam, a_signs, row_signs, col_signs)
-    check_linear(x, weight, bias, lam, (d, D) if expand else (D, d), dy)
 
 
 def _plain_product(given, other, up, lam, gam, a_signs, row_signs, col_signs, scale):
@@ -207,15 +187,7 @@ def _transform(v: Tensor) -> Tensor:
 
 def _by_expert(lam: Tensor, *tensors: Tensor | None) -> Iterator[tuple]:
     """Every expert's part of these tensors; None and vectors are for all."""
-    check_dimensions("lam", lam, "experts, r, n")
-    parts: list = []
-    for t in tensors:
-        if t is None or t.dim() == 1:
-            parts.append([t] * len(lam))
-        elif t.dim() > 0 and len(t) == len(lam):
-            parts.append(t)
-        else:
-            raise RuntimeError(f"randlora: lam has {len(lam)} experts, beside {tuple(t.shape)}")
+    parts = (itertools.repeat(t, len(lam)) if t is None or t.dim() == 1 else t for t in tensors)
     return zip(*parts, strict=True)
 
 
@@ -223,12 +195,9 @@ def _plain_weight(weight, lam, gam, a_signs, row_signs, col_signs, expand, scale
     if lam.dim() == 3:
         parts = _by_expert(lam, weight, lam, gam, a_signs, row_signs)
         return torch.stack([_plain_weight(*part, col_signs, expand, scale) for part in parts])
-    d, D = _check_basis(lam, gam, a_signs, row_signs, col_signs)
-    if weight is not None:
-        check_operand("weight", weight, (D, d) if expand else (d, D), lam.device)
     like = lam if weight is None else weight
     # Row k is column k of B (lambda * A * gamma).
-    x = _identity(like, d)
+    x = _identity(like, len(a_signs))
     delta = _plain_linear(
         x, None, None, lam, gam, a_signs, row_signs, col_signs, expand=True, scale=scale
     )
@@ -243,9 +212,7 @@ def _plain_weight_backward(grad, lam, gam, a_signs, row_signs, col_signs, expand
         results = [_plain_weight_backward(*part, col_signs, expand, scale) for part in parts]
         dlams, dgams = zip(*results, strict=True)
         return torch.stack(dlams), torch.stack(dgams)
-    d, D = _check_basis(lam, gam, a_signs, row_signs, col_signs)
-    check_operand("grad", grad, (D, d) if expand else (d, D), lam.device)
-    x = _identity(grad, d)
+    x = _identity(grad, len(a_signs))
     dy = (grad.T if expand else grad).to(x)
     _, dlam, dgam = _plain_linear_backward(
         dy,

@@ -23,8 +23,9 @@ _ops = torch.ops.randlora
 
 
 def plain(name: str, function: Callable) -> None:
-    """Registers what computes the operator on devices without our kernels. As NAME_plain csrc/torch
-    calls it, which the dispatcher takes on every card once the CUDA library is loaded."""
+    """Registers what computes the operator on devices without our kernels. On cards without them
+    csrc/torch checks the arguments and calls it as NAME_plain; the dispatcher takes csrc/torch on
+    every card once the CUDA library is loaded."""
     torch.library.impl(f"randlora::{name}", "default", function)
     _, _, schema = str(getattr(_ops, name).default._schema).partition("(")
     torch.library.define(f"randlora::{name}_plain", f"({schema}")
