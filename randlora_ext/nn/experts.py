@@ -205,11 +205,9 @@ def sizes_of_matching(model: nn.Module, targets: Sequence[str]) -> dict[str, Par
     """By its name in the base model, the sizes of each parameter that ``target_parameters`` match
     by PEFT's rule: a name equal to one of them, or ending in ``.`` and one of them.
 
-    Raises TypeError if they are no names; ValueError if nothing matches, or a parameter that has
-    several names, is cut over ranks, whose module is never called, or lies inside another's.
+    Raises ValueError if nothing matches, or a parameter that has several names, is cut over ranks,
+    whose module is never called, or lies inside another's.
     """
-    if isinstance(targets, str) or not all(isinstance(name, str) for name in targets):
-        raise TypeError(f"target_parameters must be a list of names, got {targets!r}")
     if not targets:
         return {}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))

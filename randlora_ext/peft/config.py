@@ -18,11 +18,6 @@ from ..checks import check_alpha, check_dropout, check_integer, check_one_of, ch
 # The type in files that stock PEFT cannot open: its error quotes a type that it does not know.
 NEEDS_OURS = "RANDLORA; needs randlora_ext: import randlora_ext.peft; randlora_ext.peft.enable()"
 _SPARSE = "sparse", "very_sparse"
-_FLAGS = (
-    "save_projection", "sparse", "very_sparse", "fan_in_fan_out", "init_weights", "inference_mode"
-)  # fmt: skip
-_TEXTS = "target_modules", "layers_pattern"
-_LISTS = "modules_to_save", "target_parameters"
 _OURS = "basis", "density", "target_parameters"
 
 
@@ -60,10 +55,14 @@ class RandLoraConfig(peft.RandLoraConfig):
     target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
-        # A file may hold anything, and PEFT would fail on it halfway through changing a model.
-        _check_types(self)
+        # PEFT would fail on them halfway through changing a model.
         check_r(self.r)
         check_alpha("randlora_alpha", self.randlora_alpha)
+        check_dropout(self.randlora_dropout)
+        check_one_of("bias", self.bias, ("none", "all", "randlora_only"))
+        if isinstance(self.target_parameters, str):
+            got = repr(self.target_parameters)
+            raise TypeError(f"target_parameters must be a list of names or None, got {got}")
         generated = _description(self)
         self.basis_description = generated
         if generated is not None:
@@ -175,31 +174,3 @@ def _description(config: RandLoraConfig) -> BasisDescription | None:
         raise ValueError(f"{flags[0]} is of PEFT's own bases; basis={kind!r} takes a density")
     check_seed("projection_prng_key", seed_or_key)
     return BasisDescription(kind, density, seed_or_key)
-
-
-def _check_types(config: RandLoraConfig) -> None:
-    """Raises TypeError or ValueError, naming the field, for a value that PEFT cannot use."""
-    for name in _FLAGS:
-        value = getattr(config, name)
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False, got {value!r}")
-    for name in _TEXTS:
-        value = getattr(config, name)
-        if not isinstance(value, str) and not _is_list_or_none(value, str):
-            raise TypeError(f"{name} must be a text, a list of texts or None, got {value!r}")
-    for name in _LISTS:
-        value = getattr(config, name)
-        if not _is_list_or_none(value, str):
-            raise TypeError(f"{name} must be a list of texts or None, got {value!r}")
-    value = config.layers_to_transform
-    is_index = isinstance(value, int) and not isinstance(value, bool)
-    if not is_index and not _is_list_or_none(value, int):
-        raise TypeError(f"layers_to_transform must be an integer, several or None, got {value!r}")
-    check_dropout(config.randlora_dropout)
-    check_one_of("bias", config.bias, ("none", "all", "randlora_only"))
-
-
-def _is_list_or_none(value: Any, element: type) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, (list, tuple, set)) and all(isinstance(e, element) for e in value)

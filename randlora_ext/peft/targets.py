@@ -1,8 +1,6 @@
 """Which modules of a model a configuration means: checks before anything is drawn or replaced."""
 
-import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import peft
 from peft.tuners.randlora.layer import RandLoraLayer
@@ -66,20 +64,8 @@ def _refuse_unmatched(model: nn.Module, config: peft.RandLoraConfig) -> None:
     where = "" if layers in (None, []) else f" in layers_to_transform {layers!r}"
     raise ValueError(
         f"target_modules {config.target_modules!r} matches no linear layer of "
-        f"{type(model).__name__}{where}{_meant(config.target_modules, unadapted)}; its linear "
-        f"layers are called {at_most_ten(unadapted)}"
+        f"{type(model).__name__}{where}; its linear layers are called {at_most_ten(unadapted)}"
     )
-
-
-def _meant(targets: Any, names: Iterable[str]) -> str:
-    """Which of `names` were perhaps meant."""
-    ends = sorted({name.rpartition(".")[2] for name in names})
-    if isinstance(targets, str):
-        hint = f"; a text must match a whole name: did you mean [{targets!r}]?"
-        return hint if targets in ends else ""
-    near = {end for each in targets or () for end in difflib.get_close_matches(each, ends, n=1)}
-    near -= set(targets or ())
-    return f"; did you mean {sorted(near)}?" if near else ""
 
 
 def _warn_of_unmatched(
@@ -107,14 +93,6 @@ def _warn_of_unmatched(
 
 
 def _unmatched(targets: Iterable[str], names: Iterable[str]) -> list[str]:
-    """In words, each target that is no name, nor the end of one, ``.target``."""
-    ends = set()
-    for name in names:
-        modules = name.split(".")
-        ends |= {".".join(modules[begin:]) for begin in range(len(modules))}
-    found = []
-    for target in sorted(set(targets) - ends):
-        as_long = sorted(end for end in ends if end.count(".") == target.count("."))
-        near = difflib.get_close_matches(target, as_long, n=1)
-        found.append(f"{target!r} (did you mean {near[0]!r}?)" if near else repr(target))
-    return found
+    """Those that are no name, nor the end of one, ``.target``."""
+    dotted = [f".{name}" for name in names]
+    return sorted(t for t in set(targets) if not any(name.endswith(f".{t}") for name in dotted))

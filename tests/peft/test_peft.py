@@ -273,8 +273,8 @@ def test_names_that_match_nothing_beside_others_are_told_where_the_model_is_made
         peft.get_peft_model(Headed(), wrong)
     told = {str(w.message) for w in caught}
     assert told == {
-        "target_modules that match no module of Headed: 'bb' (did you mean 'b'?)",
-        "modules_to_save that match no module of Headed: 'haed' (did you mean 'head'?)",
+        "target_modules that match no module of Headed: bb",
+        "modules_to_save that match no module of Headed: haed",
     }
     assert {w.filename for w in caught} == {__file__}
     right = accelerated.RandLoraConfig(
@@ -299,7 +299,4 @@ def test_targets_in_no_layer_that_is_there():
     settings = accelerated.RandLoraConfig(r=4, target_modules=["q_proj"], layers_to_transform=[7])
     told = r"'q_proj'} matches no linear layer of LlamaFor\w+ in layers_to_transform \[7\]; its"
     with pytest.raises(ValueError, match=told):
-        peft.get_peft_model(llama(), settings)
-    settings.target_modules = {"q_prj"}
-    with pytest.raises(ValueError, match=r"\[7\]; did you mean \['q_proj'\]\?; its"):
         peft.get_peft_model(llama(), settings)

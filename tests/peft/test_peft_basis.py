@@ -212,10 +212,6 @@ BAD_OPTIONS = [
      "contradicts basis='hadamard'"),
     ({"randlora_alpha": 10**400}, "randlora_alpha must be a finite number, got an integer of 1329"),
     ({"randlora_alpha": "64"}, "randlora_alpha must be a finite number, got '64'"),
-    ({"save_projection": 1}, "save_projection must be True or False, got 1"),
-    ({"layers_pattern": 3}, "layers_pattern must be a text, a list of texts or None, got 3"),
-    ({"modules_to_save": "head"}, "modules_to_save must be a list of texts or None, got 'head'"),
-    ({"layers_to_transform": [1.5]}, r"layers_to_transform must be an integer, .*got \[1.5\]"),
     ({"randlora_dropout": 1.0}, r"randlora_dropout must be a number in \[0, 1\), got 1.0"),
     ({"bias": "some"}, "bias must be one of .*got 'some'"),
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from torch import nn
 ERRORS = [
     ({"basis": "peft"}, ValueError, "need basis='hadamard' and .*got basis='peft'"),
     ({"randlora_dropout": 0.1}, ValueError, "and randlora_dropout=0, got .*=0.1"),
-    ({"target_parameters": "experts"}, TypeError, "target_parameters must be a list of texts"),
+    ({"target_parameters": "experts"}, TypeError, "target_parameters must be a list of names"),
     ({"target_parameters": ["expert.up"]}, ValueError, "matches no parameter .*gate_up"),
     ({"targets": ["nothing"]}, ValueError, "target_modules .*nothing.* matches no linear layer"),
 ]
