@@ -189,10 +189,7 @@ class ForgettingBudget(TrainerCallback):
         model = self.trainer.model
         if why := _why_needless(model, self.trainer.state.global_step):
             raise _Needless(why)
-        try:
-            layers_to_calibrate(model)  # before data are read
-        except ValueError as error:
-            raise _Cannot(str(error)) from None
+        layers_to_calibrate(model)  # raises before data are read
         size = self.trainer.state.train_batch_size  # which `auto_find_batch_size` has reduced
         batches: list[dict[str, Any]] = []
         raised: Exception | None = None
@@ -299,7 +296,8 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _why_needless(model: nn.Module, step: int) -> str:
-    """Why nothing is left to calibrate; "" if something is."""
+    """Why nothing is left to calibrate; "" if something is. Raises `_Cannot` if that is a part of
+    the adapters."""
     if step:
         return f"training resumes after step {step}"
     layers = layers_by_name(model).values()
@@ -324,13 +322,7 @@ def _why_needless(model: nn.Module, step: int) -> str:
 def _trained(model: nn.Module) -> tuple[set[AdaptedLayer], list[str]]:
     """Our layers, and the active adapters that train."""
     layers = set(layers_by_name(model).values())
-    adapters = {
-        adapter
-        for layer in layers
-        for adapter in layer.active_adapters
-        if adapter in layer.randlora_lambda and layer.randlora_lambda[adapter].requires_grad
-    }
-    return layers, sorted(adapters)
+    return layers, sorted({name for layer in layers for name in layer._trained_adapters()})
 
 
 @contextmanager

@@ -271,8 +271,10 @@ def strengths_by_cost(
 
 
 def equal_strengths(scales: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, float]:
+    """That of all layers, as `calibrate` says, by the batches alone."""
     responses = [_response(sums[name], scale) for name, scale in scales.items()]
-    responses = [response for response in responses if math.isfinite(response)]  # outputs are zero
+    # Infinite where the outputs are zero.
+    responses = [response for response in responses if math.isfinite(response)]
     strength = RESPONSE / statistics.median(responses) if responses else 1.0
     return dict.fromkeys(scales, strength)
 
@@ -319,12 +321,7 @@ def layers_to_calibrate(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 def adapters_to_calibrate(layer: AdaptedLayer) -> list[str]:
     """The active ones on Hadamard bases that train; one that is frozen keeps what it has."""
-    active = [] if layer.disabled else layer.active_adapters
-    return [
-        adapter
-        for adapter in active
-        if adapter in layer.randlora_input_scale and layer.randlora_lambda[adapter].requires_grad
-    ]
+    return [name for name in layer._trained_adapters() if name in layer.randlora_input_scale]
 
 
 def _refuse_merged_or_trained(name: str, layer: AdaptedLayer) -> None:

@@ -12,7 +12,7 @@ from ..ops import functional
 from ..ranks import full_tensor, laid_out_like
 from .base_layer import do_nothing, plain_operands, refuse_cut
 from .input_scale import wrong_numbers
-from .merging import Mergeable
+from .merging import Mergeable, adapter_dtype
 from .state_dict import refuse_misfits
 from .uncalibrated import warn_if_uncalibrated
 
@@ -26,7 +26,7 @@ class AdaptedLayer(Mergeable):
 
     base_layer: nn.Module
     _modules: dict[str, Any]  # read directly: nn.Module's __getattr__ takes half a microsecond
-    fan_in_fan_out: bool  # whether the weight is (in, out)
+    fan_in_fan_out = False  # whether the weight is (in, out)
     # Of each adapter, by its name, as what `Mergeable` names.
     r: dict[str, int]
     bases: dict[str, Basis]
@@ -44,17 +44,20 @@ class AdaptedLayer(Mergeable):
         called."""
         self.randlora_dropout.register_forward_pre_hook(do_nothing)
 
-    def _adapters_to_add(self) -> list[str]:
-        """The names of the adapters whose outputs forward adds now."""
+    def _prepare_adapters(self) -> list[str]:
+        """The names of the adapters whose outputs forward adds now. Warns if merged ones would be
+        trained; a disabled layer under PEFT is unmerged first."""
         raise NotImplementedError
+
+    def _trained_adapters(self) -> list[str]:
+        """The active ones that train; none of a disabled layer."""
+        active = [] if self.disabled else self.active_adapters
+        lambdas = self.randlora_lambda
+        return [name for name in active if name in lambdas and lambdas[name].requires_grad]
 
     def basis_of(self, adapter: str, device: torch.device) -> Basis:
         """The basis by which the adapter multiplies on that device."""
         return self.bases[adapter]
-
-    def _dtype_of(self, adapter: str) -> torch.dtype:
-        """The dtype of dW and of its factors."""
-        return self.randlora_lambda[adapter].dtype
 
     def _diagonals(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Lambda and gamma, gathered if FSDP2 has sharded them."""
@@ -169,13 +172,12 @@ class AdaptedLayer(Mergeable):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """``scaling * B @ A'`` in the shape of the base layer's weight.
 
-        Differentiable for lambda and gamma. In the dtype of lambda; under PEFT in the wider of
-        lambda and gamma, and in float32 instead of 16 bits on a CPU. If FSDP2 has sharded the
-        layer, a DTensor placed like its weight; all ranks must call. Raises ValueError for an
-        unknown adapter. Source: PEFT's method.
+        Differentiable for lambda and gamma. In float32, or float64 beside a float64 weight. If
+        FSDP2 has sharded the layer, a DTensor placed like its weight; all ranks must call. Raises
+        ValueError for an unknown adapter. Source: PEFT's method.
         """
         check_one_of("adapter", adapter, self.randlora_lambda)
-        return self._delta(adapter, self._dtype_of(adapter))
+        return self._delta(adapter, adapter_dtype(self._base_weight().dtype))
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
         device = self.randlora_lambda[name].device

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..basis import Basis
 from ..checks import at_most_ten
 from ..ops import hadamard
 from ..ranks import is_dtensor, laid_out_like
@@ -120,9 +119,7 @@ class AdaptedParameter(AdaptedLayer):
 
     def adapted_weight(self) -> Tensor | None:
         """W + dW of the active adapters in the dtype of W; None if there are none to add."""
-        if self.merged_adapters:
-            self._warn_if_trained()
-        names = [] if self.takes_base_weight else self._adapters_to_add()
+        names = [] if self.takes_base_weight else self._prepare_adapters()
         if not names:
             return None
         if self.uncalibrated:
@@ -143,9 +140,13 @@ class AdaptedParameter(AdaptedLayer):
         """W + dW in the dtype of W, or dW in that of lambda, in the shape of W."""
         basis, shape = self.basis_of(name, lam.device), self._base_weight().shape
         stack = None if weight is None else weight.reshape(*self.experts, *shape[-2:])
-        input_scale, scaling = self._input_scale(name, lam.device), self.scaling[name]
-        changed = stacked_weight(stack, basis, lam, gam, input_scale, scaling, self.transposed)
-        return changed.view(shape)
+        input_scale = self._input_scale(name, lam.device)
+        arguments = hadamard.basis_arguments(
+            basis, lam.device, self.scaling[name], lam.dtype, input_scale
+        )
+        # To the operator a transposed weight is that of a layer in the other direction.
+        arguments["expand"] = basis.expand != self.transposed
+        return hadamard.weight(stack, lam, gam, **arguments).view(shape)
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:
         diagonals = self._diagonals(name, self.randlora_lambda[name].device)
@@ -157,27 +158,6 @@ class AdaptedParameter(AdaptedLayer):
 
     def describe(self, adapter: str) -> str:
         return f"{self.parameter_name} of {self.experts[0]} experts, {super().describe(adapter)}"
-
-
-def stacked_weight(
-    stack: Tensor | None,
-    basis: Basis,
-    lam: Tensor,
-    gam: Tensor,
-    input_scale: Tensor | None,
-    scaling: float,
-    transposed: bool,
-) -> Tensor:
-    """W + dW of stacked experts (experts, out, in), or (experts, in, out) if they are `transposed`;
-    dW alone if `stack` is None.
-
-    Lambda is (experts, r, n), gamma (experts, n, d), the input scale (experts, in). W + dW has the
-    dtype of W, dW that of lambda.
-    """
-    arguments = hadamard.basis_arguments(basis, lam.device, scaling, lam.dtype, input_scale)
-    # To the operator a transposed weight is that of a layer in the other direction.
-    arguments["expand"] = basis.expand != transposed
-    return hadamard.weight(stack, lam, gam, **arguments)
 
 
 def sizes_of(module: nn.Module, name: str) -> ParameterSizes:

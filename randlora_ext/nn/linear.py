@@ -112,11 +112,11 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         self.train(base_layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._output_with_adapters(self._prepare_adapters(), x)
+
+    def _prepare_adapters(self) -> list[str]:
         if self.merged_adapters:
             self._warn_if_trained()
-        return self._output_with_adapters(self._adapters_to_add(), x)
-
-    def _adapters_to_add(self) -> list[str]:
         return [] if self.disabled or self.merged_adapters else [NAME]
 
     @torch.no_grad()

@@ -71,14 +71,14 @@ class Mergeable(nn.Module):
     def _merge(self, names: Sequence[str], safe_merge: bool) -> None:
         """Merges adapters that are known and not merged yet."""
         self._refuse_shared()
-        write = self._writer(self._merged(names, safe_merge))
+        write = self._writer(self._merged_weight(names, safe_merge))
         if not self.merged:
             self._kept = (self._keep(),)
         # Before W changes: if Ctrl-C interrupts the write, `unmerge` still restores W.
         self.merged_adapters = [*self.merged_adapters, *names]
         write()
 
-    def _merged(self, names: Sequence[str], safe_merge: bool) -> Tensor:
+    def _merged_weight(self, names: Sequence[str], safe_merge: bool) -> Tensor:
         """W + dW; ValueError if it must be `safe_merge` and is not finite."""
         total = self._weight_with_adapters(self._dense_weight(), names)
         if safe_merge and not bool(full_tensor(torch.isfinite(total).all())):

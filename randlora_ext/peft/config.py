@@ -42,12 +42,9 @@ class RandLoraConfig(peft.RandLoraConfig):
     them, fails on the text. It refuses a saved adapter with a KeyError that quotes the file's
     ``peft_type``, which says what to import.
 
-    Attributes: the fields, and ``basis_description``, what generates the bases; None if PEFT draws
-    them.
-
     Raises:
         TypeError, ValueError: a field is not allowed, or contradicts another.
-        RuntimeError: the key is a text, and `randlora_ext.peft.enable` has not been called.
+        RuntimeError: the bases are ours, and `randlora_ext.peft.enable` has not been called.
     """
 
     density: float | None = None
@@ -63,8 +60,7 @@ class RandLoraConfig(peft.RandLoraConfig):
         if isinstance(self.target_parameters, str):
             got = repr(self.target_parameters)
             raise TypeError(f"target_parameters must be a list of names or None, got {got}")
-        generated = _description(self)
-        self.basis_description = generated
+        generated = self.basis_description
         if generated is not None:
             self.save_projection = True  # else PEFT warns that bases may be lost
         super().__post_init__()
@@ -114,6 +110,11 @@ class RandLoraConfig(peft.RandLoraConfig):
                 raise ValueError(f"{tensors} is damaged: {error}") from error
         return config
 
+    @property
+    def basis_description(self) -> BasisDescription | None:
+        """What generates the bases, by the fields as they are now; None if PEFT draws them."""
+        return _description(self)
+
     def to_dict(self) -> dict:
         """PEFT's dictionary, with our fields only if PEFT's cannot describe the bases."""
         values = super().to_dict()
@@ -126,16 +127,6 @@ def description_of_config(config: peft.RandLoraConfig) -> BasisDescription | Non
     """What generates the adapter's bases; None if PEFT draws them, and of a configuration of stock
     PEFT."""
     return getattr(config, "basis_description", None)
-
-
-def check_unchanged(config: peft.RandLoraConfig) -> None:
-    """ValueError if a field that describes the bases was set after the configuration was made."""
-    if isinstance(config, RandLoraConfig) and _description(config) != config.basis_description:
-        raise ValueError(
-            f"projection_prng_key={config.projection_prng_key!r}, basis={config.basis!r} and "
-            f"density={config.density} are not those with which the configuration was made; make "
-            "another, as by dataclasses.replace(config, projection_prng_key=7)"
-        )
 
 
 def target_parameters(config: peft.RandLoraConfig) -> list[str]:

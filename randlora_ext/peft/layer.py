@@ -53,7 +53,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         nn.Module.__init__(self)
         self.base_layer = base_layer  # before the adapters, as PEFT's: optimizers count parameters
         self._add_attributes(adapter_name, config, sizes)
-        self.is_target_conv_1d_layer = is_conv1d(base_layer)
+        self.fan_in_fan_out = is_conv1d(base_layer)
         self.update_layer(adapter_name, randlora_A, randlora_B, config.r, config=config)
 
     def _add_attributes(
@@ -63,7 +63,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         for name, value in vars(RandLoraLayer(nn.Linear(*sizes, device="meta"))).items():
             if name != "base_layer":
                 setattr(self, name, value)
-        self.fan_in_fan_out = config.fan_in_fan_out
         self._active_adapter = adapter_name
         self.bases = {}
         self.tensor_bases = {}
@@ -125,16 +124,16 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        names = self._adapters_to_add()
-        if self.merged_adapters:
-            self._warn_if_trained()
-        y = self._output_with_adapters(names, x, *args, **kwargs)
+        y = self._output_with_adapters(self._prepare_adapters(), x, *args, **kwargs)
         return y if y.dtype is x.dtype else y.to(x.dtype)
 
-    def _adapters_to_add(self) -> list[str]:
-        if self.disable_adapters and self.merged_adapters:
-            self.unmerge()
-        if self.disable_adapters or self.merged_adapters:
+    def _prepare_adapters(self) -> list[str]:
+        if self.disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return []
+        if self.merged_adapters:
+            self._warn_if_trained()
             return []
         own = self._modules["randlora_lambda"]
         return [name for name in self.active_adapters if name in own]
@@ -198,13 +197,6 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"tensor_bases": {}}  # found again
 
-    def _dtype_of(self, adapter: str) -> torch.dtype:
-        lam, gam = self.randlora_lambda[adapter], self.randlora_gamma[adapter]
-        dtype = torch.promote_types(lam.dtype, gam.dtype)
-        if lam.device.type == "cpu" and dtype.itemsize == 2:
-            return torch.float32  # as PEFT, since a CPU is slow in 16 bits
-        return dtype
-
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT's, but all adapters are added before the sum is rounded, and W is kept in CPU
@@ -218,7 +210,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
         """Raises what ``merge(safe_merge=True)`` would."""
         names = self._names_to_merge(adapter_names)
         if names:
-            self._merged(names, safe_merge=True)
+            self._merged_weight(names, safe_merge=True)
 
     def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         chosen = check_adapters_to_merge(self, adapter_names) or []

@@ -22,7 +22,6 @@ from ..nn.base_layer import (
     check_is_called,
     disable_nested_tensors,
     features,
-    is_conv1d,
 )
 from ..nn.experts import ADAPTERS, AdaptedModule, sizes_of_matching
 from ..nn.input_scale import tensor_misfits
@@ -32,12 +31,12 @@ from ..nn.state_dict import refuse_misfits
 from ..nn.uncalibrated import watch_calibration
 from . import quantized
 from .bases import BASIS_NAMES, PackedBufferDict, description_of_matrix, largest, new_bases
-from .config import check_unchanged, description_of_config, target_parameters
+from .config import description_of_config, target_parameters
 from .layer import AcceleratedLinear, AcceleratedParameter
 from .misfits import check_names
 from .quantized import QuantizedLinear
 from .rows import adapters_by_row
-from .targets import check_linear, check_targets, is_linear
+from .targets import check_target, check_targets, is_linear
 
 _PREFIX = "base_model.model."  # of names in a PeftModel, and in files
 
@@ -51,14 +50,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     @staticmethod
     def _create_new_module(config, A, B, adapter_name, target, **kwargs) -> nn.Module:
-        check_linear(target)
-        stored_transposed = is_conv1d(target)
-        if config.fan_in_fan_out != stored_transposed:
-            warn_user(
-                f"fan_in_fan_out is set to {config.fan_in_fan_out}, and must be "
-                f"{stored_transposed} for a {type(target).__name__}. It is set to that."
-            )
-            config.fan_in_fan_out = stored_transposed
+        check_target(target)
         make = layer_class(target)
         return make(target, A, B, adapter_name, config, features(target))
 
@@ -70,7 +62,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _check_new_adapter_config(self, config: peft.RandLoraConfig) -> None:
         """Also PEFT's, of one key and ``save_projection`` among adapters on PEFT's bases alone."""
-        check_unchanged(config)
+        generated = description_of_config(config)  # before anything changes: fields may contradict
         check_r(config.r)  # stock PEFT's configuration checks neither
         check_alpha("randlora_alpha", config.randlora_alpha)
         scaling = config.randlora_alpha / config.r
@@ -82,7 +74,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
                 f"randlora_alpha={DEFAULT_SCALING * config.r:g}"
             )
         BaseTuner._check_new_adapter_config(self, config)
-        if description_of_config(config) is None:
+        if generated is None:
             configs = self.peft_config
             try:  # PEFT compares all adapters that it sees
                 self.peft_config = {

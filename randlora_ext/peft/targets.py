@@ -21,7 +21,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module) or bool(backend_of(module))
 
 
-def check_linear(target: nn.Module) -> None:
+def check_target(target: nn.Module) -> None:
     """Raises ValueError unless it is a linear layer."""
     if not is_linear(target):
         raise ValueError(
@@ -49,7 +49,7 @@ def check_targets(
     if not any(map(is_linear, targets.values())) and (config.target_modules or not parameters):
         _refuse_unmatched(model, config)
     for target in targets.values():
-        check_linear(target)
+        check_target(target)
     _warn_of_unmatched(model, config, parameters)
     for name, target in targets.items():
         check_no_plan(model, name, f"target {name!r}")

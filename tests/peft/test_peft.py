@@ -139,7 +139,6 @@ FIELDS = [
     {"bias": "all", "save_projection": False, "sparse": False},
     {"bias": "randlora_only", "randlora_dropout": 0.3, "sparse": False},
     {"modules_to_save": ["head"], "randlora_dropout": 0.3},
-    {"fan_in_fan_out": True},  # which PEFT corrects
     {"layers_to_transform": [0, 2]},
     {"layers_to_transform": 1, "layers_pattern": "layers"},
 ]

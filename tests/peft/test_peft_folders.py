@@ -31,7 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from randlora_ext import calibrate
 
-pytestmark = pytest.mark.filterwarnings("ignore:(fan_in_fan_out|randlora_alpha)")
+pytestmark = pytest.mark.filterwarnings("ignore:randlora_alpha")
 TENSORS = "adapter_model.safetensors"
 
 
