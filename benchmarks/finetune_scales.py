@@ -49,24 +49,24 @@ def other_vectors(tuned, read, own, p: str = "2", strength: str = "one") -> dict
     layers = calibration.layers_to_calibrate(tuned)
     in_batches = calibration.seen_in_batches(tuned, read, layers)
     with mock.patch.object(calibration, "POWER", float(p)):
-        scales = calibration.scales_of(in_batches, None)
+        profiles = calibration.profiles_of(in_batches, None)
     if strength == "one":
-        strengths = calibration.equal_strengths(scales, in_batches)
+        strengths = calibration.equal_strengths(profiles, in_batches)
     else:
         with mock.patch.object(calibration, "own_text", lambda writer: own):
             in_own_text = calibration.seen_in_own_text(tuned, layers)
         by_cost = {"limited": calibration.strengths_by_cost, "F-1/2": unlimited}[strength]
-        strengths = by_cost(scales, in_own_text)
+        strengths = by_cost(profiles, in_own_text)
     return {
-        layer: (strengths[name] * scales[name]).float().view(*layer.experts, -1)
+        layer: (strengths[name] * profiles[name]).float().view(*layer.experts, -1)
         for name, layer in layers.items()
     }
 
 
-def unlimited(scales: dict, in_own_text: dict) -> dict[str, float]:
+def unlimited(profiles: dict, in_own_text: dict) -> dict[str, float]:
     """A step costs the same in every layer, and COST in all together."""
-    of_each = calibration.COST / len(scales)
+    of_each = calibration.COST / len(profiles)
     return {
-        name: math.sqrt(of_each / calibration.cost_of(in_own_text[name], scale))
-        for name, scale in scales.items()
+        name: math.sqrt(of_each / calibration.cost_of(in_own_text[name], profile))
+        for name, profile in profiles.items()
     }

@@ -17,7 +17,7 @@ from .ranks import failing_together, full_tensor, gathered, of_all_ranks
 
 POWER = 2  # of the share of a feature's energy that varies; docs/ablations.md compares others
 EPSILON = 0.1  # in medians of rms: small features are not blown up without bound
-FLOOR = 1e-3  # in medians of the scale: no feature is lost entirely, so dW keeps its rank
+FLOOR = 1e-3  # in medians of the profile: no feature is lost entirely, so dW keeps its rank
 COST = 250.0  # of a step in all layers together; one learning rate then fits all models
 RESPONSE = 1.5  # of the median layer to a random dW, for models that write no text; likewise
 FEW_TOKENS = 32  # fewer do not tell what varies
@@ -41,23 +41,23 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
 
         rms = x.square().mean(0).sqrt()             x (tokens, in), of the batches
         varying = 1 - (x.mean(0) / rms).square()    the share of its energy that varies
-        scale = (varying * varying_in_own_text).square() / (rms + 0.1 * rms.median())
-        scale = scale.clamp_min(scale.median() / 1000)
-        scale = scale / scale.square().mean().sqrt()
+        profile = (varying * varying_in_own_text).square() / (rms + 0.1 * rms.median())
+        profile = profile.clamp_min(profile.median() / 1000)
+        profile = profile / profile.square().mean().sqrt()
 
     times the strength of the layer, one number, which is smaller where a step costs more than in
     the median layer (docs/how-it-works.md). varying_in_own_text is measured on `own_text`, 8 rows
     that the base model writes. So is the cost, with the gradients of the summed loss to the layer's
     outputs, (tokens, out)::
 
-        cost = gradients.square().mean(0).sum() * (scale * x).square().mean(0).sum()
+        cost = gradients.square().mean(0).sum() * (profile * x).square().mean(0).sum()
 
     Then, with the costs of all layers::
 
         median = statistics.median(cost[cost > 0].tolist())
         strength = cost.clamp_min(median).rsqrt()
         strength = strength * (250 / (strength.square() * cost).sum()).sqrt()
-        input_scale = strength * scale
+        input_scale = strength * profile
 
     A step in all layers so costs 250 in every model, and one learning rate serves all. A layer that
     the text does not reach, as of an encoder of images, costs nothing and is as strong as the
@@ -67,7 +67,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     chosen so that, in the median layer, a dW of independent random numbers of variance 1 would
     change the outputs y (tokens, out) by 1.5 times their root mean square::
 
-        response = ((x * scale).square().sum() / y.square().mean(1).sum()).sqrt()
+        response = ((x * profile).square().sum() / y.square().mean(1).sum()).sqrt()
         strength = 1.5 / statistics.median(responses)
 
     From then on the adapter computes ``F.linear(x * input_scale, dW)``. This costs no parameter and
@@ -119,30 +119,30 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
     layers = layers_to_calibrate(model)
     in_batches = seen_in_batches(model, batches, layers)
     in_own_text = seen_in_own_text(model, layers)
-    scales = scales_of(in_batches, in_own_text)
-    strengths = strengths_by_cost(scales, in_own_text) or equal_strengths(scales, in_batches)
+    profiles = profiles_of(in_batches, in_own_text)
+    strengths = strengths_by_cost(profiles, in_own_text) or equal_strengths(profiles, in_batches)
     for name, strength in strengths.items():
         layer = layers[name]
-        input_scale = (strength * scales[name]).float().view(*layer.experts, -1)
+        input_scale = (strength * profiles[name]).float().view(*layer.experts, -1)
         for adapter in adapters_to_calibrate(layer):
             layer.set_input_scale(adapter, input_scale)
     return strengths
 
 
-def scale_of(rms: Tensor, *shares: Tensor) -> Tensor:
-    """`scale` as `calibrate` says, an input scale before its strength, of the root mean square of
-    each feature and the shares of its energy that vary, which are multiplied.
+def profile_of(rms: Tensor, *shares: Tensor) -> Tensor:
+    """`profile` as `calibrate` says: an input scale but for the layer's strength. Of the root mean
+    square of each feature, and the shares of its energy that vary, which are multiplied.
 
-    A share that would leave no feature varying, as after a single token, is left out. Medians of
-    which over half would be zero are those of the other features.
+    A share that would leave no feature varying, as after a single token, is left out. If over half
+    of the numbers are zero, the median is that of the others.
     """
     varying = torch.ones_like(rms)
     for share in shares:
         if (varying * share)[rms > 0].max() >= 1e-6:  # less is what rounding leaves of zero
             varying = varying * share
-    scale = varying**POWER / (rms + EPSILON * _median(rms))
-    scale = scale.clamp_min(FLOOR * _median(scale))
-    return scale / scale.square().mean().sqrt()
+    profile = varying**POWER / (rms + EPSILON * _median(rms))
+    profile = profile.clamp_min(FLOOR * _median(profile))
+    return profile / profile.square().mean().sqrt()
 
 
 def _median(values: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def seen_in_batches(model: nn.Module, batches: Iterable[Any], layers: Layers) ->
     sums = {layer: Sums.of(layer) for layer in layers.values()}
     count = 0
     with failing_together():
-        for batch in batches:  # which may be made by other models, or by this one
+        for batch in batches:
             _check_batch(batch)
             observe(model, batch, sums)
             count += 1
@@ -211,16 +211,16 @@ def _is_finite(sums: Sums) -> bool:
     return all(bool(total.isfinite().all()) for total in vars(sums).values())
 
 
-def scales_of(
+def profiles_of(
     in_batches: Mapping[str, Sums], in_own_text: Mapping[str, Sums] | None
 ) -> dict[str, Tensor]:
-    """`scale` as `calibrate` says, (experts, in_features), by the names of layers; a warning, and
-    none, if a layer has seen nothing."""
-    scales = {}
+    """Those of `calibrate`, (experts, in_features), by the names of layers; a warning, and none, if
+    a layer has seen nothing."""
+    profiles = {}
     unseen = []
     for name, seen in in_batches.items():
         if bool(seen.squares.any()):
-            scales[name] = _scale_of_experts(seen, in_own_text[name] if in_own_text else None)
+            profiles[name] = _profile_of_experts(seen, in_own_text[name] if in_own_text else None)
         else:
             unseen.append(name)
     if unseen:
@@ -228,17 +228,17 @@ def scales_of(
             f"batches brought no token to {len(unseen)} of {len(in_batches)} layers, or only "
             f"masked ones and zeros; these stay as they were: {at_most_ten(unseen)}"
         )
-    return scales
+    return profiles
 
 
-def _scale_of_experts(in_batches: Sums, in_own_text: Sums | None) -> Tensor:
+def _profile_of_experts(in_batches: Sums, in_own_text: Sums | None) -> Tensor:
     """Each has a root mean square of 1."""
     rms, varying = _size_and_share(in_batches)
     shares = [varying]
     if in_own_text is not None and in_own_text.tokens.sum() >= FEW_TOKENS:
         _, varying_in_own_text = _size_and_share(in_own_text)
         shares.append(varying_in_own_text)
-    return torch.stack([scale_of(*each) for each in zip(rms, *shares, strict=True)])
+    return torch.stack([profile_of(*each) for each in zip(rms, *shares, strict=True)])
 
 
 def _size_and_share(sums: Sums) -> tuple[Tensor, Tensor]:
@@ -254,13 +254,13 @@ def _size_and_share(sums: Sums) -> tuple[Tensor, Tensor]:
 
 
 def strengths_by_cost(
-    scales: Mapping[str, Tensor], in_own_text: Mapping[str, Sums] | None
+    profiles: Mapping[str, Tensor], in_own_text: Mapping[str, Sums] | None
 ) -> dict[str, float] | None:
     """One for each layer, as `calibrate` says; None if the model has written no text, or it reaches
     no layer."""
     if in_own_text is None:
         return None
-    costs = {name: cost_of(in_own_text[name], scale) for name, scale in scales.items()}
+    costs = {name: cost_of(in_own_text[name], profile) for name, profile in profiles.items()}
     reached = [cost for cost in costs.values() if cost > 0]
     if not reached:
         return None
@@ -270,27 +270,27 @@ def strengths_by_cost(
     return {name: unit * strength for name, strength in strengths.items()}
 
 
-def equal_strengths(scales: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, float]:
+def equal_strengths(profiles: Mapping[str, Tensor], sums: Mapping[str, Sums]) -> dict[str, float]:
     """That of all layers, as `calibrate` says, by the batches alone."""
-    responses = [_response(sums[name], scale) for name, scale in scales.items()]
+    responses = [_response(sums[name], profile) for name, profile in profiles.items()]
     # Infinite where the outputs are zero.
     responses = [response for response in responses if math.isfinite(response)]
     strength = RESPONSE / statistics.median(responses) if responses else 1.0
-    return dict.fromkeys(scales, strength)
+    return dict.fromkeys(profiles, strength)
 
 
-def _response(sums: Sums, scale: Tensor) -> float:
+def _response(sums: Sums, profile: Tensor) -> float:
     """To a dW of independent random elements of variance 1: the root mean square of what it would
     add to the outputs, over theirs."""
-    added = (sums.squares * scale.square()).sum()
+    added = (sums.squares * profile.square()).sum()
     return float((added / sums.outputs.sum()).sqrt())
 
 
-def cost_of(sums: Sums, scale: Tensor) -> float:
+def cost_of(sums: Sums, profile: Tensor) -> float:
     """As `calibrate` says; of experts the mean, by their tokens."""
     tokens = sums.tokens.clamp_min(1)
     gradients = (sums.gradients / tokens).sum(1)
-    inputs = (sums.squares / tokens * scale.square()).sum(1)
+    inputs = (sums.squares / tokens * profile.square()).sum(1)
     weights = sums.tokens.squeeze(1)
     return float(weights @ (gradients * inputs) / weights.sum().clamp_min(1))
 

@@ -16,8 +16,9 @@ from .ranks import full_tensor, gathered
 def set_dial(model: nn.Module, factor: float, adapter_name: str = "default") -> None:
     """Multiplies an adapter's dW by a factor, for good: ``dW = factor * dW``.
 
-    A trained update times 0.7 keeps most of what it has learned, and gives back most of what the
-    model has forgotten. `ForgettingBudget` chooses the factor by itself.
+    After a short training a factor of 0.7 kept most of what was learned, and gave back most of what
+    was forgotten; after a long one it cost more (docs/train.md). `ForgettingBudget` chooses the
+    factor by itself.
 
     Lambda takes the factor, in place. dW is linear in lambda, so the result is exact up to one
     rounding of each element, and lambda goes everywhere: into files, state dicts and merged

@@ -38,7 +38,8 @@ class Basis(Shape):
         r: rows of A, at most 65,536; n = ceil(d / r) copies of each, K = n * r.
         density: share of non-zeros of independent bases, in (0, 1]. None means 1/3, PEFT's
             ``sparse``. Hadamard bases have no zeros and take none.
-        seed: 0 <= seed < 2**64; PEFT's ``projection_prng_key``.
+        seed: 0 <= seed < 2**64; ``projection_prng_key`` of our `RandLoraConfig`. PEFT's own bases
+            of that key are others.
         kind: "hadamard": A and B are parts of Hadamard matrices with random signs, so that a
             product with A costs as many multiply-adds as gamma has elements, and one with B only
             additions. "independent": every element is drawn independently, each sign with

@@ -73,7 +73,6 @@ class AdaptedLayer(Mergeable):
         return self.base_layer
 
     def _base_weight(self) -> Tensor:
-        """Has the dtype, device and layout in which the base layer computes."""
         return self.get_base_layer().weight  # type: ignore[return-value]
 
     def _input_scale(self, name: str, device: torch.device) -> Tensor | None:

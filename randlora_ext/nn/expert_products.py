@@ -107,8 +107,8 @@ class ExpertProducts(TorchFunctionMode):
             self._report_one(layer, x_of_one, matrix_of_one, y_of_one)
 
     def _report_one(self, layer: AdaptedParameter, x: Tensor, matrix: Tensor, y: Tensor) -> None:
-        """Unless it is by another part of the parameter than the whole matrix of an expert, or
-        some of its columns."""
+        """Reports a product whose matrix is that of an expert, or some of its columns; passes over
+        others."""
         W, (experts,) = layer._base_weight(), layer.experts
         along_inputs = W.stride(-2 if layer.transposed else -1)
         offset = matrix.data_ptr() - W.data_ptr()

@@ -38,7 +38,8 @@ class RandLoraLinear(AdaptedLayer, nn.Module):
         r: rows of A. More than d = min(in, out) warns.
         randlora_alpha: scaling = randlora_alpha / r. None means 20 r, so a scaling of 20.
         density: as all that follow, of the bases (`Basis`).
-        seed: likewise; PEFT draws others from an equal ``projection_prng_key``.
+        seed: likewise. `RandLoraConfig` with this basis and ``projection_prng_key=seed`` has the
+            same bases.
         randlora_dropout: probability in [0, 1) that an input of the adapter is dropped.
         basis: the `kind` of `Basis`.
 

@@ -136,7 +136,8 @@ class Mergeable(nn.Module):
         raise NotImplementedError
 
     def _base_weight(self) -> Tensor:
-        """The weight of the base layer, in the dtype and on the device in which that computes."""
+        """The weight of the base layer; of a quantized one an empty tensor of the dtype and on the
+        device in which it computes."""
         raise NotImplementedError
 
     def _delta(self, name: str, dtype: torch.dtype) -> Tensor:

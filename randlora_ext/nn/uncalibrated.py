@@ -10,8 +10,8 @@ from ..checks import warn_user
 
 
 def watch_calibration(model: nn.Module, adapter: str) -> None:
-    """Has one layer of a language model, where calibration helps, look at a new adapter on Hadamard
-    bases when it is trained."""
+    """Marks one layer that has the new adapter, whose forward warns if it is trained uncalibrated.
+    Does nothing unless the model reads tokens: elsewhere calibration was not seen to help."""
     if not _reads_tokens(model):
         return
     module: Any

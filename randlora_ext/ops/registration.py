@@ -180,9 +180,9 @@ gradients = partial(_differentiable, _Backward)
 
 
 def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Callable:
-    """Registers gradient and its fake kernel, vmap and autocast, of the arguments `cast`, of the
-    operator `name`; returns what eager code calls, with the arguments that describe the bases by
-    name, in the operator's order."""
+    """Registers for the operator `name` its gradient, that one's fake kernel, vmap, and autocast of
+    the arguments `cast`. Returns what eager code calls; it takes the arguments that describe the
+    bases by name, in the operator's order."""
     op = getattr(_ops, name)
     forward = partial(_below_autograd, op.default)
     function.forward = staticmethod(forward)  # type: ignore[method-assign]

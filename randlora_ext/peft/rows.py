@@ -47,7 +47,8 @@ def adapters_by_row(
     thread = threading.get_ident()
 
     def give_names(module, args, kwargs=None):
-        if threading.get_ident() != thread:  # whose rows are others, and which may see half a hook
+        # Another thread has other rows, and may call while this hook is being registered.
+        if threading.get_ident() != thread:
             return None
         inputs = args[0] if args else next(iter(kwargs.values()))
         times = copies if len(inputs) == copies * len(adapter_names) else 1

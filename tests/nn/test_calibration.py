@@ -99,10 +99,10 @@ def test_tokens_that_are_all_alike(tokens):
 
 def test_own_text_in_which_nothing_else_varies_is_left_out():
     rms, in_batches = uneven(1)[0].abs(), torch.tensor([1.0, 0.5, 0] * 8)
-    want = calibration.scale_of(rms, in_batches)
+    want = calibration.profile_of(rms, in_batches)
     for in_own_text in (1 - in_batches.ceil(), torch.zeros(24)):
-        assert torch.equal(calibration.scale_of(rms, in_batches, in_own_text), want)
-    assert not torch.equal(calibration.scale_of(rms, in_batches, rms / rms.max()), want)
+        assert torch.equal(calibration.profile_of(rms, in_batches, in_own_text), want)
+    assert not torch.equal(calibration.profile_of(rms, in_batches, rms / rms.max()), want)
 
 
 def test_zeros_in_most_features_leave_their_vector_finite():

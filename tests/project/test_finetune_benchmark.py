@@ -145,9 +145,9 @@ def test_limited_strengths_are_those_of_calibrate_by_the_batches_alone(toy, monk
     batches = spelling.plan_batches(finetune_tasks.examples("roman")[0], 4, 16, 0)
     read = to_calibrate_with("", batches, toy)
     vectors = other_vectors(tuned, read, written("own", toy), strength="limited")
-    scale_of_experts = calibration._scale_of_experts
+    profile_of_experts = calibration._profile_of_experts
     monkeypatch.setattr(
-        calibration, "_scale_of_experts", lambda seen, _: scale_of_experts(seen, None)
+        calibration, "_profile_of_experts", lambda seen, _: profile_of_experts(seen, None)
     )
     randlora_ext.calibrate(tuned, read)
     for layer, vector in vectors.items():
