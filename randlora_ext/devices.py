@@ -11,6 +11,21 @@ from . import _C
 LIBRARY = Path(__file__).parent / "librandlora_cuda.so"
 # Tests load the kernels compiled for the CPU (CONTRIBUTING.md, "The execution gate").
 _SERVES_CPU = os.environ.get("RANDLORA_CUDA_SERVES_CPU") == "1"
+_told: set[int | None] = set()  # cards of which was warned; None is all of them
+
+
+def _warn_once(card: int | None, kernels: str) -> None:
+    """`kernels`: what is wrong with them, as the end of "the CUDA kernels"."""
+    if card in _told:
+        return
+    _told.add(card)
+    warnings.warn(
+        f"randlora_ext: the CUDA kernels {kernels}. Without them Hadamard and dense bases run in "
+        "plain torch on a card, and independent bases cannot run. Installed again on this machine "
+        "with RANDLORA_CUDA=1, they are built for its cards of sm_80 and newer",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _load() -> str:
@@ -28,12 +43,7 @@ def _load() -> str:
     except RuntimeError as error:
         why = str(error).splitlines()[0].rpartition("randlora: ")[2]  # without torch's position
         why = f"not loaded: {why}"
-        warnings.warn(
-            f"randlora_ext: the CUDA kernels are {why}. On a card Hadamard and dense bases run in "
-            "plain torch, and independent bases cannot run",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _warn_once(None, f"are {why}")
         return why
     return _C.cuda_build()
 
@@ -41,17 +51,15 @@ def _load() -> str:
 CUDA_STATUS: str = _load()
 
 
-_told: set[int | None] = set()  # cards that the library refused
-
-
 def cuda_refusal(device: torch.device) -> str:
     """Why the CUDA kernels do not serve tensors of this device, as the end of "they are"; empty if
-    they do. Warns once per card that the library was not built for.
+    they do. Warns once of a card on which they do not run.
     """
     types = ("cuda", "cpu") if _SERVES_CPU else ("cuda",)
     if device.type not in types:
         return f"not there for {device.type}"
     if not _C.cuda_build():
+        _warn_once(None, f"are {CUDA_STATUS}")
         return CUDA_STATUS
     card = None
     if device.type == "cuda":
@@ -62,15 +70,7 @@ def cuda_refusal(device: torch.device) -> str:
     if not why:
         return ""
     why = f"not built for {device}: {why}"
-    if card not in _told:
-        _told.add(card)
-        warnings.warn(
-            f"randlora_ext: the CUDA kernels ({_C.cuda_build()}) are {why}. There Hadamard and "
-            "dense bases run in plain torch, and independent bases cannot run. Installed again on "
-            "this machine with RANDLORA_CUDA=1, they are built for its cards of sm_80 and newer",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    _warn_once(card, f"({_C.cuda_build()}) are {why}")
     return why
 
 

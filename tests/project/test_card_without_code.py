@@ -1,4 +1,4 @@
-"""A card that the CUDA library was not built for: plain torch on it, after one warning.
+"""A card that has no kernels: plain torch on it, after one warning.
 
 There is no card here. A stand-in for the library, which says so of every card and has no kernel at
 all, is given the CPU's tensors: a call of any kernel would end the process.
@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cuda_interface import interface
+
+from randlora_ext import devices
 
 ROOT = Path(__file__).parents[2]
 if not (ROOT / "csrc" / "core").is_dir() or shutil.which("cc") is None:
@@ -99,3 +102,17 @@ def test_plain_torch_serves_a_card_without_code(tmp_path):
     assert of_operator.startswith("RuntimeError") and f"not built for card 0: {why}" in of_operator
     assert warning.startswith("RuntimeWarning randlora_ext: the CUDA kernels (nvcc, for another")
     assert f"not built for cpu: {why}" in warning and "RANDLORA_CUDA=1" in warning
+
+
+def test_a_build_without_kernels_says_so_when_a_card_is_first_used(monkeypatch):
+    monkeypatch.setattr(devices._C, "cuda_build", lambda: "")
+    monkeypatch.setattr(devices, "CUDA_STATUS", "not loaded: built without")
+    monkeypatch.setattr(devices, "_told", set())
+    with pytest.warns(RuntimeWarning) as told:
+        for _ in range(2):
+            assert not devices.has_kernels(torch.device("cuda"))
+    (warning,) = told
+    assert str(warning.message).startswith(
+        "randlora_ext: the CUDA kernels are not loaded: built without. Without them Hadamard and "
+        "dense bases run in plain torch on a card"
+    )
