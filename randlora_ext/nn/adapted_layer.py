@@ -36,7 +36,7 @@ class AdaptedLayer(Mergeable):
     active_adapters: Sequence[str]
     disabled = False
     # Adapters of which forward is still to look if they are trained without calibration.
-    uncalibrated: frozenset[str] = frozenset()
+    _uncalibrated: frozenset[str] = frozenset()
 
     def _force_module_call(self) -> None:
         """Makes nn.TransformerEncoderLayer call this layer in eval mode. Its fused kernel would
@@ -141,7 +141,7 @@ class AdaptedLayer(Mergeable):
 
     def _output_with_adapters(self, names: list[str], x: Tensor, *args, **kwargs) -> Tensor:
         """The base layer's output and those of these adapters, by one operator if that may be."""
-        if self.uncalibrated:
+        if self._uncalibrated:
             warn_if_uncalibrated(self, names)
         base = self._modules["base_layer"]
         if len(names) == 1 and not args and not kwargs:
@@ -197,7 +197,7 @@ class AdaptedLayer(Mergeable):
             words += " (basis='hadamard' costs about LoRA's)"
         return words
 
-    def name_at(self, path: str) -> str:
+    def _name_at(self, path: str) -> str:
         """What messages call the layer at that path of a model."""
         return path
 
@@ -226,4 +226,4 @@ def layers_by_name(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Each once, by the name of what it adapts: of a module or a parameter."""
     check_model(model)
     modules = model.named_modules()
-    return {m.name_at(path): m for path, m in modules if isinstance(m, AdaptedLayer)}
+    return {m._name_at(path): m for path, m in modules if isinstance(m, AdaptedLayer)}

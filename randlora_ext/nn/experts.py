@@ -1,5 +1,6 @@
 """Adapters of a module's parameters, such as the stacked experts of a mixture model."""
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,11 @@ ADAPTERS = "adapted_parameters"  # of a module, in the names of its adapters' te
 
 # While a module runs, W + dW is its parameter, which another thread would take for W.
 _one_thread = threading.RLock()
+os.register_at_fork(  # so that no child process finds it taken, or W + dW
+    before=_one_thread.acquire,
+    after_in_parent=_one_thread.release,
+    after_in_child=_one_thread.release,
+)
 
 
 class ParameterSizes(NamedTuple):
@@ -54,7 +60,7 @@ class AdaptedModule(nn.Module):
         return self.adapted_parameters._modules
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # and compiled code changes no parameter
+        if torch.compiler.is_compiling():  # one graph of the module changes no parameter
             return self._with_adapters(*args, **kwargs)
         with _one_thread:
             return self._with_adapters(*args, **kwargs)
@@ -122,7 +128,7 @@ class AdaptedParameter(AdaptedLayer):
         names = [] if self.takes_base_weight else self._prepare_adapters()
         if not names:
             return None
-        if self.uncalibrated:
+        if self._uncalibrated:
             warn_if_uncalibrated(self, names)
         weight = self._base_weight()
         offloaded = weight.is_meta and hasattr(self.get_base_layer(), "_hf_hook")  # accelerate's
@@ -153,7 +159,7 @@ class AdaptedParameter(AdaptedLayer):
         delta = self._plus_delta(name, None, *(t.to(dtype) for t in diagonals))
         return laid_out_like(delta, self._base_weight())
 
-    def name_at(self, path: str) -> str:
+    def _name_at(self, path: str) -> str:
         return path.replace(f".{ADAPTERS}.", ".")
 
     def describe(self, adapter: str) -> str:

@@ -31,7 +31,7 @@ class Mergeable(nn.Module):
     in_features: int
     out_features: int
     experts: tuple[int, ...] = ()  # how many, if the weight is a stack
-    path: str | None = None  # in the model, for error messages
+    _path: str | None = None  # in the model, for error messages
     # Of each adapter, by its name.
     randlora_lambda: nn.ParameterDict
     randlora_gamma: nn.ParameterDict
@@ -184,8 +184,8 @@ class Mergeable(nn.Module):
 
     def _in_words(self) -> str:
         """What messages call the layer: its path, if it knows that."""
-        if self.path:
-            return f"layer {self.path!r}"
+        if self._path:
+            return f"layer {self._path!r}"
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def _writer(self, total: Tensor) -> Callable[[], object]:
@@ -231,7 +231,7 @@ def check_mergeable(layers: Mapping[str, Mergeable]) -> None:
     two layers share a weight, and the errors of merging."""
     first: dict[int, Mergeable] = {}
     for path, layer in layers.items():
-        layer.path = path
+        layer._path = path
         weight = layer._held_weight()
         if weight is None:
             continue

@@ -17,19 +17,19 @@ def watch_calibration(model: nn.Module, adapter: str) -> None:
     module: Any
     for module in model.modules():
         if adapter in getattr(module, "randlora_input_scale", ()):
-            module.uncalibrated = module.uncalibrated | {adapter}
+            module._uncalibrated = module._uncalibrated | {adapter}
             return
 
 
 def warn_if_uncalibrated(layer: Any, names: Sequence[str]) -> None:
     """Called in forward of an `AdaptedLayer`. In the first one that trains an adapter of
-    ``layer.uncalibrated``, it warns if that is new and not calibrated; once it has seen numbers it
+    ``layer._uncalibrated``, it warns if that is new and not calibrated; once it has seen numbers it
     does not look again. Compiled code does not look at all."""
     if torch.compiler.is_compiling() or not layer.training or not torch.is_grad_enabled():
         return
     for name in names:
         lam = layer.randlora_lambda[name]
-        if name not in layer.uncalibrated or not lam.requires_grad:
+        if name not in layer._uncalibrated or not lam.requires_grad:
             continue
         # A later adapter of that name may have bases that cannot be calibrated.
         needs_none = name not in layer.randlora_input_scale
@@ -37,7 +37,7 @@ def warn_if_uncalibrated(layer: Any, names: Sequence[str]) -> None:
             needless = needs_none or bool(lam.any()) or layer.is_calibrated(name)
         except RuntimeError:  # no numbers to look at: on the meta device, fake, or inside vmap
             continue
-        layer.uncalibrated = layer.uncalibrated - {name}
+        layer._uncalibrated = layer._uncalibrated - {name}
         if needless:
             continue
         warn_user(

@@ -57,9 +57,10 @@ class RandLoraConfig(peft.RandLoraConfig):
         check_alpha("randlora_alpha", self.randlora_alpha)
         check_dropout(self.randlora_dropout)
         check_one_of("bias", self.bias, ("none", "all", "randlora_only"))
-        if isinstance(self.target_parameters, str):
-            got = repr(self.target_parameters)
-            raise TypeError(f"target_parameters must be a list of names or None, got {got}")
+        for name in ("modules_to_save", "target_parameters"):
+            value = getattr(self, name)
+            if isinstance(value, str):  # its letters would be the names
+                raise TypeError(f"{name} must be a list of names or None, got {value!r}")
         generated = self.basis_description
         if generated is not None:
             self.save_projection = True  # else PEFT warns that bases may be lost

@@ -33,6 +33,9 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     # Of adapters whose bases are tensors; `bases` has those of the others.
     tensor_bases: dict[str, Basis]
     _tensor_bases_from: tuple | None  # the device and the contents from which they are made
+    # While a mixed batch runs, the adapter of each row. Compiled code guards on it, and not on the
+    # hook that brings the names, so it is compiled for mixed batches apart.
+    rows: tuple[str, ...] | None = None
     disabled = Linear.disable_adapters  # PEFT's property, by our layers' name
     # Of these PEFT deletes an adapter's entries with it.
     other_param_names = (
@@ -121,7 +124,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
                 diagonals[adapter_name] = nn.Parameter(old.detach().to(dtype), old.requires_grad)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names = kwargs.pop("adapter_names", None) if self.rows or kwargs else None
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
         y = self._output_with_adapters(self._prepare_adapters(), x, *args, **kwargs)

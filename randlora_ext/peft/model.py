@@ -150,7 +150,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
             warn_user(str(error))
         super()._create_and_replace(config, adapter_name, target, target_name, parent, current_key)
         disable_nested_tensors(self.model, current_key)
-        getattr(parent, target_name).path = current_key
+        getattr(parent, target_name)._path = current_key
 
     def _adapt_parameter(self, config, adapter_name, target, target_name, parent, name) -> None:
         """`target` has the parameter, or is already the `AdaptedModule` around what has it."""
@@ -266,6 +266,13 @@ class AcceleratedRandLoraModel(RandLoraModel):
             if name == known[0]:
                 fits = A.shape[-1] >= d and B.shape[0] >= D
             if fits:
+                larger = (A.shape[-1], B.shape[0]) != (d, D)
+                if larger and description_of_config(config) is None and not config.inference_mode:
+                    warn_user(
+                        f"on PEFT's bases this adapter shares those of adapter {name!r}, which are "
+                        "larger than its own layers need: its file can be loaded beside that "
+                        'adapter, and not alone; basis="hadamard" has no such limit'
+                    )
                 return A, B
         return None
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -47,8 +48,9 @@ def adapters_by_row(
     thread = threading.get_ident()
 
     def give_names(module, args, kwargs=None):
-        # Another thread has other rows, and may call while this hook is being registered.
-        if threading.get_ident() != thread:
+        # Another thread has other rows, and may call while this hook is being registered. Compiled
+        # code cannot ask for its thread.
+        if not torch.compiler.is_compiling() and threading.get_ident() != thread:
             return None
         inputs = args[0] if args else next(iter(kwargs.values()))
         times = copies if len(inputs) == copies * len(adapter_names) else 1
@@ -60,4 +62,7 @@ def adapters_by_row(
     with ExitStack() as hooks:
         for module in modules:
             hooks.enter_context(module.register_forward_pre_hook(give_names, with_kwargs=True))
+            if isinstance(module, AcceleratedLinear):
+                module.rows = tuple(adapter_names)
+                hooks.callback(setattr, module, "rows", None)
         yield

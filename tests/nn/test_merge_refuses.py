@@ -134,7 +134,7 @@ def test_the_message_names_the_layers():
     one.merge()
     with pytest.raises(RuntimeError, match=r"^RandLoraLinear\(24->40; .*\) is merged into the we"):
         two.merge()
-    one.path, two.path = "head", "tail"
+    one._path, two._path = "head", "tail"
     with pytest.raises(RuntimeError, match="^layer 'head' is merged .* of layer 'tail', which"):
         two.merge()
 

@@ -102,6 +102,20 @@ def test_adapters_on_bases_of_peft_have_one_key_as_in_stock():
         model.add_adapter("four", config(5, sparse=True, projection_prng_key=9))
 
 
+def test_bases_that_are_larger_than_an_adapter_needs_are_told():
+    """Its file, alone, would have smaller ones."""
+    model = made(targets="abc")
+    with pytest.warns(UserWarning, match="adapter 'default', which are larger .* and not alone"):
+        model.add_adapter("fewer", config(5, targets=["a"]))
+
+
+def test_bases_of_the_right_size_are_shared_silently(recwarn):
+    for options in ({}, {"basis": "hadamard"}):
+        model = made(targets="abc", randlora_alpha=80, **options)
+        model.add_adapter("two", model.peft_config["default"])
+    assert not [each for each in recwarn if "shares those of" in str(each.message)]
+
+
 # ---- merging -------------------------------------------------------------------------------------
 
 

@@ -212,6 +212,7 @@ BAD_OPTIONS = [
      "contradicts basis='hadamard'"),
     ({"randlora_alpha": 10**400}, "randlora_alpha must be a finite number, got an integer of 1329"),
     ({"randlora_alpha": "64"}, "randlora_alpha must be a finite number, got '64'"),
+    ({"modules_to_save": "head"}, "modules_to_save must be a list of names or None, got 'head'"),
     ({"randlora_dropout": 1.0}, r"randlora_dropout must be a number in \[0, 1\), got 1.0"),
     ({"bias": "some"}, "bias must be one of .*got 'some'"),
 ]  # fmt: skip

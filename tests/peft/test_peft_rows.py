@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from compile_helpers import compiled
+from compile_helpers import fresh_dynamo as fresh_dynamo
 from peft_helpers import (
     Headed,
     adapted,
@@ -63,6 +65,17 @@ def test_the_call_after_a_mixed_batch_is_an_ordinary_one():
     before = model(x)
     assert not torch.allclose(model(x, adapter_names=ROWS), before)
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_compiled_code_takes_the_rows_of_each_call(order, fresh_dynamo):
+    model = adapters(made(basis="hadamard"), lambda i: config((5, 3)[i], sparse=True))
+    x, batches = torch.randn(6, 24), [None, ROWS, ROWS[::-1]]
+    want = [model(x, adapter_names=names) for names in batches]
+    inner = model.base_model.model
+    inner.forward = compiled(inner.forward)
+    for k in (*order, *order):
+        torch.testing.assert_close(model(x, adapter_names=batches[k]), want[k])
 
 
 def test_gradients_of_rows_whose_adapters_have_other_layers():

@@ -1,5 +1,7 @@
 """randlora_ext.peft: one model called by several threads."""
 
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,10 +38,13 @@ class SlowExperts(nn.Module):
         return torch.einsum("ti,eoi->to", up, self.down)
 
 
-def test_threads_that_share_adapted_experts():
+def with_slow_experts():
     chosen = {"basis": "hadamard", "target_parameters": ["0.up", "0.down"]}
-    model = adapted(nn.Sequential(SlowExperts()), [], 4, **chosen)
-    randomize(model)
+    return adapted(nn.Sequential(SlowExperts()), [], 4, **chosen)
+
+
+def test_threads_that_share_adapted_experts():
+    model = with_slow_experts()
     x = torch.randn(5, 24)
     alone = model(x)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -48,6 +53,31 @@ def test_threads_that_share_adapted_experts():
     now = dict(model.named_parameters())
     assert now.keys() == weights.keys()
     assert all(torch.equal(now[name], weights[name]) for name in weights)
+
+
+def test_a_process_that_is_forked_while_a_thread_is_in_adapted_experts():
+    model = with_slow_experts()
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        alone = model(x)
+    runs = threading.Event()
+    runs.set()
+
+    def call_again_and_again():
+        while runs.is_set():
+            with torch.no_grad():
+                model(x)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call_again_and_again)
+        time.sleep(0.05)
+        child = os.fork()
+        if not child:
+            signal.alarm(30)  # ends a child that hangs
+            with torch.no_grad():
+                os._exit(0 if torch.equal(model(x), alone) else 1)
+        runs.clear()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_each_thread_has_its_own_adapters_by_row():
