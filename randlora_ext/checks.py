@@ -21,7 +21,7 @@ def check_model(model: Any) -> None:
 def warn_user(message: str) -> None:
     """Warns at the line that called this package, perhaps through torch or a library around it."""
     packages = [__file__, torch.__file__]
-    for library in ("accelerate", "peft", "transformers", "trl"):
+    for library in ("accelerate", "kernels", "peft", "transformers", "trl"):
         if library in sys.modules:
             packages.append(str(sys.modules[library].__file__))
     folders = [os.path.dirname(file) + os.sep for file in packages]
