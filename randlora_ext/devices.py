@@ -84,3 +84,8 @@ def has_kernels(device: torch.device) -> bool:
     if device.type == "cpu" and not (_SERVES_CPU and _C.cuda_build()):
         return True
     return has_cuda_kernels(device)
+
+
+# torch.compiler.assume_constant_result, without its import of torch._dynamo (1.5 s): Dynamo cannot
+# trace `_C`.
+has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
