@@ -296,8 +296,8 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _why_needless(model: nn.Module, step: int) -> str:
-    """Why nothing is left to calibrate; "" if something is. Raises `_Cannot` if that is a part of
-    the adapters."""
+    """Why nothing is left to calibrate; "" if something is. Raises `_Cannot` if only some
+    adapters are calibrated."""
     if step:
         return f"training resumes after step {step}"
     layers = layers_by_name(model).values()

@@ -130,9 +130,10 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
 
 
 def profile_of(rms: Tensor, *shares: Tensor) -> Tensor:
-    """`profile` as `calibrate` says: an input scale but for the layer's strength. Of the root mean
-    square of each feature, and the shares of its energy that vary, which are multiplied.
+    """`profile` as `calibrate` says: an input scale but for the layer's strength.
 
+    `rms` is the root mean square of each feature. Each of `shares` is the share of its energy that
+    varies, in one text; they are multiplied.
     A share that would leave no feature varying, as after a single token, is left out. If over half
     of the numbers are zero, the median is that of the others.
     """

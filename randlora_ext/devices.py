@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from . import _C
+from .tracing import constant_while_tracing
 
 LIBRARY = Path(__file__).parent / "librandlora_cuda.so"
 # Tests load the kernels compiled for the CPU (CONTRIBUTING.md, "The execution gate").
@@ -79,13 +80,9 @@ def has_cuda_kernels(device: torch.device) -> bool:
     return not cuda_refusal(device)
 
 
+@constant_while_tracing
 def has_kernels(device: torch.device) -> bool:
     """Whether any of our kernels run on tensors of this device."""
     if device.type == "cpu" and not (_SERVES_CPU and _C.cuda_build()):
         return True
     return has_cuda_kernels(device)
-
-
-# torch.compiler.assume_constant_result, without its import of torch._dynamo (1.5 s): Dynamo cannot
-# trace `_C`.
-has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import devices
 from ..checks import warn_user
+from ..tracing import constant_while_tracing
 from .cache import PackedTensors, get_or_make, ordinary_tensors, share
 from .dense import DenseMatrices
 from .description import BasisDescription, Shape
@@ -185,6 +186,7 @@ class Basis(Shape):
     # The tensors are attributes of a namespace, since Dynamo looks into a dictionary only once a
     # trace. So they are inputs of the graph, and a guard sees when the model has moved. Parameters
     # have no symbolic sizes, and CUDA graphs need not copy them.
+    @constant_while_tracing
     def _traced_name(self, serial: str, device: torch.device, dtype: torch.dtype | None) -> str:
         name = f"{device} {str(dtype).removeprefix('torch.')}"  # Dynamo refuses the dot
         made = self.packed(device, dtype)
@@ -192,9 +194,6 @@ class Basis(Shape):
             made = with_each(made, lambda t: nn.Parameter(t, requires_grad=False))
         vars(self._traced)[name] = made
         return name
-
-    # torch.compiler.assume_constant_result, without its import of torch._dynamo (1.5 s).
-    _traced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def dense(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

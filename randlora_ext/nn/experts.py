@@ -60,7 +60,8 @@ class AdaptedModule(nn.Module):
         return self.adapted_parameters._modules
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # one graph of the module changes no parameter
+        # A module that is compiled in one graph gets W + dW as an input, and keeps its parameter.
+        if torch.compiler.is_compiling():
             return self._with_adapters(*args, **kwargs)
         with _one_thread:
             return self._with_adapters(*args, **kwargs)

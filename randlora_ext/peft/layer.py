@@ -17,6 +17,7 @@ from ..nn.adapter_record import RECORD, AdapterRecord
 from ..nn.base_layer import is_conv1d
 from ..nn.experts import AdaptedParameter
 from ..nn.input_scale import InputScales
+from ..tracing import constant_while_tracing
 from .bases import PackedBasis, PackedBufferDict, layer_basis
 from .config import description_of_config
 
@@ -33,9 +34,9 @@ class AcceleratedLinear(AdaptedLayer, Linear):
     # Of adapters whose bases are tensors; `bases` has those of the others.
     tensor_bases: dict[str, Basis]
     _tensor_bases_from: tuple | None  # the device and the contents from which they are made
-    # While a mixed batch runs, the adapter of each row. Compiled code guards on it, and not on the
-    # hook that brings the names, so it is compiled for mixed batches apart.
-    rows: tuple[str, ...] | None = None
+    # The adapter of each row while a mixed batch runs. Dynamo guards on this attribute, and not on
+    # the hook that brings the names, so that other rows are compiled again.
+    _rows: tuple[str, ...] | None = None
     disabled = Linear.disable_adapters  # PEFT's property, by our layers' name
     # Of these PEFT deletes an adapter's entries with it.
     other_param_names = (
@@ -124,7 +125,9 @@ class AcceleratedLinear(AdaptedLayer, Linear):
                 diagonals[adapter_name] = nn.Parameter(old.detach().to(dtype), old.requires_grad)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapter_names = kwargs.pop("adapter_names", None) if self.rows or kwargs else None
+        adapter_names = None
+        if self._rows is not None or kwargs:
+            adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
         y = self._output_with_adapters(self._prepare_adapters(), x, *args, **kwargs)
@@ -191,7 +194,7 @@ class AcceleratedLinear(AdaptedLayer, Linear):
             )
         return basis
 
-    @torch.compiler.assume_constant_result  # Dynamo runs it while it traces
+    @constant_while_tracing
     def _make_bases_while_tracing(self, device: torch.device, *versions: int) -> None:
         # All, since Dynamo looks into the dictionary only once.
         for adapter in self.randlora_lambda:

@@ -16,13 +16,9 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 
 from ..checks import check_alpha, check_r, warn_user
-from ..nn.adapted_layer import layers_by_path
+from ..nn.adapted_layer import layers_by_name, layers_by_path
 from ..nn.adapter_record import RECORD
-from ..nn.base_layer import (
-    check_is_called,
-    disable_nested_tensors,
-    features,
-)
+from ..nn.base_layer import check_is_called, disable_nested_tensors, features
 from ..nn.experts import ADAPTERS, AdaptedModule, sizes_of_matching
 from ..nn.input_scale import tensor_misfits
 from ..nn.linear import DEFAULT_SCALING, more_than_d
@@ -177,7 +173,7 @@ class AcceleratedRandLoraModel(RandLoraModel):
 
     def _check_safe_to_merge(self, adapter_names: list[str] | None) -> None:
         self._check_merge_allowed()
-        for layer in layers_by_path(self.model).values():
+        for layer in layers_by_name(self.model).values():
             assert isinstance(layer, AcceleratedLinear)
             with onload_layer(layer):  # accelerate may have put its weight elsewhere
                 layer.check_safe_to_merge(adapter_names)

@@ -63,6 +63,6 @@ def adapters_by_row(
         for module in modules:
             hooks.enter_context(module.register_forward_pre_hook(give_names, with_kwargs=True))
             if isinstance(module, AcceleratedLinear):
-                module.rows = tuple(adapter_names)
-                hooks.callback(setattr, module, "rows", None)
+                module._rows = tuple(adapter_names)
+                hooks.callback(setattr, module, "_rows", None)
         yield
