@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
     print("the share that varies: held-out loss at rises of texts\n")
     print(side_by_side(rows, SHARES, [*of_manual, ("meter", 0.2)], lr=RATE))
     print("layers: held-out loss at rises of texts\n")
-    print(side_by_side(rows, BOTH_LAYERS, [*of_manual, ("meter", 0.2)], lr=RATE))
+    print(side_by_side(rows, BOTH_LAYERS, [*of_manual, ("meter", 0.2)]))
     for targets in ("all", "mlp"):
         strengths = {"one": (ONE, targets), "by `calibrate`": (OURS, targets)}
         print(f"strengths, {LAYERS[targets]}: held-out loss at rises of texts\n")
