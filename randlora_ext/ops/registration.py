@@ -161,6 +161,16 @@ def _differentiable(function: type[Function], *inputs):
     return function.forward(*inputs)
 
 
+def _dispatched(function: type[Function], *inputs):
+    """The Autograd kernel of an operator."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "torch.ops.randlora has no torch.func transforms but vmap; call linear or delta_weight "
+            "of randlora_ext, which have others, too"
+        )
+    return _differentiable(function, *inputs)
+
+
 class _Backward(Operator):
     """Without it a second derivative would silently be that of a constant."""
 
@@ -186,9 +196,11 @@ def entry(name: str, function: type[Function], cast: Collection[str] = ()) -> Ca
     op = getattr(_ops, name)
     forward = partial(_below_autograd, op.default)
     function.forward = staticmethod(forward)  # type: ignore[method-assign]
-    torch.library.impl(f"randlora::{name}", "Autograd", partial(_differentiable, function))
+    torch.library.impl(f"randlora::{name}", "Autograd", partial(_dispatched, function))
     fake(_fake_backward, f"{name}_backward")
     backward = f"{name}_backward"
+    of_gradients = partial(_dispatched, _Backward, getattr(_ops, backward).default)
+    torch.library.impl(f"randlora::{backward}", "Autograd", of_gradients)
     for each in (name, backward):
         rule = partial(_vmap, getattr(_ops, each).default)
         torch.library.register_vmap(f"randlora::{each}", rule)

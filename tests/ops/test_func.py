@@ -4,7 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from layer_cases import call, delta_by_reference, make_basis, make_layer, matrices
+from layer_cases import (
+    basis_arguments,
+    call,
+    delta_by_reference,
+    make_basis,
+    make_layer,
+    matrices,
+    operator,
+)
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.utils._pytree import tree_leaves
 
@@ -143,3 +151,29 @@ def test_forward_mode_and_second_derivatives_are_refused(transform, case):
     ):
         with pytest.raises((NotImplementedError, RuntimeError), match=WORDS):
             REFUSED[transform](function, layer.lam)
+
+
+OF_OPERATORS = {
+    "jvp": (REFUSED["jvp"], "no torch.func transforms"),
+    "grad": (lambda f, lam: grad(lambda lam: f(lam).sum())(lam), "no torch.func transforms"),
+    "dual numbers of ordinary autograd": (dual, WORDS),
+}
+
+
+@EVERY_CASE
+@pytest.mark.parametrize("name", ["linear", "linear_backward"])
+@pytest.mark.parametrize("transform", OF_OPERATORS)
+def test_operators_called_by_name_refuse_torch_func_and_forward_mode(transform, name, case):
+    """A backward operator's tangent was zero."""
+    layer = make_layer(*case, 3)
+    t, bases = layer, basis_arguments(layer)
+
+    def result(lam):
+        if name == "linear":
+            return operator(t.basis)(t.x, t.weight, t.bias, lam, t.gam, *bases)
+        backward = operator(t.basis, "linear_backward")
+        return backward(t.dy, t.x, t.weight, lam, t.gam, *bases, True, True)[0]
+
+    transformed, words = OF_OPERATORS[transform]
+    with pytest.raises((NotImplementedError, RuntimeError), match=words):
+        transformed(result, layer.lam)
