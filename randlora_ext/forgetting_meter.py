@@ -62,11 +62,12 @@ def forgetting(
             without padding. "labels" (rows, tokens) say which tokens count, those that are not
             -100; without labels all do that "attention_mask" does not leave out. transformers'
             causal models predict each token from those before it, so for these models the first
-            token of a row does not count, nor one that follows a masked token. By default
-            `own_text`: 8 rows of 128 tokens that the base model writes, 1,024 in all.
+            token of a row does not count, nor one that follows a masked token. By default the base
+            model writes 8 rows of at most 128 tokens (`randlora_ext.own_text.own_text`).
         prompts: of a chat model, rows of token numbers without padding, such as
-            ``tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]``. The
-            base model answers them, and the tokens of its answers count.
+            ``tokenizer.apply_chat_template(chats, add_generation_prompt=True,
+            return_dict=True)["input_ids"]``. The base model answers them, and the tokens of its
+            answers count.
         seed: of what the base model writes. No random state changes.
 
     If torch.distributed is initialized, all ranks must call, each with its own batches, equally
@@ -77,7 +78,7 @@ def forgetting(
     adapter back, because it is merged, trains biases or other weights of the base model, or began
     by changing these (LoRA's "pissa" and its like); both batches and prompts are given; a batch is
     something else; no token counts; the model gives no logits for each token, or they are not
-    finite; or as `own_text`.
+    finite; or what `own_text` raises.
 
     Source: ours. That what reinforcement learning forgets goes with this divergence was seen in
     arXiv:2509.04259.

@@ -48,7 +48,8 @@ def own_text(
         rows: how many, if there are no prompts.
         tokens: how many the model writes at most in a row.
         prompts: rows of token ids without padding, each answered once, as of a chat model
-            ``tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]``.
+            ``tokenizer.apply_chat_template(chats, add_generation_prompt=True,
+            return_dict=True)["input_ids"]``.
         seed: of the generator that samples; torch's own generators stay as they are. If FSDP2 or
             DeepSpeed's ZeRO-3 has sharded the model, all ranks must call, with equally many rows.
 

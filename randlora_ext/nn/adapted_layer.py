@@ -169,7 +169,7 @@ class AdaptedLayer(Mergeable):
         return functional.linear(x, weight, bias, basis, lam, gam, self.scaling[name], input_scale)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``scaling * B @ A'`` in the shape of the base layer's weight.
+        """``scaling * B @ A'``, or its transpose, in the shape of the base layer's weight.
 
         Differentiable for lambda and gamma. In float32, or float64 beside a float64 weight. If
         FSDP2 has sharded the layer, a DTensor placed like its weight; all ranks must call. Raises

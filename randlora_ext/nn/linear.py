@@ -27,9 +27,9 @@ def more_than_d(r: int, d: int) -> str:
 
 
 class RandLoraLinear(AdaptedLayer, nn.Module):
-    """``base_layer(x) + scaling * dropout(x) @ (B @ A')^T``.
+    """``base_layer(x) + scaling * dropout(x) @ (B @ A')^T``, if out >= in.
 
-    A' (K, d) is A scaled by lambda and gamma; B @ A' has the shape of the weight
+    A' (K, d) is A scaled by lambda and gamma. B @ A' is (out, in), or if in > out its transpose is
     (`randlora_ext.delta_weight`). The layer replaces its base layer, which it freezes and keeps,
     without a copy, as ``base_layer``. x (..., in) -> (..., out) in the base layer's output dtype.
 

@@ -61,8 +61,8 @@ def check_ddp(place: Place):
 
 @worlds(2)
 def check_fsdp(place: Place):
-    """Training and the adapter's file as of one process, and one more adapter."""
-    for kind in ({}, {"basis": "hadamard"}):
+    """Training, merging and the adapter's file as of one process, and one more adapter."""
+    for kind in ({}, {"sparse": False}, {"basis": "hadamard"}):  # {"sparse": False} is dense
         reference, model = make(**kind), make(**kind)
         parts = layers(model)
         for layer in parts:
@@ -79,9 +79,15 @@ def check_fsdp(place: Place):
             for key, wanted in theirs.items():
                 assert relative(mine[key], wanted) < 1e-5, key
 
+        weight, x = layers(model)[0].base_layer.weight, batch(0, torch.float32)
+        before, wanted = full_tensor(weight).clone(), model(x)
+        model.merge_adapter()
+        assert relative(model(x), wanted) < 1e-5
+        model.unmerge_adapter()
+        assert torch.equal(full_tensor(layers(model)[0].base_layer.weight), before)
+
         model.add_adapter("two", model.peft_config["default"])  # changes nothing yet
         model.set_adapter("two")
-        x = batch(0, torch.float32)
         torch.testing.assert_close(model(x), model.get_base_model()(x))
 
 
