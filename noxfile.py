@@ -1,7 +1,7 @@
 """Tests while working, style and types; the wheel, and its tests with other versions of Python,
 torch and PEFT. Needs `pip install nox`.
 
-nox -s fast                                 in the active environment; under two minutes, two cores
+nox -s fast                                 in the active environment
 nox -s lint                                 all tools of .pre-commit-config.yaml, and mypy, pinned
 nox -s wheel                                builds dist/*.whl, compiler and Python of this machine
 nox -s wheel_test                           that wheel where there is no compiler, twice

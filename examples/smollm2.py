@@ -2,7 +2,7 @@
 # # From `pip install` to a model that answers
 #
 # SmolLM2-135M learns to turn the letters of a word into its phonemes, within a budget of what it
-# may forget, in two to ten minutes on two idle cores. On busy ones set OMP_WAIT_POLICY=PASSIVE. The
+# may forget, in some minutes on two idle cores. On busy ones set OMP_WAIT_POLICY=PASSIVE. The
 # 60 steps are a taste; `--steps 400 --lr 2.5e-4` learns more. VS Code opens this file as a
 # notebook, Jupyter with jupytext; `python examples/smollm2.py` runs all of it and writes
 # results.json.
