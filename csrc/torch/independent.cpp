@@ -184,16 +184,16 @@ Gradients independent_linear_backward(const Tensor& dy, const Tensor& x,
   check_output_gradient(dy, x, layer.out);
   if (!need_dx && !need_dlam_dgam) return {};
   Product product(layer, dy, !adapter.expand, weight.has_value());
-  const Tensor xc = as_contiguous(x);
-  OptionalTensor dx, dlam, dgam;
+  OptionalTensor xc, dx, dlam, dgam;
   if (need_dx) {
-    dx = base_gradient(product.from, weight, xc);
+    dx = base_gradient(product.from, weight, x);
     product.call.to = dx->mutable_data_ptr();
   }
   if (need_dlam_dgam) {
     dlam = allocate_like(product.lam);
     dgam = allocate_like(product.gam);
-    product.call.other = xc.const_data_ptr();
+    xc = as_contiguous(x);
+    product.call.other = xc->const_data_ptr();
     product.call.dlam = dlam->mutable_data_ptr();
     product.call.dgam = dgam->mutable_data_ptr();
   }

@@ -72,6 +72,8 @@ def _check_input_scale(basis: Basis, input_scale: Any) -> None:
 def _check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value)}")
+    if value.is_nested:
+        raise TypeError(f"{name} must not be a nested tensor; pass its values()")
     if is_dtensor(value):  # torch's own message would not say what to do
         placements = tuple(value.placements)
         raise TypeError(
@@ -121,8 +123,8 @@ def linear(
         input_scale: (in,), float32, a constant, for Hadamard bases alone: the adapter's part is
             that of ``x * input_scale``. None is a vector of ones.
 
-    Backward keeps x, weight, lam and gam. Under autocast x, weight and bias are cast, as by
-    F.linear.
+    Backward keeps weight, lam, gam and, unless all of them are frozen, x. Under autocast x, weight
+    and bias are cast, as by F.linear.
 
     Raises:
         ValueError, TypeError: naming the argument. RuntimeError: from the operator's own checks.

@@ -1,8 +1,8 @@
 """What torch asks of an operator: fake kernel, gradient, vmap, autocast; and what eager code calls.
 
 Eager code and torch.func call an operator's autograd Function; torch.compile and torch.export call
-``torch.ops.randlora.*``, whose Autograd key leads to the same Function. Forward keeps x, weight,
-lambda and gamma; nothing of size (K, d), (T, K) or (D, d).
+``torch.ops.randlora.*``, whose Autograd key leads to the same Function. Forward keeps weight,
+lambda, gamma and, unless all of them are frozen, x; nothing of size (K, d), (T, K) or (D, d).
 """
 
 import itertools
@@ -249,12 +249,18 @@ def linear_entry(name: str, rows_of_B: Callable) -> Callable:
         @staticmethod
         def setup_context(ctx, inputs, output):
             x, weight, _, lam, gam, *ctx.basis = inputs
-            ctx.save_for_backward(x, weight, lam, gam)
+            _, need_weight, _, need_lam, need_gam, *_ = ctx.needs_input_grad
+            # Beside a frozen adapter x may be freed or changed in place.
+            keep_x = need_weight or need_lam or need_gam
+            ctx.in_features = x.shape[-1]
+            ctx.save_for_backward(x if keep_x else None, weight, lam, gam)
 
         @staticmethod
         def backward(ctx, dy):
             x, weight, lam, gam = ctx.saved_tensors
             need_x, need_weight, need_bias, need_lam, need_gam, *_ = ctx.needs_input_grad
+            if x is None:  # the operator reads its shape alone
+                x = dy.new_empty(()).expand(*dy.shape[:-1], ctx.in_features)
             inputs = dy, x, weight, lam, gam, *ctx.basis, need_x, need_lam or need_gam
             dx, dlam, dgam = gradients(backward_op, *inputs)
             # They may train beside the adapter (PEFT's bias="all").

@@ -84,6 +84,24 @@ def test_linear_keeps_nothing_new(shape, basis, dtype):
     assert lam.grad.any() and gam.grad.any() and x.grad.any()
 
 
+@CALLS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_frozen_adapter_keeps_no_activation(basis, dtype, bare):
+    changes = {"weight": None, "bias": None} if bare else {}
+    layer = make_layer(44, 80, 8, basis, 300, dtype)
+    x = layer.x.requires_grad_()
+    y = call(layer, **changes, lam=layer.lam.requires_grad_())
+    (expected,) = torch.autograd.grad(y, x, layer.dy)
+    layer.lam.requires_grad_(False)
+    inner = x * 1  # as another layer's result
+    kept, y = kept_by(lambda: call(layer, **changes, x=inner))
+    assert storage(inner) not in {storage(t) for t in kept if t is not None}
+    inner.detach().zero_()
+    (got,) = torch.autograd.grad(y, x, layer.dy)
+    assert got.any() and torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("density", [1 / 3, 0.07])
 def test_scratch_does_not_grow_with_tokens(density):
     basis = Basis(50, 37, 7, density)

@@ -149,3 +149,10 @@ def test_torch_jit_trace_is_refused_by_name():
     layer = make_layer(8, 8, 2, 0.5, 3, torch.float32)
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record .* torch\.export"):
         torch.jit.trace(lambda x: linear(x, None, None, layer.basis, layer.lam, layer.gam), layer.x)
+
+
+def test_a_nested_tensor_is_refused_by_name():
+    layer = make_layer(8, 8, 2, 0.5, 3, torch.float32)
+    nested = torch.nested.nested_tensor([layer.x, layer.x[:1]], layout=torch.jagged)
+    with pytest.raises(TypeError, match=r"x must not be a nested tensor; pass its values\(\)"):
+        linear(nested, None, None, layer.basis, layer.lam, layer.gam)

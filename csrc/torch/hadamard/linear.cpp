@@ -69,7 +69,8 @@ Gradients hadamard_linear_backward(Tensor dy, Tensor x, OptionalTensor weight, T
     return call_torch<OptionalTensor, OptionalTensor, OptionalTensor>(
         "randlora::hadamard_linear_backward_plain", dy, x, weight, lam, gam, a_signs, row_signs,
         col_signs, expand, scale, need_dx, need_dlam_dgam);
-  const Tensor xc = as_contiguous(x), dyc = as_contiguous(dy);
+  const Tensor dyc = as_contiguous(dy);
+  const Tensor xc = need_dlam_dgam ? as_contiguous(x) : x;
   const bool base_last = need_dx && base_comes_last(x, weight, {});
   const OptionalTensor weight_first = base_last ? OptionalTensor() : weight;
   OptionalTensor dx, dlam, dgam;
