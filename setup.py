@@ -65,9 +65,25 @@ def kernel_library(isa: str) -> tuple[str, dict]:
     }
 
 
+def compiler() -> str:
+    """CXX if that is set, else the first that is there. Exits if it is none."""
+    given = os.environ.get("CXX")
+    if given and len(shlex.split(given)) > 1:
+        raise SystemExit(f"error: CXX must be one program, without arguments, got {given!r}")
+    usual = shlex.split(sysconfig.get_config_var("CXX") or "")[:1] + ["c++", "g++", "clang++"]
+    wanted = [given] if given else usual
+    found = [name for name in wanted if shutil.which(name)]
+    if not found:
+        raise SystemExit(
+            f"error: there is no C++ compiler {wanted[0]!r}; install g++ or clang++, or set CXX"
+        )
+    return found[0]
+
+
 # pip would give every editable install a new folder, and compile all of it again. Objects of other
 # flags or compilers lie in others.
-FLAGS = hashlib.sha256(" ".join([*COMMON, os.environ.get("CXX", "")]).encode()).hexdigest()[:8]
+OF_OBJECTS = [*COMMON, repr(ISA_FLAGS), *map(os.environ.get, ("CXX", "CFLAGS", "CXXFLAGS"))]
+FLAGS = hashlib.sha256(repr(OF_OBJECTS).encode()).hexdigest()[:8]
 BUILD = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{FLAGS}"
 
 
@@ -78,13 +94,12 @@ class BuildLibraries(build_clib):
         super().finalize_options()
         self.build_temp = self.build_clib = BUILD
 
-    def build_libraries(self, libraries):
+    def run(self):
         # First, because what is left over in build/ would let it fail at some later step.
-        compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX"))[0]
-        if shutil.which(compiler) is None:
-            raise SystemExit(
-                f"error: there is no C++ compiler {compiler!r}; install g++ or clang++, or set CXX"
-            )
+        os.environ["CXX"] = compiler()
+        super().run()
+
+    def build_libraries(self, libraries):
         build_one = super().build_libraries
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(jobs) as pool:

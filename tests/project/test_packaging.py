@@ -185,3 +185,15 @@ def test_tools_are_pinned():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for tool in (*tools, *project["optional-dependencies"]["lint"]):
         assert re.fullmatch(r"[\w-]+==[\d.]+", tool), tool
+
+
+def test_the_compiler_is_the_first_that_is_there(decide, monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"no C\+\+ compiler .*install g\+\+ or clang\+\+"):
+        decide.compiler()
+    (tmp_path / "clang++").symlink_to("/bin/true")
+    assert decide.compiler() == "clang++"
+    monkeypatch.setenv("CXX", "ccache g++")
+    with pytest.raises(SystemExit, match="CXX must be one program, without arguments, got 'ccache"):
+        decide.compiler()
