@@ -167,15 +167,16 @@ def dial_and_rate(rows: list[dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     rows = of_one_task(rows_named(arguments, __doc__.splitlines()[0]))
+    of_rates = [row for row in rows if row["lr"] in RATES]
     of_manual = [("manual", 0.1), ("manual", 0.03)]
     print("the share that varies: held-out loss at rises of texts\n")
     print(side_by_side(rows, SHARES, [*of_manual, ("meter", 0.2)], lr=RATE))
     print("layers: held-out loss at rises of texts\n")
-    print(side_by_side(rows, BOTH_LAYERS, [*of_manual, ("meter", 0.2)]))
+    print(side_by_side(of_rates, BOTH_LAYERS, [*of_manual, ("meter", 0.2)]))
     for targets in ("all", "mlp"):
         strengths = {"one": (ONE, targets), "by `calibrate`": (OURS, targets)}
         print(f"strengths, {LAYERS[targets]}: held-out loss at rises of texts\n")
-        print(side_by_side(rows, strengths, of_manual))
+        print(side_by_side(of_rates, strengths, of_manual))
     print("by what calibrate reads\n")
     print(by_text_read(rows))
     print("by the rate\n")
