@@ -87,6 +87,12 @@ FLAGS = hashlib.sha256(repr(OF_OBJECTS).encode()).hexdigest()[:8]
 BUILD = f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}-{FLAGS}"
 
 
+def max_jobs() -> int:
+    """0 sets no limit, as for ninja; a text that is no number is ignored, as by torch."""
+    wanted = os.environ.get("MAX_JOBS", "")
+    return (int(wanted) if wanted.isdigit() else 0) or os.cpu_count() or 1
+
+
 class BuildLibraries(build_clib):
     """Side by side: that for AVX-512 alone takes as long as the others together."""
 
@@ -101,8 +107,7 @@ class BuildLibraries(build_clib):
 
     def build_libraries(self, libraries):
         build_one = super().build_libraries
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(max_jobs()) as pool:
             list(pool.map(lambda library: build_one([library]), libraries))
 
 

@@ -59,7 +59,7 @@ def check_number(
 
 
 def check_integer(name: str, value: int, first: int, last: int, allowed: str = "") -> None:
-    allowed = f"an integer in {allowed or [first, last]}"
+    allowed = f"a Python integer in {allowed or [first, last]}"
     check_number(name, value, allowed, lambda v: first <= v <= last, int)
 
 

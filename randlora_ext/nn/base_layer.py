@@ -29,8 +29,8 @@ def check_base_layer(module: Any, argument: str) -> None:
     """Raises, naming `argument`, unless it is an nn.Linear or Conv1D with a whole weight."""
     if hasattr(module, "update_layer"):
         raise TypeError(
-            f"{argument} is adapted already ({type(module).__name__}); its update_layer(name, ...) "
-            "adds another adapter"
+            f"{argument} is adapted already ({type(module).__name__}); its model's add_adapter "
+            "adds another"
         )
     if not (isinstance(module, nn.Linear) or is_conv1d(module)) or is_lazy(module.weight):
         given = type(module)

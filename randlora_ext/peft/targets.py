@@ -59,6 +59,8 @@ def check_targets(
 
 def _refuse_unmatched(model: nn.Module, config: peft.RandLoraConfig) -> None:
     linear = [name for name, module in model.named_modules() if is_linear(module)]
+    if "" in linear:
+        raise ValueError("the model is itself a linear layer; put it into an nn.Sequential")
     unadapted = [name for name in linear if not name.endswith(".base_layer")]
     layers = config.layers_to_transform
     where = "" if layers in (None, []) else f" in layers_to_transform {layers!r}"

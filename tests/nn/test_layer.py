@@ -5,6 +5,7 @@ test_state_dict.py has what it saves and loads, test_merge.py and test_unmerge.p
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from layer_cases import run_python
@@ -245,7 +246,7 @@ def test_core_needs_torch_alone():
 
 BAD_OPTIONS = [
     ({"alpha": 16}, TypeError, "got an .* argument 'alpha'"),
-    ({"r": 0}, ValueError, "r must be an integer in \\[1, 65536\\], got 0"),
+    ({"r": 0}, ValueError, "r must be a Python integer in \\[1, 65536\\], got 0"),
     ({"density": 0.3, "basis": "hadamard"}, ValueError, "density must be None for Hadamard bases"),
     ({"basis": "indep"}, ValueError, "^basis must be .*'indep'; did you mean 'independent'"),
     ({"randlora_dropout": 1.0}, ValueError, r"randlora_dropout must .* in \[0, 1\), got 1\.0"),
@@ -255,7 +256,8 @@ BAD_OPTIONS = [
         for value in (float("inf"), float("nan"), -(10**400))
     ),
     ({"randlora_alpha": "640"}, TypeError, r"randlora_alpha .*'640'"),
-    ({"seed": -1}, ValueError, r"seed must be an integer in .*, got -1"),
+    ({"r": np.int64(4)}, TypeError, r"r must be a Python integer in .*, got np\.int64\(4\)"),
+    ({"seed": -1}, ValueError, r"seed must be a Python integer in .*, got -1"),
     ({"basis": "peft"}, ValueError, "^basis must be .*got 'peft'"),
     ({"adapter_name": "mine"}, TypeError, "got an .* argument 'adapter_name'"),
 ]

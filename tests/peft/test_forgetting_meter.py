@@ -343,8 +343,8 @@ def merged(model):
         (ours, {"batches": [{"input_ids": IDS, "decoder_input_ids": IDS}]}, ValueError, "labels"),
         (ours, {"batches": []}, ValueError, "must hold tokens that count"),
         (ours, {"batches": [IDS[:, :1]]}, ValueError, "must hold tokens that count"),
-        (ours, {"seed": "a"}, TypeError, "seed must be an integer in"),
-        (ours, {"seed": 2**70}, ValueError, "seed must be an integer in"),
+        (ours, {"seed": "a"}, TypeError, "seed must be a Python integer in"),
+        (ours, {"seed": 2**70}, ValueError, "seed must be a Python integer in"),
         (ours, {"prompts": [[3, 1000]]}, ValueError, "prompts must hold tokens in .*, got 1000"),
     ],
 )  # fmt: skip

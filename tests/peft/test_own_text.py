@@ -158,7 +158,7 @@ def test_a_model_without_a_first_token_needs_prompts(model):
         ({"prompts": ["hello"]}, TypeError, "'hello'"),
         ({"prompts": [[True]]}, TypeError, "got one with .True"),
         ({"prompts": [[-1]]}, ValueError, "must hold tokens in .*, got -1"),
-        ({"seed": -1}, ValueError, "seed must be an integer in"),
+        ({"seed": -1}, ValueError, "seed must be a Python integer in"),
         ({"prompts": torch.tensor([[0, 3], [4, 5]])}, TypeError, "without padding"),
         ({"prompts": np.array([[0, 3], [4, 5]])}, TypeError, "without padding"),
     ],

@@ -202,7 +202,7 @@ def test_first_numbers_and_random_state_are_those_of_stock(kind, init_weights):
 
 
 MISTYPED = {
-    "r": (2**16 + 1, r"r must be an integer in \[1, 65536\], got 65537"),
+    "r": (2**16 + 1, r"r must be a Python integer in \[1, 65536\], got 65537"),
     "randlora_alpha": (math.nan, "randlora_alpha must be a finite number, got nan"),
 }
 

@@ -33,6 +33,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.export import Dim
 
+from randlora_ext import RandLoraLinear
+
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore:.*(checkpointing|use_reentrant|pin_memory)"),
@@ -196,6 +198,22 @@ def test_wrong_targets_list_the_layers_that_exist(targets):
         with pytest.raises(ValueError, match=message):
             add()
     assert type(base.c) is nn.Linear and list(model.peft_config) == ["default"]
+
+
+def test_a_model_that_is_one_layer():
+    """Without a name no target can match it."""
+    with pytest.raises(
+        ValueError, match=r"the model is itself a linear layer; put it into an nn\.S"
+    ):
+        adapted(nn.Linear(8, 8), "c")
+
+
+def test_a_layer_that_peft_adapted():
+    model = adapted(nn.ModuleDict({"c": nn.Linear(8, 8)}), "c")
+    with pytest.raises(
+        TypeError, match="base_layer is adapted already .* model's add_adapter adds"
+    ):
+        RandLoraLinear(model.base_model.model.c)
 
 
 def test_a_target_that_is_no_linear_layer_is_refused_before_any_is_adapted():

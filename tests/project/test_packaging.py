@@ -187,6 +187,13 @@ def test_tools_are_pinned():
         assert re.fullmatch(r"[\w-]+==[\d.]+", tool), tool
 
 
+@pytest.mark.parametrize("wanted, found", [("3", 3), ("0", 8), ("", 8), ("two", 8)])
+def test_max_jobs_means_what_ninja_takes_it_for(wanted, found, decide, monkeypatch):
+    monkeypatch.setenv("MAX_JOBS", wanted)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert decide.max_jobs() == found
+
+
 def test_the_compiler_is_the_first_that_is_there(decide, monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
